@@ -1,0 +1,49 @@
+"""Train language models to search: Turn-level Stage-aware Policy Optimization (TSPO) for TRL."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> the room it lives in; imported on first use, so that `import tspo_trl` is quick and needs no torch
+_ROOMS = {
+    "BM25Retriever": "retrieval",
+    "Passage": "retrieval",
+    "RetrievalError": "retrieval",
+    "Retriever": "retrieval",
+    "SearchLoop": "rollout",
+    "TSPOConfig": "config",
+    "TSPOTrainer": "trainer",
+    "TagProtocol": "protocol",
+    "Trajectory": "trajectory",
+    "Turn": "trajectory",
+    "TransformersEngine": "engines",
+    "load_corpus": "retrieval",
+    "read_rollouts": "trajectory_log",
+}
+__all__ = ["__version__", *_ROOMS]
+
+if TYPE_CHECKING:
+    from .config import TSPOConfig as TSPOConfig
+    from .engines import TransformersEngine as TransformersEngine
+    from .protocol import TagProtocol as TagProtocol
+    from .retrieval import BM25Retriever as BM25Retriever
+    from .retrieval import Passage as Passage
+    from .retrieval import RetrievalError as RetrievalError
+    from .retrieval import Retriever as Retriever
+    from .retrieval import load_corpus as load_corpus
+    from .rollout import SearchLoop as SearchLoop
+    from .trainer import TSPOTrainer as TSPOTrainer
+    from .trajectory import Trajectory as Trajectory
+    from .trajectory import Turn as Turn
+    from .trajectory_log import read_rollouts as read_rollouts
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])

@@ -1,0 +1,205 @@
+"""Every option of the library, in one place."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from trl import GRPOConfig
+
+from .credit import Baseline, Guard, Level, Placement
+
+ProtocolName = Literal["tags"]
+_CHOICES = {
+    "protocol": ProtocolName,
+    "folr_placement": Placement,
+    "folr_guard": Guard,
+    "advantage_level": Level,
+    "turn_baseline": Baseline,
+}
+_SMALLEST = {
+    "num_generations": 2,
+    "max_searches": 0,
+    "num_passages": 1,
+    "max_turn_tokens": 1,
+    "max_query_tokens": 1,
+    "max_observation_tokens": 1,
+}
+
+
+@dataclass
+class TSPOConfig(GRPOConfig):
+    r"""
+    Configuration of the [`TSPOTrainer`].
+
+    Only the parameters that are specific to TSPO and its search loop are listed here; all of [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`] apply too.
+
+    Parameters:
+        > Parameters that control the search loop
+
+        protocol (`str`, *optional*, defaults to `"tags"`):
+            How the model writes its actions. `"tags"`: `<search>query</search>` and `<answer>…</answer>`, passages come
+            back between `<information>` and `</information>`.
+        max_searches (`int`, *optional*, defaults to `4`):
+            The most turns of a rollout that may search. The turn after them is final: a search in it is not executed.
+            A turn with an invalid action counts as one of them.
+        num_passages (`int`, *optional*, defaults to `3`):
+            Passages for each search.
+        max_turn_tokens (`int`, *optional*, defaults to `500`):
+            The most tokens that the model writes in a turn.
+        max_query_tokens (`int`, *optional*, defaults to `64`):
+            A longer query is cut to this many tokens before it is sent to the retriever.
+        max_observation_tokens (`int`, *optional*, defaults to `500`):
+            The most tokens of an observation. They are split evenly over its passages, each cut at its end.
+        max_completion_length (`int`, *optional*, defaults to `4096`):
+            The most tokens of a completion, all turns and observations together. A rollout that spends them ends as
+            truncated.
+        max_retrieval_failure_rate (`float`, *optional*, defaults to `0.5`):
+            If more than this share of the searches of a step fail, training saves a checkpoint and stops with an error.
+
+        > Parameters that control the turn rewards and advantages
+
+        folr_alpha (`float`, *optional*, defaults to `0.5`):
+            The partial reward α of the turn whose passages first contain a golden answer, in a rollout that is not
+            correct.
+        folr_placement (`str`, *optional*, defaults to `"first"`):
+            `"first"` pays the turn of the first occurrence, `"up_to_first"` every turn up to and including it.
+        folr_guard (`str`, *optional*, defaults to `"degenerate"`):
+            Which golden answers may earn it. `"none"`: all, as published. `"degenerate"`: not those that normalise to
+            nothing, yes, no, noanswer or a single character. `"strict"`: also not those that the question contains,
+            nor an occurrence in a turn whose own query names the gold.
+        advantage_level (`str`, *optional*, defaults to `"stage"`):
+            `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
+            `"turn"`: turn advantages always. `"trajectory"`: GRPO.
+        turn_baseline (`str`, *optional*, defaults to `"turn"`):
+            What a turn reward is compared with: `"turn"`, the same turn of the other rollouts of the group, or
+            `"group"`, all turns of the group.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least this.
+
+        > Parameters that control the logging
+
+        log_trajectories (`bool`, *optional*, defaults to `True`):
+            Whether to write every rollout, with the rewards and advantages of its turns, to
+            `output_dir/trajectories/*.jsonl`, one line a rollout, one file a process.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `max_completion_length`: Defaults to `4096` instead of `256`.
+    """
+
+    # Parameters that control the search loop
+    protocol: ProtocolName = field(
+        default="tags",
+        metadata={"help": "How the model writes its actions: 'tags'."},
+    )
+    max_searches: int = field(
+        default=4,
+        metadata={
+            "help": "The most turns of a rollout that may search. The turn after them is final: a search in it is not "
+            "executed. A turn with an invalid action counts as one of them."
+        },
+    )
+    num_passages: int = field(default=3, metadata={"help": "Passages for each search."})
+    max_turn_tokens: int = field(default=500, metadata={"help": "The most tokens that the model writes in a turn."})
+    max_query_tokens: int = field(
+        default=64,
+        metadata={"help": "A longer query is cut to this many tokens before it is sent to the retriever."},
+    )
+    max_observation_tokens: int = field(
+        default=500,
+        metadata={
+            "help": "The most tokens of an observation. They are split evenly over its passages, each cut at its end."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "The most tokens of a completion, all turns and observations together. A rollout that spends them "
+            "ends as truncated."
+        },
+    )
+    max_retrieval_failure_rate: float = field(
+        default=0.5,
+        metadata={
+            "help": "If more than this share of the searches of a step fail, training saves a checkpoint and stops "
+            "with an error."
+        },
+    )
+
+    # Parameters that control the turn rewards and advantages
+    folr_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "The partial reward of the turn whose passages first contain a golden answer, in a rollout that is "
+            "not correct."
+        },
+    )
+    folr_placement: Placement = field(
+        default="first",
+        metadata={
+            "help": "'first' pays the turn of the first occurrence, 'up_to_first' every turn up to and including it.",
+        },
+    )
+    folr_guard: Guard = field(
+        default="degenerate",
+        metadata={
+            "help": "Which golden answers may earn the partial reward. 'none': all, as published. 'degenerate': not "
+            "those that normalise to nothing, yes, no, noanswer or a single character. 'strict': also not those that "
+            "the question contains, nor an occurrence in a turn whose own query names the gold.",
+        },
+    )
+    advantage_level: Level = field(
+        default="stage",
+        metadata={
+            "help": "'stage': turn advantages in groups without a correct rollout, trajectory advantages in the "
+            "others. 'turn': turn advantages always. 'trajectory': GRPO.",
+        },
+    )
+    turn_baseline: Baseline = field(
+        default="turn",
+        metadata={
+            "help": "What a turn reward is compared with: 'turn', the same turn of the other rollouts of the group, or "
+            "'group', all turns of the group.",
+        },
+    )
+    success_threshold: float = field(
+        default=1.0,
+        metadata={
+            "help": "A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least "
+            "this."
+        },
+    )
+
+    # Parameters that control the logging
+    log_trajectories: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to write every rollout, with the rewards and advantages of its turns, to "
+            "`output_dir/trajectories/*.jsonl`, one line a rollout, one file a process."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
+        for name, smallest in _SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}.")
+        if self.max_completion_length is None or self.max_completion_length <= self.max_observation_tokens:
+            raise ValueError(
+                f"`max_completion_length` ({self.max_completion_length}) counts all turns and observations of a "
+                f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "
+                "single observation would leave no token for an answer."
+            )
+        if not 0 <= self.max_retrieval_failure_rate <= 1:
+            raise ValueError(
+                f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
+            )
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            option = "use_vllm" if self.use_vllm else "use_transformers_continuous_batching"
+            raise ValueError(
+                f"`{option}=True` is not supported by this version of TSPOTrainer, whose search loop generates with "
+                f"transformers' static batching. Set `{option}=False`."
+            )
+        super().__post_init__()

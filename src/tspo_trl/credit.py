@@ -1,0 +1,265 @@
+"""Turn rewards and advantages: pure functions of numbers and strings, no model, no I/O.
+
+Notation: N rollouts of all groups, group-major (the G rollouts of one question are adjacent), K the most turns of any of
+them. Rollout i has turns k = 1…K_i and the outcome R_i. Tensors of shape (N, K) are NaN where a rollout has no k-th turn.
+
+The method is Turn-level Stage-aware Policy Optimization (TSPO, arXiv 2601.22776). What the paper fixes and what is this
+library's reading stands in `docs/algorithm.md`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from .scoring import contains_answer, normalize_answer
+
+Guard = Literal["none", "degenerate", "strict"]
+Placement = Literal["first", "up_to_first"]
+Level = Literal["stage", "turn", "trajectory"]
+Baseline = Literal["turn", "group"]
+Scale = Literal["group", "batch", "none"]
+
+_EPS = 1e-4  # TRL's: added to every standard deviation that divides
+_DEGENERATE = frozenset({"", "yes", "no", "noanswer"})
+
+
+def eligible_golds(golden_answers: Sequence[str], *, question: str = "", guard: Guard = "degenerate") -> list[str]:
+    """
+    The golden answers whose occurrence in a passage says something, and which may earn FOLR.
+
+    Args:
+        golden_answers (`Sequence[str]`):
+            All golden answers of a question.
+        question (`str`, *optional*, defaults to `""`):
+            The question; read by the guard `"strict"`.
+        guard (`str`, *optional*, defaults to `"degenerate"`):
+            `"none"`: all of them, as published. `"degenerate"`: without golds that normalise to `""`, `"yes"`, `"no"`,
+            `"noanswer"` or a single character. `"strict"`: also without golds that the question contains.
+
+    Returns:
+        `list[str]`: A possibly empty part of `golden_answers`.
+    """
+    if guard not in ("none", "degenerate", "strict"):
+        raise ValueError(f"`guard` must be 'none', 'degenerate' or 'strict', got {guard!r}.")
+    golds = list(golden_answers)
+    if guard != "none":
+        golds = [g for g in golds if (n := normalize_answer(g)) not in _DEGENERATE and len(n) > 1]
+    if guard == "strict":
+        golds = [g for g in golds if not contains_answer(question, [g])]
+    return golds
+
+
+def first_occurrence(
+    passage_texts: Sequence[str | None],
+    golden_answers: Sequence[str],
+    *,
+    question: str = "",
+    queries: Sequence[str] = (),
+    guard: Guard = "degenerate",
+) -> int | None:
+    """
+    The first turn whose passages contain a golden answer: t* of the First-Occurrence Latent Reward.
+
+    Args:
+        passage_texts (`Sequence[str | None]`):
+            The passages of each of the K turns as one string, `None` for a turn without passages.
+        golden_answers (`Sequence[str]`):
+            The golden answers.
+        question (`str`, *optional*, defaults to `""`):
+            The question; read by the guard `"strict"`.
+        queries (`Sequence[str]`, *optional*):
+            The query of each of the K turns, `""` for turns without; read by the guard `"strict"`.
+        guard (`str`, *optional*, defaults to `"degenerate"`):
+            Which golds may earn FOLR, see [`eligible_golds`]. `"strict"` also ignores an occurrence in a turn whose own
+            query already names the gold: otherwise a policy can farm FOLR by guessing in its queries.
+
+    Returns:
+        `int` or `None`: The 0-based turn, or `None` if no turn's passages contain an eligible gold.
+    """
+    golds = eligible_golds(golden_answers, question=question, guard=guard)
+    for turn, text in enumerate(passage_texts):
+        usable = golds
+        if guard == "strict" and turn < len(queries):
+            usable = [g for g in golds if not contains_answer(queries[turn], [g])]
+        if contains_answer(text, usable):
+            return turn
+    return None
+
+
+def folr_rewards(
+    outcomes: torch.Tensor,
+    first_occurrence: torch.Tensor,
+    num_turns: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    placement: Placement = "first",
+    success_threshold: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    Turn rewards with the First-Occurrence Latent Reward (TSPO, arXiv 2601.22776):
+
+    $$ r_{i,k} = R_i + \alpha \, [R_i < \tau] \, [k = t^*_i] $$
+
+    where \\(\tau\\) is `success_threshold` and, with `placement="up_to_first"`, the last bracket is
+    \\([k \le t^*_i]\\).
+
+    Args:
+        outcomes (`torch.Tensor`):
+            Outcome rewards R of shape (N,); NaN marks an unscorable rollout, whose turn rewards are all NaN.
+        first_occurrence (`torch.Tensor`):
+            The 0-based turn t* of each rollout, integers of shape (N,), -1 for none.
+        num_turns (`torch.Tensor`):
+            K_i, integers of shape (N,).
+        alpha (`float`, *optional*, defaults to `0.5`):
+            The partial reward α.
+        placement (`str`, *optional*, defaults to `"first"`):
+            `"first"` pays turn t*, `"up_to_first"` every turn up to and including it.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct, and earns no FOLR, if its outcome is at least this.
+
+    Returns:
+        `torch.Tensor`: Turn rewards of shape (N, K) with K the largest of `num_turns`, NaN where a rollout has no k-th
+        turn.
+    """
+    if placement not in ("first", "up_to_first"):
+        raise ValueError(f"`placement` must be 'first' or 'up_to_first', got {placement!r}.")
+    num_columns = int(num_turns.max()) if num_turns.numel() else 0
+    turn = torch.arange(num_columns, device=outcomes.device)  # (K,)
+    occurrence = first_occurrence[:, None]  # (N, 1)
+    paid = (turn == occurrence) if placement == "first" else (turn <= occurrence)  # -1 pays no turn in either case
+    paid = paid & (outcomes < success_threshold)[:, None]
+    rewards = outcomes[:, None] + alpha * paid.to(outcomes.dtype)
+    return rewards.masked_fill(turn >= num_turns[:, None], torch.nan)
+
+
+def uses_turn_level(
+    outcomes: torch.Tensor, *, num_generations: int, level: Level = "stage", success_threshold: float = 1.0
+) -> torch.Tensor:
+    """
+    Which rollouts are trained with turn advantages, and which with the trajectory advantage.
+
+    Args:
+        outcomes (`torch.Tensor`):
+            Outcome rewards of shape (N,), NaN for unscorable rollouts.
+        num_generations (`int`):
+            G, the size of a group.
+        level (`str`, *optional*, defaults to `"stage"`):
+            `"turn"`: all. `"trajectory"`: none. `"stage"`: those of groups without any correct rollout.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct if its outcome is at least this.
+
+    Returns:
+        `torch.Tensor`: Booleans of shape (N,), equal within a group.
+    """
+    if level not in ("stage", "turn", "trajectory"):
+        raise ValueError(f"`level` must be 'stage', 'turn' or 'trajectory', got {level!r}.")
+    if level != "stage":
+        return torch.full_like(outcomes, level == "turn", dtype=torch.bool)
+    correct = outcomes >= success_threshold  # NaN compares as False: an unscorable rollout is not correct
+    return ~correct.view(-1, num_generations).any(dim=1).repeat_interleave(num_generations)
+
+
+def turn_advantages(
+    turn_rewards: torch.Tensor,
+    outcomes: torch.Tensor,
+    *,
+    num_generations: int,
+    level: Level = "stage",
+    baseline: Baseline = "turn",
+    scale_rewards: Scale = "group",
+    success_threshold: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    Advantages of turns, by TSPO's stage-aware rule:
+
+    - trajectory advantage \\((R_i - \mathrm{mean}\,R) / (\mathrm{std}\,R + 10^{-4})\\) over the group, the same for all
+      turns of a rollout: this is GRPO (arXiv 2402.03300);
+    - turn advantage \\((r_{i,k} - \mathrm{mean}) / (\mathrm{std} + 10^{-4})\\) over those rollouts of the group that have
+      a k-th turn, or over all turns of the group.
+
+    Standard deviations are unbiased (n - 1), as in TRL. A value that stands alone, or values without variance, have
+    advantage exactly 0.
+
+    Args:
+        turn_rewards (`torch.Tensor`):
+            Turn rewards of shape (N, K), NaN where a rollout has no k-th turn, see [`folr_rewards`].
+        outcomes (`torch.Tensor`):
+            Outcome rewards of shape (N,), NaN for unscorable rollouts: they count in no mean or standard deviation and
+            have advantage 0.
+        num_generations (`int`):
+            G, the size of a group; N must be a multiple of it.
+        level (`str`, *optional*, defaults to `"stage"`):
+            `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
+            `"turn"`: turn advantages always. `"trajectory"`: trajectory advantages always.
+        baseline (`str`, *optional*, defaults to `"turn"`):
+            What a turn reward is compared with: `"turn"`, the k-th turns of the group, or `"group"`, all its turns.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            `"group"`: divide by the standard deviation of the values that the mean is over. `"batch"`: by that of all
+            outcomes (for trajectory advantages) or of all turn rewards (for turn advantages). `"none"`: do not divide.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct if its outcome is at least this.
+
+    Returns:
+        `torch.Tensor`: Advantages of shape (N, K), 0 where `turn_rewards` is NaN.
+
+    Raises:
+        `ValueError`: If N is not a multiple of `num_generations`, or an option is unknown.
+    """
+    if outcomes.numel() % num_generations:
+        raise ValueError(
+            f"The {outcomes.numel()} outcomes are not a multiple of `num_generations` ({num_generations}): every group "
+            "must be complete."
+        )
+    if baseline not in ("turn", "group"):
+        raise ValueError(f"`baseline` must be 'turn' or 'group', got {baseline!r}.")
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"`scale_rewards` must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
+    turn_rewards = turn_rewards.masked_fill(outcomes.isnan()[:, None], torch.nan)
+
+    trajectory = _normalize(outcomes.view(-1, num_generations), (1,), scale_rewards).view(-1, 1)
+    grouped = turn_rewards.view(-1, num_generations, turn_rewards.size(1))  # (N / G, G, K)
+    turn = _normalize(grouped, (1,) if baseline == "turn" else (1, 2), scale_rewards).view_as(turn_rewards)
+
+    turn_level = uses_turn_level(
+        outcomes, num_generations=num_generations, level=level, success_threshold=success_threshold
+    )
+    advantages = torch.where(turn_level[:, None], turn, trajectory)
+    return advantages.masked_fill(turn_rewards.isnan(), 0.0)
+
+
+def _normalize(values: torch.Tensor, dim: tuple[int, ...], scale: Scale) -> torch.Tensor:
+    """(x - mean) / (std + eps) along `dim`, NaN counted nowhere; exactly 0 for NaN, lone values and no variance."""
+    known = ~values.isnan()
+    filled = values.masked_fill(~known, 0.0)
+    count = known.sum(dim, keepdim=True)
+    centered = (filled - filled.sum(dim, keepdim=True) / count.clamp(min=1)).masked_fill(~known, 0.0)
+    # Rounding leaves a residue where all values are equal, and dividing by eps would blow it up
+    largest = values.masked_fill(~known, -torch.inf).amax(dim, keepdim=True)
+    smallest = values.masked_fill(~known, torch.inf).amin(dim, keepdim=True)
+    centered = torch.where(largest > smallest, centered, 0.0)
+    if scale == "none":
+        return centered
+    if scale == "batch":
+        std = values[known].std() if known.sum() > 1 else values.new_zeros(())
+    else:
+        std = (centered.square().sum(dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return centered / (std + _EPS)
+
+
+def token_advantages(advantages: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:
+    """
+    Give every token the advantage of its turn.
+
+    Args:
+        advantages (`torch.Tensor`):
+            Advantages of turns, shape (B, K).
+        turn_index (`torch.Tensor`):
+            The 0-based turn of each token, integers of shape (B, L), -1 on tokens that belong to no turn (observations,
+            padding).
+
+    Returns:
+        `torch.Tensor`: Advantages of tokens, shape (B, L), 0 where `turn_index` is -1.
+    """
+    spread = advantages.gather(1, turn_index.clamp(min=0))
+    return spread.masked_fill(turn_index < 0, 0.0)

@@ -1,0 +1,317 @@
+"""The warm start: supervised demonstrations that teach the format and the copying of names, then spoil the choices.
+
+Reinforcement needs something to reinforce: a policy that writes well-formed actions, can copy a name from a passage, and
+is right now and then. Stage one teaches this with faultless demonstrations. Stage two repeats them with most queries and
+answers replaced by other names, so that the policy starts weak: mostly wrong answers, many of them near misses.
+
+The demonstrations come from other worlds than the one that is trained on. No fact can be memorised, only reading.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..engines import Generation, TransformersEngine
+from ..protocol import TagProtocol
+from ..retrieval import BM25Retriever
+from ..rollout import SearchLoop
+from ..scoring import exact_match
+from ..trajectory import Trajectory
+from .model import make_model
+from .world import Question, World, make_world
+
+#: Budgets of the search loop that fit the demo; the recipe's configuration has the same.
+LIMITS = {"max_searches": 4, "num_passages": 2, "max_turn_tokens": 16, "max_observation_tokens": 64}
+
+
+class DemonstrationEngine:
+    """
+    An engine that writes prepared turns instead of sampling them.
+
+    Args:
+        scripts (`dict[tuple[int, ...], list[list[int]]]`):
+            The tokens of the turns to write, by prompt.
+        turn_end_ids (`frozenset[int]`):
+            Tokens that end a turn, by which the turns written so far are counted.
+    """
+
+    def __init__(self, scripts: dict[tuple[int, ...], list[list[int]]], turn_end_ids: frozenset[int]):
+        self._scripts = scripts
+        self._lengths = sorted({len(prompt) for prompt in scripts}, reverse=True)
+        self._turn_end_ids = turn_end_ids
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+    def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
+        return [Generation(token_ids=self._next_turn(context)) for context in contexts]
+
+    def _next_turn(self, context: list[int]) -> list[int]:
+        length = next(n for n in self._lengths if tuple(context[:n]) in self._scripts)
+        done = sum(token in self._turn_end_ids for token in context[length:])
+        return self._scripts[tuple(context[:length])][done]
+
+
+def demonstrate(
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    questions: Sequence[Question],
+    *,
+    wrong_query: float = 0.0,
+    wrong_answer: float = 0.0,
+    seed: int = 0,
+) -> list[Trajectory]:
+    """
+    Roll out demonstrations with the real search loop and retriever.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The demo tokenizer.
+        world ([`World`]):
+            Where to search.
+        questions (`Sequence[Question]`):
+            What to answer, no question twice.
+        wrong_query (`float`, *optional*, defaults to `0.0`):
+            Probability that a query names another entity of the same kind.
+        wrong_answer (`float`, *optional*, defaults to `0.0`):
+            Probability that the answer is another name of the same kind.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the mistakes.
+
+    Returns:
+        `list[Trajectory]`: One for each question.
+    """
+    rng = random.Random(seed)
+    kind_of = {name: kind for kind, names in world.names.items() for name in names}
+
+    def maybe_other(name: str, probability: float) -> str:
+        return rng.choice(world.names[kind_of[name]]) if rng.random() < probability else name
+
+    prompts, scripts = [], {}
+    for question in questions:
+        turns = [f"<search> {maybe_other(query, wrong_query)}</search>" for query in question.queries]
+        turns.append(f"<answer> {maybe_other(question.answer, wrong_answer)}</answer>")
+        prompt = tokenizer(str(question.row()["prompt"]))["input_ids"]
+        prompts.append(prompt)
+        scripts[tuple(prompt)] = [tokenizer(turn)["input_ids"] for turn in turns]
+    ends = frozenset(tokenizer.convert_tokens_to_ids(["</search>", "</answer>"]))
+    loop = SearchLoop(
+        DemonstrationEngine(scripts, ends),
+        BM25Retriever(world.passages),
+        TagProtocol(tokenizer),
+        eos_token_ids=[tokenizer.eos_token_id],
+        **LIMITS,
+    )
+    return loop.run(prompts)[0]
+
+
+def supervise(
+    model: PreTrainedModel,
+    demonstrations: Sequence[Trajectory],
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    until: Callable[[], bool] | None = None,
+    check_every: int = 50,
+    progress: str | None = None,
+) -> int:
+    """
+    Fit the turns of demonstrations by cross-entropy; prompts and observations are read, not fitted.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, changed in place.
+        demonstrations (`Sequence[Trajectory]`):
+            What to fit.
+        steps (`int`):
+            The most optimizer steps.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Demonstrations a step, of about the same length.
+        learning_rate (`float`, *optional*, defaults to `3e-3`):
+            The learning rate of AdamW, after a linear warm-up over 50 steps.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+        until (`Callable[[], bool]`, *optional*):
+            Asked every `check_every` steps; fitting ends when it returns `True`.
+        check_every (`int`, *optional*, defaults to `50`):
+            See `until`.
+        progress (`str`, *optional*):
+            Label of a progress bar; none if `None`.
+
+    Returns:
+        `int`: The steps that were made.
+    """
+    rng = random.Random(seed)
+    by_length = sorted(demonstrations, key=lambda t: len(t.prompt_ids) + len(t.completion_ids))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.0))
+    step = 0
+    with tqdm(total=steps, desc=progress, disable=progress is None) as bar:
+        while step < steps:
+            start = rng.randrange(max(1, len(by_length) - 4 * batch_size))
+            nearby = by_length[start : start + 4 * batch_size]
+            model.train()
+            _loss(model, rng.sample(nearby, min(batch_size, len(nearby)))).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            model.eval()
+            step += 1
+            bar.update()
+            if until is not None and step % check_every == 0 and until():
+                break
+    return step
+
+
+def _loss(model: PreTrainedModel, batch: Sequence[Trajectory]) -> torch.Tensor:
+    """The cross-entropy of the tokens of turns; rows are padded on the right, where causal attention ignores them."""
+
+    def padded(rows: list[list[int]]) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(model.device)
+
+    input_ids = padded([t.prompt_ids + t.completion_ids for t in batch])
+    fitted = padded([[0] * len(t.prompt_ids) + t.loss_mask for t in batch])
+    return model(input_ids=input_ids, labels=input_ids.masked_fill(fitted == 0, -100)).loss
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    questions: Sequence[Question],
+    *,
+    greedy: bool = False,
+    max_batch: int = 256,
+) -> list[Trajectory]:
+    """
+    Let a model answer questions about a world.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The policy.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        world ([`World`]):
+            Where to search.
+        questions (`Sequence[Question]`):
+            What to answer.
+        greedy (`bool`, *optional*, defaults to `False`):
+            Whether to take the most probable token instead of sampling at temperature 1.
+        max_batch (`int`, *optional*, defaults to `256`):
+            Questions at a time.
+
+    Returns:
+        `list[Trajectory]`: One for each question.
+    """
+    protocol = TagProtocol(tokenizer)
+    config = GenerationConfig(
+        do_sample=not greedy,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        disable_compile=True,
+        **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+    )
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
+    loop = SearchLoop(
+        engine, BM25Retriever(world.passages), protocol, eos_token_ids=[tokenizer.eos_token_id], **LIMITS
+    )
+    prompts = [tokenizer(str(question.row()["prompt"]))["input_ids"] for question in questions]
+    return [t for i in range(0, len(prompts), max_batch) for t in loop.run(prompts[i : i + max_batch])[0]]
+
+
+def answer_rate(trajectories: Sequence[Trajectory], questions: Sequence[Question]) -> float:
+    """The share of questions answered exactly."""
+    scores = [exact_match(t.answer, [q.answer]) for t, q in zip(trajectories, questions, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def warm_start(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    worlds: int = 8,
+    target: float = 0.8,
+    max_steps: int = 600,
+    weaken_steps: int = 80,
+    wrong_query: float = 0.5,
+    wrong_answer: float = 0.85,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """
+    Make a policy that knows the format and can copy names, but mostly searches and answers wrongly.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The demo tokenizer.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights, of the worlds that the demonstrations come from, and of their order.
+        worlds (`int`, *optional*, defaults to `8`):
+            How many worlds they come from. None of them is `make_world(s)` for a small `s`.
+        target (`float`, *optional*, defaults to `0.8`):
+            Stage one ends when the greedy exact match on unseen questions reaches this: copying has been learned.
+        max_steps (`int`, *optional*, defaults to `600`):
+            The most steps of stage one.
+        weaken_steps (`int`, *optional*, defaults to `80`):
+            Steps of stage two; 0 keeps the strong policy.
+        wrong_query (`float`, *optional*, defaults to `0.5`):
+            Probability of a wrong name in a query of stage two.
+        wrong_answer (`float`, *optional*, defaults to `0.85`):
+            Probability of a wrong answer in stage two.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The policy.
+
+    Raises:
+        `RuntimeError`: If copying was not learned within `max_steps`: reinforcement could not succeed then.
+    """
+    made = [make_world(1_000_000 * (seed + 1) + i) for i in range(worlds)]
+    unseen = make_world(1_000_000 * (seed + 1) + worlds)
+    probe = unseen.heldout_questions[:64]
+    model = make_model(tokenizer, seed=seed)
+
+    def demonstrations(**mistakes: float) -> list[Trajectory]:
+        return [
+            trajectory
+            for i, world in enumerate(made)
+            for trajectory in demonstrate(
+                tokenizer, world, world.train_questions + world.heldout_questions, seed=seed + i, **mistakes
+            )
+        ]
+
+    def rate() -> float:
+        return answer_rate(sample(model, tokenizer, unseen, probe, greedy=True), probe)
+
+    steps = supervise(
+        model,
+        demonstrations(),
+        steps=max_steps,
+        seed=seed,
+        until=lambda: rate() >= target,
+        progress="Warm start: format and copying" if progress else None,
+    )
+    if steps == max_steps and (reached := rate()) < target:
+        raise RuntimeError(
+            f"The warm start did not learn to copy: exact match {reached:.2f} after {steps} steps, expected {target}. "
+            "Try another `seed` or more `max_steps`."
+        )
+    if weaken_steps:
+        supervise(
+            model,
+            demonstrations(wrong_query=wrong_query, wrong_answer=wrong_answer),
+            steps=weaken_steps,
+            learning_rate=1e-3,
+            seed=seed,
+            progress="Warm start: weakening" if progress else None,
+        )
+    return model

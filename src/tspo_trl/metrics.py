@@ -1,0 +1,103 @@
+"""What is logged about the rollouts of a step: pure functions of trajectories and of what was gathered over ranks."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .trajectory import Trajectory
+
+#: The columns of the facts of a rollout, see [`rollout_facts`].
+FACTS = ("turns", "searches", "failed", "invalid", "duplicate", "truncated", "occurrence", "credited")
+
+
+def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int | None) -> list[int]:
+    """
+    What the metrics and the credit of a rollout are computed from, as integers that can be gathered over ranks.
+
+    Args:
+        trajectory ([`Trajectory`]):
+            A rollout.
+        occurrence (`int` or `None`):
+            The 0-based turn whose passages first contain a golden answer, for the metrics.
+        credited (`int` or `None`):
+            The same under the configured guard: the turn that may earn FOLR.
+
+    Returns:
+        `list[int]`: The values of `FACTS`; a turn is -1 for none.
+    """
+    queries = [query.lower() for query in trajectory.queries if query]
+    retrievals = [turn.retrieval for turn in trajectory.turns if turn.retrieval is not None]
+    return [
+        len(trajectory.turns),
+        len(retrievals),
+        sum(r in ("timeout", "error") for r in retrievals),
+        sum(turn.action == "invalid" for turn in trajectory.turns),
+        len(queries) - len(set(queries)),
+        int(trajectory.status == "truncated"),
+        -1 if occurrence is None else occurrence,
+        -1 if credited is None else credited,
+    ]
+
+
+def rollout_metrics(
+    facts: torch.Tensor,
+    outcomes: torch.Tensor,
+    has_signal: torch.Tensor,
+    *,
+    num_generations: int,
+    success_threshold: float,
+) -> dict[str, float]:
+    """
+    The metrics of a step over the rollouts of all ranks.
+
+    Args:
+        facts (`torch.Tensor`):
+            Integers of shape (N, F), one row of [`rollout_facts`] a rollout, group-major.
+        outcomes (`torch.Tensor`):
+            Outcome rewards of shape (N,), NaN for unscorable rollouts.
+        has_signal (`torch.Tensor`):
+            Whether any turn of a rollout has a non-zero advantage, booleans of shape (N,).
+        num_generations (`int`):
+            The size of a group.
+        success_threshold (`float`):
+            A rollout is correct if its outcome is at least this.
+
+    Returns:
+        `dict[str, float]`: Metrics by name. Groups without a scorable rollout count in no share of groups; a share of
+        nothing is NaN, which TRL leaves out.
+    """
+    column = dict(zip(FACTS, facts.float().unbind(dim=1), strict=True))
+    scorable = ~outcomes.isnan()
+    correct = outcomes >= success_threshold
+    hit = column["occurrence"] >= 0
+
+    num_correct = correct.view(-1, num_generations).sum(dim=1)
+    num_scorable = scorable.view(-1, num_generations).sum(dim=1)
+    scored = num_scorable > 0
+    all_wrong = scored & (num_correct == 0)
+    all_correct = scored & (num_correct == num_scorable)
+    rescued = all_wrong & has_signal.view(-1, num_generations).any(dim=1)
+    groups, rollouts, searches = scored.sum(), scorable.sum(), column["searches"].sum()
+
+    values = {
+        "groups/all_wrong": all_wrong.sum() / groups,
+        "groups/mixed": (scored & ~all_wrong & ~all_correct).sum() / groups,
+        "groups/all_correct": all_correct.sum() / groups,
+        "groups/rescued": rescued.sum() / groups,
+        "search/calls": column["searches"].mean(),
+        "search/invalid": column["invalid"].sum() / column["turns"].sum(),
+        "search/duplicate": column["duplicate"].sum() / searches,
+        "search/failed": column["failed"].sum() / searches,
+        "search/hit": (hit & scorable).sum() / rollouts,
+        "search/near_miss": (hit & scorable & ~correct).sum() / rollouts,
+        "search/first_turn": (column["occurrence"] + 1)[hit].mean(),
+        "turns/mean": column["turns"].mean(),
+        "turns/truncated": column["truncated"].mean(),
+    }
+    return {name: value.item() for name, value in values.items()}
+
+
+def turn_stat(values: torch.Tensor, num_turns: Sequence[int]) -> list[list[float | None]]:
+    """Rows of a tensor (B, K) as lists of each rollout's own turns, NaN as `None` (JSON has no NaN)."""
+    rows = values.tolist()
+    return [[None if v != v else v for v in row[:n]] for row, n in zip(rows, num_turns, strict=True)]

@@ -1,0 +1,238 @@
+"""The search loop: turns prompts into trajectories over an engine, a protocol and a retriever."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .engines import Engine
+from .protocol import TagProtocol
+from .retrieval.base import Passage, RetrievalError, Retriever
+from .trajectory import Retrieval, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutStats:
+    """
+    What a call of [`SearchLoop.run`] cost.
+
+    Args:
+        generate_seconds (`float`, *optional*, defaults to `0.0`):
+            Time in the engine.
+        search_seconds (`float`, *optional*, defaults to `0.0`):
+            Time in the retriever.
+        searches (`int`, *optional*, defaults to `0`):
+            Searches that turns asked for.
+        failed_searches (`int`, *optional*, defaults to `0`):
+            Those of them that timed out or failed.
+        retriever_calls (`int`, *optional*, defaults to `0`):
+            Batched calls of the retriever.
+        retriever_queries (`int`, *optional*, defaults to `0`):
+            Queries sent to it, after removing duplicates.
+        error (`Exception`, *optional*):
+            The last failure of the retriever.
+    """
+
+    generate_seconds: float = 0.0
+    search_seconds: float = 0.0
+    searches: int = 0
+    failed_searches: int = 0
+    retriever_calls: int = 0
+    retriever_queries: int = 0
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class _Open:
+    """A trajectory under way."""
+
+    trajectory: Trajectory
+    limit: int  # completion tokens it may have
+    completion: list[int] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        return self.limit - len(self.completion)
+
+
+class SearchLoop:
+    """
+    Turns prompts into trajectories: the model writes a turn, its search is executed, the passages are appended, and so
+    on until it answers.
+
+    All trajectories advance together, in rounds of one batched generation and one batched retrieval. Of a trajectory
+    with N = `max_searches`, the first N turns may search (an invalid action costs a turn too); the turn after them is
+    final, and a search in it is not executed. Tokens are appended as they were sampled: nothing is decoded and encoded
+    again.
+
+    Args:
+        engine ([`Engine`]):
+            Generates the turns.
+        retriever ([`Retriever`]):
+            Executes the searches.
+        protocol ([`TagProtocol`]):
+            Reads actions and writes observations.
+        eos_token_ids (`Sequence[int]`):
+            Tokens by which the model ends its message.
+        max_searches (`int`, *optional*, defaults to `4`):
+            The most turns that may search.
+        num_passages (`int`, *optional*, defaults to `3`):
+            Passages for each search.
+        max_turn_tokens (`int`, *optional*, defaults to `500`):
+            The most tokens of a turn.
+        max_query_tokens (`int`, *optional*, defaults to `64`):
+            A longer query is cut before it is sent to the retriever.
+        max_observation_tokens (`int`, *optional*, defaults to `500`):
+            The most tokens of an observation.
+        max_completion_length (`int`, *optional*, defaults to `4096`):
+            The most tokens of a completion, observations included. A trajectory that spends it ends as `"truncated"`.
+        max_context_length (`int`, *optional*):
+            The most tokens of prompt and completion together, usually the model's largest number of positions.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        protocol: TagProtocol,
+        *,
+        eos_token_ids: Sequence[int],
+        max_searches: int = 4,
+        num_passages: int = 3,
+        max_turn_tokens: int = 500,
+        max_query_tokens: int = 64,
+        max_observation_tokens: int = 500,
+        max_completion_length: int = 4096,
+        max_context_length: int | None = None,
+    ):
+        self.engine = engine
+        self.retriever = retriever
+        self.protocol = protocol
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_searches = max_searches
+        self.num_passages = num_passages
+        self.max_turn_tokens = max_turn_tokens
+        self.max_query_tokens = max_query_tokens
+        self.max_observation_tokens = max_observation_tokens
+        self.max_completion_length = max_completion_length
+        self.max_context_length = max_context_length
+
+    def run(self, prompt_ids: Sequence[list[int]]) -> tuple[list[Trajectory], RolloutStats]:
+        """
+        Roll out one trajectory for each prompt.
+
+        Args:
+            prompt_ids (`Sequence[list[int]]`):
+                B prompts of token ids. Repeat a prompt to get several trajectories of it.
+
+        Returns:
+            `tuple[list[Trajectory], RolloutStats]`: B trajectories in the order of the prompts, and what they cost.
+
+        Raises:
+            `ValueError`: If a prompt leaves no room for a completion within `max_context_length`.
+        """
+        stats = RolloutStats()
+        active = [_Open(Trajectory(prompt_ids=list(ids)), self._limit(ids)) for ids in prompt_ids]
+        trajectories = [item.trajectory for item in active]
+        found: dict[str, list[Passage]] = {}  # what was already searched for in this rollout
+        with self.engine.session():
+            while active:
+                self._write_turns(active, stats)
+                searching = [item for item in active if self._advance(item)]
+                self._search(searching, found, stats)
+                active = [item for item in active if item.trajectory.turns[-1].observation_ids]
+        return trajectories, stats
+
+    def _limit(self, prompt_ids: list[int]) -> int:
+        if self.max_context_length is None:
+            return self.max_completion_length
+        room = self.max_context_length - len(prompt_ids)
+        if room < 1:
+            raise ValueError(
+                f"A prompt has {len(prompt_ids)} tokens, but the model takes at most {self.max_context_length} tokens "
+                "of prompt and completion together. Shorten the prompts or leave out long questions."
+            )
+        return min(self.max_completion_length, room)
+
+    def _write_turns(self, active: list[_Open], stats: RolloutStats) -> None:
+        start = time.perf_counter()
+        generations = self.engine.generate(
+            [item.trajectory.prompt_ids + item.completion for item in active],
+            [min(self.max_turn_tokens, item.room) for item in active],
+        )
+        stats.generate_seconds += time.perf_counter() - start
+        texts = self.protocol.tokenizer.batch_decode([g.token_ids for g in generations], skip_special_tokens=True)
+        for item, generation, text in zip(active, generations, texts, strict=True):
+            ended = generation.token_ids[-1] in self.eos_token_ids
+            action, content = self.protocol.parse(text, ended=ended)
+            item.trajectory.turns.append(
+                Turn(
+                    token_ids=generation.token_ids,
+                    logprobs=generation.logprobs,
+                    text=text,
+                    action=action,
+                    content=content,
+                )
+            )
+            item.completion += generation.token_ids
+
+    def _advance(self, item: _Open) -> bool:
+        """End the trajectory, append a hint, or return `True` if its search is to be executed."""
+        trajectory = item.trajectory
+        turn = trajectory.turns[-1]
+        final = len(trajectory.turns) > self.max_searches
+        if turn.action == "answer":
+            trajectory.status = "answered"
+        elif turn.action == "invalid" and item.room == 0:
+            trajectory.status = "truncated"
+        elif turn.action == "none" or final:
+            trajectory.status = "no_answer"
+        elif turn.action == "search" and item.room > self.protocol.min_observation_tokens:
+            return True
+        elif turn.action == "invalid" and item.room > len(self.protocol.hint_ids):
+            turn.observation_ids = self.protocol.hint_ids
+            item.completion += turn.observation_ids
+        else:
+            trajectory.status = "truncated"
+        return False
+
+    def _search(self, searching: list[_Open], found: dict[str, list[Passage]], stats: RolloutStats) -> None:
+        """Execute the searches of a round by one call of the retriever, and append what it found."""
+        queries = []
+        for item in searching:
+            turn = item.trajectory.turns[-1]
+            turn.content = self.protocol.cut_query(turn.content, self.max_query_tokens)
+            queries.append(turn.content)
+        stats.searches += len(queries)
+        failure: Retrieval | None = None
+        if new := [query for query in dict.fromkeys(queries) if query not in found]:
+            start = time.perf_counter()
+            try:
+                found.update(zip(new, self._retrieve(new), strict=True))
+            except Exception as error:  # whatever a retriever raises must not lose the rollouts of this step
+                failure = "timeout" if isinstance(error, TimeoutError) else "error"
+                stats.error = error
+                logger.warning("%s failed to search: %r", type(self.retriever).__name__, error)
+            stats.search_seconds += time.perf_counter() - start
+            stats.retriever_calls += 1
+            stats.retriever_queries += len(new)
+        for item, query in zip(searching, queries, strict=True):
+            turn = item.trajectory.turns[-1]
+            if query not in found:
+                turn.retrieval = failure
+                item.trajectory.status = "retrieval_failed"
+                stats.failed_searches += 1
+                continue
+            budget = min(self.max_observation_tokens, item.room - 1)  # the next turn has at least one token
+            observation = self.protocol.observe(found[query], budget)
+            turn.observation_ids, turn.passages = observation.token_ids, observation.passages
+            turn.retrieval = "ok" if found[query] else "empty"
+            item.completion += observation.token_ids
+
+    def _retrieve(self, queries: list[str]) -> list[list[Passage]]:
+        results = self.retriever.search(queries, self.num_passages)
+        if len(results) != len(queries):
+            raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
+        return [list(passages)[: self.num_passages] for passages in results]

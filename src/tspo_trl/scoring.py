@@ -1,0 +1,145 @@
+"""Scores of answers as text. Pure functions of strings: no model, no I/O, no state.
+
+The normalisation and exact match follow the SQuAD v1.1 evaluation (Rajpurkar et al., 2016, arXiv 1606.05250), the
+token F1 follows the HotpotQA evaluation (Yang et al., 2018, arXiv 1809.09600).
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+# HotpotQA: a comparison question is right or wrong, a token in common with these answers means nothing.
+_CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
+
+
+def normalize_answer(text: str) -> str:
+    """
+    Normalise an answer as SQuAD v1.1 does: lower case, ASCII punctuation removed, the articles a/an/the removed, white
+    space collapsed.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `str`: The normalised text, possibly empty (`"The The"` and `"!!!"` normalise to `""`).
+
+    Example:
+
+    ```python
+    >>> normalize_answer("The  Eiffel Tower!")
+    'eiffel tower'
+    ```
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _raw(text: str) -> str:
+    return text.strip().lower()
+
+
+def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
+    """
+    Exact match after normalisation, best over the golden answers.
+
+    A golden answer that normalises to the empty string (`"The The"`, `"!!!"`) matches only the same text compared raw
+    (stripped, lower case), so that an empty or punctuation-only prediction earns nothing.
+
+    Args:
+        prediction (`str` or `None`):
+            The answer that was given; `None` when there is none.
+        golden_answers (`Sequence[str]`):
+            The answers that count as right.
+
+    Returns:
+        `float`: 1.0 if any golden answer matches, else 0.0.
+    """
+    if not prediction:
+        return 0.0
+    normalized = normalize_answer(prediction)
+    for gold in golden_answers:
+        target = normalize_answer(gold)
+        if (normalized == target) if target else (_raw(prediction) == _raw(gold) != ""):
+            return 1.0
+    return 0.0
+
+
+def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
+    """
+    Token F1 of HotpotQA, best over the golden answers: the harmonic mean of the precision and the recall of normalised
+    tokens. The answers yes, no and noanswer must match exactly.
+
+    Args:
+        prediction (`str` or `None`):
+            The answer that was given; `None` when there is none.
+        golden_answers (`Sequence[str]`):
+            The answers that count as right.
+
+    Returns:
+        `float`: A value in [0, 1].
+    """
+    if not prediction:
+        return 0.0
+    return max((_f1(prediction, gold) for gold in golden_answers), default=0.0)
+
+
+def _f1(prediction: str, gold: str) -> float:
+    normalized, target = normalize_answer(prediction), normalize_answer(gold)
+    if not target or normalized in _CLOSED_ANSWERS or target in _CLOSED_ANSWERS:
+        return exact_match(prediction, [gold])
+    predicted_tokens, gold_tokens = normalized.split(), target.split()
+    common = sum((Counter(predicted_tokens) & Counter(gold_tokens)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted_tokens), common / len(gold_tokens)
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains_answer(text: str | None, golden_answers: Sequence[str]) -> bool:
+    """
+    Whether some golden answer occurs in the text after normalisation, as whole words (`"us"` is not in `"bus"`).
+
+    A golden answer that normalises to the empty string is looked for raw (stripped, lower case, as whole words).
+
+    Args:
+        text (`str` or `None`):
+            The text to look in, for instance a passage.
+        golden_answers (`Sequence[str]`):
+            The answers to look for.
+
+    Returns:
+        `bool`: `True` if at least one occurs.
+    """
+    if not text:
+        return False
+    padded = f" {normalize_answer(text)} "
+    for gold in golden_answers:
+        target = normalize_answer(gold)
+        if target:
+            if f" {target} " in padded:
+                return True
+        elif raw := _raw(gold):
+            if re.search(rf"(?<!\w){re.escape(raw)}(?!\w)", text.lower()):
+                return True
+    return False
+
+
+def extract_answer(text: str) -> str | None:
+    """
+    The content of the last well-formed answer tag of model-written text.
+
+    Pass only text that the model wrote: a passage may hold an answer tag of its own.
+
+    Args:
+        text (`str`):
+            Model-written text.
+
+    Returns:
+        `str` or `None`: The stripped content, `""` for an empty tag, `None` without a well-formed tag.
+    """
+    matches = _ANSWER.findall(text)
+    return matches[-1].strip() if matches else None

@@ -1,0 +1,397 @@
+"""The trainer. The only file that knows TRL's private methods, and only the overrides."""
+
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id, pad
+
+from .config import TSPOConfig
+from .credit import first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
+from .data import check_columns, prepare_dataset
+from .engines import TransformersEngine
+from .metrics import FACTS, rollout_facts, rollout_metrics, turn_stat
+from .protocol import TagProtocol
+from .retrieval.base import RetrievalError, Retriever
+from .rewards import exact_match_reward
+from .rollout import RolloutStats, SearchLoop
+from .trajectory import Trajectory
+from .trajectory_log import append_rollouts
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+class TSPOTrainer(GRPOTrainer):
+    """
+    Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
+    Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
+
+    The only changes with respect to [`~trl.GRPOTrainer`] are that a completion is a search rollout (the model writes
+    queries, reads passages, writes an answer) and that the advantage of a token is that of its turn: in groups without
+    any correct rollout, the turn whose passages first contain a golden answer earns a partial reward.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, see [`~trl.GRPOTrainer`]. Only causal language models for text are supported.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Outcome rewards, see [`~trl.GRPOTrainer`] and `tspo_trl.rewards`. They get the rollouts as `trajectories`.
+            Defaults to the exact match of the answer.
+        args ([`TSPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a text or a
+            conversation, used as it is).
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Data sets to use for evaluation, of the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, it is loaded from the model's name.
+        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
+            Tokenizers of reward models, see [`~trl.GRPOTrainer`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks that customise the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            The optimizer and the scheduler to use, see [`~trl.GRPOTrainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantisation of a model that is loaded by its name, see [`~trl.GRPOTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model. If `None`, the model is not wrapped.
+        retriever ([`Retriever`]):
+            Executes the searches, for instance a [`BM25Retriever`].
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
+
+    >>> trainer = TSPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=TSPOConfig(output_dir="my-search-agent"),
+    ...     train_dataset=Dataset.from_list([{"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]}]),
+    ...     retriever=BM25Retriever.from_jsonl("corpus.jsonl"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "tspo"]
+    _name = "TSPO"
+    _paper = {
+        "title": "TSPO: Breaking the Double Homogenization Dilemma in Multi-turn Search Policy Optimization",
+        "id": "2601.22776",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ma2026tspo,
+                title        = {{TSPO: Breaking the Double Homogenization Dilemma in Multi-turn Search Policy Optimization}},
+                author       = {Shichao Ma and Zhiyuan Ma and Ming Yang and Xiaofan Li and Xing Wu and Jintao Du and Yu Cheng and Weiqiang Wang and Qiliang Liu and Zhengyang Zhou and Yang Wang},
+                year         = 2026,
+                eprint       = {arXiv:2601.22776},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: TSPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        retriever: Retriever | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
+        elif not isinstance(args, TSPOConfig):
+            raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
+        if not isinstance(retriever, Retriever):
+            raise ValueError(
+                "`retriever` must be an object with a method `search(queries, k)`, for instance "
+                f"`BM25Retriever.from_jsonl('corpus.jsonl')`, got {retriever!r}."
+            )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
+        # Columns are checked before anything large is loaded
+        _map_datasets(check_columns, train_dataset, eval_dataset)
+
+        super().__init__(
+            model=model,
+            reward_funcs=exact_match_reward if reward_funcs is None else reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`processing_class` must be a tokenizer, got `{type(self.processing_class).__name__}`: the search "
+                "loop is for text only."
+            )
+
+        protocol = TagProtocol(self.processing_class, max_searches=args.max_searches)
+        self.train_dataset, self.eval_dataset = _map_datasets(
+            lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
+        )
+        self.search_loop = SearchLoop(
+            TransformersEngine(
+                self._generation_model, self.processing_class, self.generation_config, protocol.stop_strings
+            ),
+            retriever,
+            protocol,
+            eos_token_ids=self.eos_token_ids,
+            max_searches=args.max_searches,
+            num_passages=args.num_passages,
+            max_turn_tokens=args.max_turn_tokens,
+            max_query_tokens=args.max_query_tokens,
+            max_observation_tokens=args.max_observation_tokens,
+            max_completion_length=args.max_completion_length,
+            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+        )
+        # TRL's own seam for custom rollouts. Set here and not passed, because TRL warns users who pass one.
+        self.rollout_func = self._rollout
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
+
+    @contextmanager
+    def _generation_model(self) -> Iterator[PreTrainedModel]:
+        """The model to generate with: sharded parameters are gathered once for all turns of a rollout."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _rollout(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        """Roll out the local prompts, in the form of a TRL rollout function."""
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        trajectories, stats = self.search_loop.run(prompt_ids)
+        self._check_retrieval(stats)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [self._close(t, t.completion_ids, self._tokenizer.eos_token_id) for t in trajectories],
+            "env_mask": [self._close(t, t.loss_mask, 0) for t in trajectories],
+            "logprobs": None,
+            "trajectories": trajectories,
+        }
+
+    def _close(self, trajectory: Trajectory, values: list[int], end: int) -> list[int]:
+        """
+        End a rollout with an end-of-sequence token that is not trained on: a rollout that ends at a closing tag has
+        none, and TRL takes completions without it for truncated (`mask_truncated_completions`, `clipped_ratio`).
+        """
+        ended = trajectory.turns[-1].token_ids[-1] in self.eos_token_ids
+        return values if ended or trajectory.status == "truncated" else [*values, end]
+
+    def _check_retrieval(self, stats: RolloutStats) -> None:
+        mode = "train" if self.model.training else "eval"
+        counts = torch.tensor(
+            [[stats.searches, stats.failed_searches, stats.generate_seconds, stats.search_seconds]],
+            device=self.accelerator.device,
+        )
+        per_rank = gather(counts)
+        searches, failed = per_rank[:, :2].sum(dim=0).tolist()
+        # Ranks wait for the slowest
+        self._metrics[mode]["time/generate"].append(per_rank[:, 2].max().item())
+        self._metrics[mode]["time/search"].append(per_rank[:, 3].max().item())
+        if failed > self.args.max_retrieval_failure_rate * searches:
+            if mode == "train" and self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise RetrievalError(
+                f"{failed:.0f} of the {searches:.0f} searches of step {self.state.global_step + 1} failed, more than "
+                f"`max_retrieval_failure_rate` ({self.args.max_retrieval_failure_rate}) allows. The retriever is "
+                f"{type(self.search_loop.retriever).__name__}; its last failure on this rank: {stats.error!r}. "
+                "Nothing was trained on these rollouts. When it works again, resume with "
+                "`trainer.train(resume_from_checkpoint=True)`."
+            ) from stats.error
+
+    def _generate(self, prompts: list):
+        (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
+            super()._generate(prompts)
+        )
+        # What reward functions see as written by the model must not hold passages
+        trajectories: list[Trajectory] = extra_fields["trajectories"]
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [self._as_messages(trajectory) for trajectory in trajectories]
+        else:
+            completions = ["".join(turn.text for turn in trajectory.turns) for trajectory in trajectories]
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
+
+    def _as_messages(self, trajectory: Trajectory) -> list[dict[str, str]]:
+        messages = []
+        for turn in trajectory.turns:
+            messages.append({"role": "assistant", "content": turn.text})
+            if turn.observation_ids:
+                content = self._tokenizer.decode(turn.observation_ids).strip()
+                messages.append({"role": "tool", "name": "search", "content": content})
+        return messages
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        failed = [x["trajectories"].status == "retrieval_failed" for x in inputs]
+        rewards_per_func[gather(torch.tensor(failed, device=rewards_per_func.device))] = torch.nan
+        self._rewards_per_func = rewards_per_func
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        args = self.args
+        device = output["advantages"].device
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        trajectories: list[Trajectory] = [x["trajectories"] for x in inputs]
+
+        # Groups may span ranks: rewards come gathered from TRL, what else a group needs is gathered here
+        weights = self.reward_weights.to(device)
+        outcomes = (self._rewards_per_func * weights).nansum(dim=1)
+        outcomes[self._rewards_per_func.isnan().all(dim=1)] = torch.nan
+        facts = gather(torch.tensor([self._facts(x) for x in inputs], device=device))
+        num_turns, credited = facts[:, FACTS.index("turns")], facts[:, FACTS.index("credited")]
+
+        turn_rewards = folr_rewards(
+            outcomes,
+            credited,
+            num_turns,
+            alpha=args.folr_alpha,
+            placement=args.folr_placement,
+            success_threshold=args.success_threshold,
+        )
+        by_turn = uses_turn_level(
+            outcomes,
+            num_generations=num_generations,
+            level=args.advantage_level,
+            success_threshold=args.success_threshold,
+        )
+        advantages = turn_advantages(
+            turn_rewards,
+            outcomes,
+            num_generations=num_generations,
+            level=args.advantage_level,
+            baseline=args.turn_baseline,
+            scale_rewards=args.scale_rewards,
+            success_threshold=args.success_threshold,
+        )
+        metrics = rollout_metrics(
+            facts,
+            outcomes,
+            (advantages != 0).any(dim=1),
+            num_generations=num_generations,
+            success_threshold=args.success_threshold,
+        )
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+        start = self.accelerator.process_index * len(inputs)
+        local = slice(start, start + len(inputs))
+        # Where the trajectory advantage applies it is TRL's own, so that every option about it keeps its meaning
+        of_turns = torch.where(by_turn[local, None], advantages[local], output["advantages"][:, None])
+        of_turns = of_turns.masked_fill(turn_rewards[local].isnan(), 0.0)
+        if args.advantage_level != "trajectory":
+            turn_index = torch.full(output["completion_ids"].shape, -1, device=device)
+            for row, trajectory in enumerate(trajectories):
+                index = trajectory.turn_index
+                turn_index[row, : len(index)] = torch.tensor(index)
+            output["advantages"] = token_advantages(of_turns, turn_index)
+        if args.log_trajectories:
+            self._log_trajectories(inputs, mode, num_generations, outcomes[local], turn_rewards[local], of_turns)
+        return output
+
+    def _facts(self, row: dict[str, Any]) -> list[int]:
+        trajectory: Trajectory = row["trajectories"]
+        # Metrics keep one meaning whatever the guard is, so that runs can be compared
+        occurrence, credited = (
+            first_occurrence(
+                trajectory.passage_texts,
+                row["golden_answers"],
+                question=row["question"],
+                queries=trajectory.queries,
+                guard=guard,
+            )
+            for guard in ("degenerate", self.args.folr_guard)
+        )
+        return rollout_facts(trajectory, occurrence, credited)
+
+    def _log_trajectories(
+        self,
+        inputs: list[dict[str, Any]],
+        mode: str,
+        num_generations: int,
+        outcomes: torch.Tensor,
+        turn_rewards: torch.Tensor,
+        advantages: torch.Tensor,
+    ) -> None:
+        rank = self.accelerator.process_index
+        start = rank * len(inputs)
+        rewards = self._rewards_per_func[start : start + len(inputs)]
+        num_turns = [len(x["trajectories"].turns) for x in inputs]
+        columns = zip(
+            inputs,
+            turn_stat(rewards, [len(self.reward_func_names)] * len(inputs)),
+            turn_stat(outcomes[:, None], [1] * len(inputs)),
+            turn_stat(turn_rewards, num_turns),
+            turn_stat(advantages, num_turns),
+            strict=True,
+        )
+        records = [
+            {
+                "step": self.state.global_step,
+                "group": (start + i) // num_generations,
+                "rollout": (start + i) % num_generations,
+                "question": row["question"],
+                "golden_answers": row["golden_answers"],
+                "rewards": dict(zip(self.reward_func_names, row_rewards, strict=True)),
+                "outcome": outcome,
+                "occurrence": occurrence if (occurrence := facts[FACTS.index("occurrence")]) >= 0 else None,
+                "credited": credited if (credited := facts[FACTS.index("credited")]) >= 0 else None,
+                "turn_rewards": row_turn_rewards,
+                "turn_advantages": row_advantages,
+                "trajectory": row["trajectories"],
+            }
+            for i, (row, row_rewards, (outcome,), row_turn_rewards, row_advantages) in enumerate(columns)
+            for facts in [self._facts(row)]
+        ]
+        append_rollouts(Path(self.args.output_dir) / "trajectories" / f"{mode}-rank{rank:03d}.jsonl", records)
+
+
+def _map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """Apply a function of a data set and its name to the training set and to every evaluation set."""
+    if isinstance(eval_dataset, dict):
+        evaluated: Any = {k: function(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
+    else:
+        evaluated = None if eval_dataset is None else function(eval_dataset, "eval_dataset")
+    return function(train_dataset, "train_dataset"), evaluated
