@@ -22,6 +22,7 @@ _SMALLEST = {
     "max_turn_tokens": 1,
     "max_query_tokens": 1,
     "max_observation_tokens": 1,
+    "max_completion_length": 1,
 }
 
 
@@ -111,7 +112,7 @@ class TSPOConfig(GRPOConfig):
             "help": "The most tokens of an observation. They are split evenly over its passages, each cut at its end."
         },
     )
-    max_completion_length: int | None = field(
+    max_completion_length: int = field(
         default=4096,
         metadata={
             "help": "The most tokens of a completion, all turns and observations together. A rollout that spends them "
@@ -186,7 +187,7 @@ class TSPOConfig(GRPOConfig):
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}.")
-        if self.max_completion_length is None or self.max_completion_length <= self.max_observation_tokens:
+        if self.max_completion_length <= self.max_observation_tokens:
             raise ValueError(
                 f"`max_completion_length` ({self.max_completion_length}) counts all turns and observations of a "
                 f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "

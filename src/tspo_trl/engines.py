@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,7 +90,7 @@ class TransformersEngine:
         self._generation_config = generation_config
         eos = generation_config.eos_token_id
         self._stop = _StopRule(tokenizer, stop_strings, [eos] if isinstance(eos, int) else list(eos or []))
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -110,11 +111,12 @@ class TransformersEngine:
         recorder = _Recorder(self._generation_config)
         turn_end = _TurnEnd(self._stop, recorder, width, max_new_tokens)
         device = self._model.device
+        generation_config = copy(self._generation_config)
+        generation_config.max_new_tokens = max(max_new_tokens)
         output = self._model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            generation_config=self._generation_config,
-            max_new_tokens=max(max_new_tokens),
+            generation_config=generation_config,
             logits_processor=LogitsProcessorList([recorder]),
             stopping_criteria=StoppingCriteriaList([turn_end]),
             # Every rank generates on its own (parameters are gathered for the session); in step they would deadlock
@@ -140,7 +142,7 @@ class _StopRule:
         # A token may end a few characters after the stop string, and begin before it: one per character is enough
         self._tail = 2 * max(map(len, stop_strings))
 
-    def __call__(self, token_ids: Sequence[int]) -> bool:
+    def __call__(self, token_ids: list[int]) -> bool:
         """Whether the turn with these tokens (T,) has just ended; it had not before the last one."""
         last = token_ids[-1]
         if last in self._eos:
@@ -186,7 +188,7 @@ class _TurnEnd(StoppingCriteria):
         """The number of tokens of each row until its end."""
         return [len(tokens) for tokens in self._tokens]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
         last = input_ids[:, -1]
         self.logprobs.append(self._recorder.logprobs(last))
         still_open = []

@@ -1,7 +1,5 @@
 """What is logged about the rollouts of a step: pure functions of trajectories and of what was gathered over ranks."""
 
-from collections.abc import Sequence
-
 import torch
 
 from .trajectory import Trajectory
@@ -95,9 +93,3 @@ def rollout_metrics(
         "turns/truncated": column["truncated"].mean(),
     }
     return {name: value.item() for name, value in values.items()}
-
-
-def turn_stat(values: torch.Tensor, num_turns: Sequence[int]) -> list[list[float | None]]:
-    """Rows of a tensor (B, K) as lists of each rollout's own turns, NaN as `None` (JSON has no NaN)."""
-    rows = values.tolist()
-    return [[None if v != v else v for v in row[:n]] for row, n in zip(rows, num_turns, strict=True)]

@@ -174,7 +174,7 @@ class TagProtocol:
         ids = self._encode(query[: max_tokens * _CHARS_PER_TOKEN])
         if len(ids) <= max_tokens:
             return query[: max_tokens * _CHARS_PER_TOKEN]
-        return self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)).strip()
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -122,9 +122,8 @@ def contains_answer(text: str | None, golden_answers: Sequence[str]) -> bool:
         if target:
             if f" {target} " in padded:
                 return True
-        elif raw := _raw(gold):
-            if re.search(rf"(?<!\w){re.escape(raw)}(?!\w)", text.lower()):
-                return True
+        elif (raw := _raw(gold)) and re.search(rf"(?<!\w){re.escape(raw)}(?!\w)", text.lower()):
+            return True
     return False
 
 

@@ -13,25 +13,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from .config import TSPOConfig
-from .credit import first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
+from .credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
 from .data import check_columns, prepare_dataset
 from .engines import TransformersEngine
-from .metrics import FACTS, rollout_facts, rollout_metrics, turn_stat
+from .metrics import FACTS, rollout_facts, rollout_metrics
 from .protocol import TagProtocol
 from .retrieval.base import RetrievalError, Retriever
 from .rewards import exact_match_reward
 from .rollout import RolloutStats, SearchLoop
 from .trajectory import Trajectory
-from .trajectory_log import append_rollouts
+from .trajectory_log import append_rollouts, rollout_record
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callable[..., list[float]]
 
 
 class TSPOTrainer(GRPOTrainer):
@@ -87,6 +87,14 @@ class TSPOTrainer(GRPOTrainer):
     ```
     """
 
+    # What `Trainer` leaves open and this trainer knows
+    args: TSPOConfig
+    model: Any
+    _signature_columns: Any
+    num_generations: int
+    scale_rewards: Scale
+    num_generations_eval: int
+
     _tag_names = ["trl", "tspo"]
     _name = "TSPO"
     _paper = {
@@ -132,6 +140,8 @@ class TSPOTrainer(GRPOTrainer):
                 "`retriever` must be an object with a method `search(queries, k)`, for instance "
                 f"`BM25Retriever.from_jsonl('corpus.jsonl')`, got {retriever!r}."
             )
+        if reward_funcs is None:
+            reward_funcs = exact_match_reward
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
         # Columns are checked before anything large is loaded
@@ -139,7 +149,7 @@ class TSPOTrainer(GRPOTrainer):
 
         super().__init__(
             model=model,
-            reward_funcs=exact_match_reward if reward_funcs is None else reward_funcs,
+            reward_funcs=reward_funcs,  # type: ignore[arg-type]
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -191,7 +201,7 @@ class TSPOTrainer(GRPOTrainer):
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
@@ -270,65 +280,69 @@ class TSPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
         args = self.args
-        device = output["advantages"].device
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        mode = "train" if self.model.training else "eval"
         trajectories: list[Trajectory] = [x["trajectories"] for x in inputs]
+        advantages = output["advantages"]
+        start = self.accelerator.process_index * len(inputs)
+        local = slice(start, start + len(inputs))
+        groups: dict[str, Any] = {
+            "num_generations": self.num_generations if mode == "train" else self.num_generations_eval,
+            "success_threshold": args.success_threshold,
+        }
 
         # Groups may span ranks: rewards come gathered from TRL, what else a group needs is gathered here
-        weights = self.reward_weights.to(device)
-        outcomes = (self._rewards_per_func * weights).nansum(dim=1)
+        outcomes = (self._rewards_per_func * self.reward_weights.to(advantages.device)).nansum(dim=1)
         outcomes[self._rewards_per_func.isnan().all(dim=1)] = torch.nan
-        facts = gather(torch.tensor([self._facts(x) for x in inputs], device=device))
-        num_turns, credited = facts[:, FACTS.index("turns")], facts[:, FACTS.index("credited")]
-
+        facts = gather(torch.tensor([self._facts(x) for x in inputs], device=advantages.device))
         turn_rewards = folr_rewards(
             outcomes,
-            credited,
-            num_turns,
+            facts[:, FACTS.index("credited")],
+            facts[:, FACTS.index("turns")],
             alpha=args.folr_alpha,
             placement=args.folr_placement,
             success_threshold=args.success_threshold,
         )
-        by_turn = uses_turn_level(
-            outcomes,
-            num_generations=num_generations,
-            level=args.advantage_level,
-            success_threshold=args.success_threshold,
-        )
-        advantages = turn_advantages(
+        of_turns = turn_advantages(
             turn_rewards,
             outcomes,
-            num_generations=num_generations,
             level=args.advantage_level,
             baseline=args.turn_baseline,
-            scale_rewards=args.scale_rewards,
-            success_threshold=args.success_threshold,
+            scale_rewards=self.scale_rewards,
+            **groups,
         )
-        metrics = rollout_metrics(
-            facts,
-            outcomes,
-            (advantages != 0).any(dim=1),
-            num_generations=num_generations,
-            success_threshold=args.success_threshold,
-        )
-        for name, value in metrics.items():
+        for name, value in rollout_metrics(facts, outcomes, (of_turns != 0).any(dim=1), **groups).items():
             self._metrics[mode][name].append(value)
 
-        start = self.accelerator.process_index * len(inputs)
-        local = slice(start, start + len(inputs))
         # Where the trajectory advantage applies it is TRL's own, so that every option about it keeps its meaning
-        of_turns = torch.where(by_turn[local, None], advantages[local], output["advantages"][:, None])
+        by_turn = uses_turn_level(outcomes, level=args.advantage_level, **groups)
+        of_turns = torch.where(by_turn[local, None], of_turns[local], advantages[:, None])
         of_turns = of_turns.masked_fill(turn_rewards[local].isnan(), 0.0)
         if args.advantage_level != "trajectory":
-            turn_index = torch.full(output["completion_ids"].shape, -1, device=device)
+            turn_index = torch.full(output["completion_ids"].shape, -1, device=advantages.device)
             for row, trajectory in enumerate(trajectories):
                 index = trajectory.turn_index
                 turn_index[row, : len(index)] = torch.tensor(index)
             output["advantages"] = token_advantages(of_turns, turn_index)
+
         if args.log_trajectories:
-            self._log_trajectories(inputs, mode, num_generations, outcomes[local], turn_rewards[local], of_turns)
+            columns = (self._rewards_per_func[local], outcomes[local], facts[local], turn_rewards[local], of_turns)
+            records = [
+                rollout_record(
+                    row["trajectories"],
+                    row,
+                    *values,
+                    reward_names=self.reward_func_names,
+                    step=self.state.global_step,
+                    group=i // groups["num_generations"],
+                    rollout=i % groups["num_generations"],
+                )
+                for i, row, values in zip(
+                    range(start, local.stop), inputs, zip(*(c.tolist() for c in columns), strict=True), strict=True
+                )
+            ]
+            name = f"{mode}-rank{self.accelerator.process_index:03d}.jsonl"
+            append_rollouts(Path(str(args.output_dir)) / "trajectories" / name, records)
         return output
 
     def _facts(self, row: dict[str, Any]) -> list[int]:
@@ -345,47 +359,6 @@ class TSPOTrainer(GRPOTrainer):
             for guard in ("degenerate", self.args.folr_guard)
         )
         return rollout_facts(trajectory, occurrence, credited)
-
-    def _log_trajectories(
-        self,
-        inputs: list[dict[str, Any]],
-        mode: str,
-        num_generations: int,
-        outcomes: torch.Tensor,
-        turn_rewards: torch.Tensor,
-        advantages: torch.Tensor,
-    ) -> None:
-        rank = self.accelerator.process_index
-        start = rank * len(inputs)
-        rewards = self._rewards_per_func[start : start + len(inputs)]
-        num_turns = [len(x["trajectories"].turns) for x in inputs]
-        columns = zip(
-            inputs,
-            turn_stat(rewards, [len(self.reward_func_names)] * len(inputs)),
-            turn_stat(outcomes[:, None], [1] * len(inputs)),
-            turn_stat(turn_rewards, num_turns),
-            turn_stat(advantages, num_turns),
-            strict=True,
-        )
-        records = [
-            {
-                "step": self.state.global_step,
-                "group": (start + i) // num_generations,
-                "rollout": (start + i) % num_generations,
-                "question": row["question"],
-                "golden_answers": row["golden_answers"],
-                "rewards": dict(zip(self.reward_func_names, row_rewards, strict=True)),
-                "outcome": outcome,
-                "occurrence": occurrence if (occurrence := facts[FACTS.index("occurrence")]) >= 0 else None,
-                "credited": credited if (credited := facts[FACTS.index("credited")]) >= 0 else None,
-                "turn_rewards": row_turn_rewards,
-                "turn_advantages": row_advantages,
-                "trajectory": row["trajectories"],
-            }
-            for i, (row, row_rewards, (outcome,), row_turn_rewards, row_advantages) in enumerate(columns)
-            for facts in [self._facts(row)]
-        ]
-        append_rollouts(Path(self.args.output_dir) / "trajectories" / f"{mode}-rank{rank:03d}.jsonl", records)
 
 
 def _map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:

@@ -85,9 +85,7 @@ class Trajectory:
     def turn_index(self) -> list[int]:
         """L values: the 0-based turn of a sampled token, -1 on observations."""
         return [
-            i
-            for k, turn in enumerate(self.turns)
-            for i in [k] * len(turn.token_ids) + [-1] * len(turn.observation_ids)
+            i for k, turn in enumerate(self.turns) for i in [k] * len(turn.token_ids) + [-1] * len(turn.observation_ids)
         ]
 
     @property

@@ -1,0 +1,16 @@
+"""A small fictional encyclopedia and a tiny model, so that everything runs offline on two CPU cores."""
+
+from .model import make_model, make_tokenizer
+from .warmup import demonstrate, supervise, warm_start
+from .world import Question, World, make_world
+
+__all__ = [
+    "Question",
+    "World",
+    "demonstrate",
+    "make_model",
+    "make_tokenizer",
+    "make_world",
+    "supervise",
+    "warm_start",
+]

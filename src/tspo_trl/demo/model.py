@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..protocol import HINT, NOTHING_FOUND
 from . import world as words
@@ -53,9 +53,9 @@ def make_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
 
 def make_model(
     tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, hidden_size: int = 128, num_layers: int = 3
-) -> Qwen2ForCausalLM:
+) -> LlamaForCausalLM:
     """
-    A small untrained Qwen2 in float32, about 0.6 million parameters by default.
+    A small untrained Llama in float32, about 0.6 million parameters by default.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -67,7 +67,8 @@ def make_model(
         num_layers (`int`, *optional*, defaults to `3`):
             Depth.
     """
-    config = Qwen2Config(
+    # Not Qwen2: AutoTokenizer would load any tokenizer of a Qwen2 model as Qwen's own
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
@@ -84,4 +85,4 @@ def make_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        return LlamaForCausalLM(config)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..engines import Generation, TransformersEngine
 from ..protocol import TagProtocol
-from ..retrieval import BM25Retriever
+from ..retrieval import BM25Retriever, Retriever
 from ..rollout import SearchLoop
 from ..scoring import exact_match
 from ..trajectory import Trajectory
@@ -59,23 +59,53 @@ class DemonstrationEngine:
 
 def demonstrate(
     tokenizer: PreTrainedTokenizerBase,
+    retriever: Retriever,
+    prompts: Sequence[str],
+    scripts: Sequence[Sequence[str]],
+    limits: dict[str, int] = LIMITS,
+) -> list[Trajectory]:
+    """
+    Roll out prepared turns with the real search loop and retriever.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A tokenizer that has the closing tags of the protocol as tokens, as that of [`make_tokenizer`].
+        retriever ([`Retriever`]):
+            Executes the searches.
+        prompts (`Sequence[str]`):
+            B prompts as plain text, none twice.
+        scripts (`Sequence[Sequence[str]]`):
+            The turns to write for each.
+        limits (`dict[str, int]`, *optional*):
+            Budgets of the search loop.
+
+    Returns:
+        `list[Trajectory]`: B trajectories.
+    """
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    script_ids = [[tokenizer(turn)["input_ids"] for turn in script] for script in scripts]
+    ends = frozenset(tokenizer(tag)["input_ids"][-1] for tag in TagProtocol.stop_strings)
+    engine = DemonstrationEngine(dict(zip(map(tuple, prompt_ids), script_ids, strict=True)), ends)
+    loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **limits)
+    return loop.run(prompt_ids)[0]
+
+
+def demonstrate_world(
+    tokenizer: PreTrainedTokenizerBase,
     world: World,
-    questions: Sequence[Question],
     *,
     wrong_query: float = 0.0,
     wrong_answer: float = 0.0,
     seed: int = 0,
 ) -> list[Trajectory]:
     """
-    Roll out demonstrations with the real search loop and retriever.
+    Demonstrations of all questions about a world.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The demo tokenizer.
         world ([`World`]):
-            Where to search.
-        questions (`Sequence[Question]`):
-            What to answer, no question twice.
+            Where to search, and what to ask.
         wrong_query (`float`, *optional*, defaults to `0.0`):
             Probability that a query names another entity of the same kind.
         wrong_answer (`float`, *optional*, defaults to `0.0`):
@@ -92,22 +122,13 @@ def demonstrate(
     def maybe_other(name: str, probability: float) -> str:
         return rng.choice(world.names[kind_of[name]]) if rng.random() < probability else name
 
-    prompts, scripts = [], {}
-    for question in questions:
-        turns = [f"<search> {maybe_other(query, wrong_query)}</search>" for query in question.queries]
-        turns.append(f"<answer> {maybe_other(question.answer, wrong_answer)}</answer>")
-        prompt = tokenizer(str(question.row()["prompt"]))["input_ids"]
-        prompts.append(prompt)
-        scripts[tuple(prompt)] = [tokenizer(turn)["input_ids"] for turn in turns]
-    ends = frozenset(tokenizer.convert_tokens_to_ids(["</search>", "</answer>"]))
-    loop = SearchLoop(
-        DemonstrationEngine(scripts, ends),
-        BM25Retriever(world.passages),
-        TagProtocol(tokenizer),
-        eos_token_ids=[tokenizer.eos_token_id],
-        **LIMITS,
-    )
-    return loop.run(prompts)[0]
+    questions = [*world.train_questions, *world.heldout_questions]
+    scripts = [
+        [f"<search> {maybe_other(query, wrong_query)}</search>" for query in question.queries]
+        + [f"<answer> {maybe_other(question.answer, wrong_answer)}</answer>"]
+        for question in questions
+    ]
+    return demonstrate(tokenizer, BM25Retriever(world.passages), [str(q.row()["prompt"]) for q in questions], scripts)
 
 
 def supervise(
@@ -221,9 +242,7 @@ def sample(
         **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
     )
     engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
-    loop = SearchLoop(
-        engine, BM25Retriever(world.passages), protocol, eos_token_ids=[tokenizer.eos_token_id], **LIMITS
-    )
+    loop = SearchLoop(engine, BM25Retriever(world.passages), protocol, eos_token_ids=[tokenizer.eos_token_id], **LIMITS)
     prompts = [tokenizer(str(question.row()["prompt"]))["input_ids"] for question in questions]
     return [t for i in range(0, len(prompts), max_batch) for t in loop.run(prompts[i : i + max_batch])[0]]
 
@@ -239,11 +258,11 @@ def warm_start(
     *,
     seed: int = 0,
     worlds: int = 8,
-    target: float = 0.8,
+    target: float = 0.9,
     max_steps: int = 600,
     weaken_steps: int = 80,
     wrong_query: float = 0.5,
-    wrong_answer: float = 0.85,
+    wrong_answer: float = 0.8,
     progress: bool = False,
 ) -> PreTrainedModel:
     """
@@ -256,7 +275,7 @@ def warm_start(
             Seed of the weights, of the worlds that the demonstrations come from, and of their order.
         worlds (`int`, *optional*, defaults to `8`):
             How many worlds they come from. None of them is `make_world(s)` for a small `s`.
-        target (`float`, *optional*, defaults to `0.8`):
+        target (`float`, *optional*, defaults to `0.9`):
             Stage one ends when the greedy exact match on unseen questions reaches this: copying has been learned.
         max_steps (`int`, *optional*, defaults to `600`):
             The most steps of stage one.
@@ -264,7 +283,7 @@ def warm_start(
             Steps of stage two; 0 keeps the strong policy.
         wrong_query (`float`, *optional*, defaults to `0.5`):
             Probability of a wrong name in a query of stage two.
-        wrong_answer (`float`, *optional*, defaults to `0.85`):
+        wrong_answer (`float`, *optional*, defaults to `0.8`):
             Probability of a wrong answer in stage two.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show progress bars.
@@ -281,13 +300,8 @@ def warm_start(
     model = make_model(tokenizer, seed=seed)
 
     def demonstrations(**mistakes: float) -> list[Trajectory]:
-        return [
-            trajectory
-            for i, world in enumerate(made)
-            for trajectory in demonstrate(
-                tokenizer, world, world.train_questions + world.heldout_questions, seed=seed + i, **mistakes
-            )
-        ]
+        per_world = (demonstrate_world(tokenizer, world, seed=seed + i, **mistakes) for i, world in enumerate(made))
+        return [trajectory for trajectories in per_world for trajectory in trajectories]
 
     def rate() -> float:
         return answer_rate(sample(model, tokenizer, unseen, probe, greedy=True), probe)

@@ -124,9 +124,7 @@ class BM25Retriever:
         ]
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(
-            list(texts), stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False
-        )
+        return bm25s.tokenize(list(texts), stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False)
 
     def _score_bm25s(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._tokenize([query])[0]

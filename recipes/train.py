@@ -1,0 +1,227 @@
+"""Train a search agent.
+
+With no arguments, the embedded demo: a tiny model learns to search a fictional encyclopedia, in a few minutes on two CPU
+cores and without a network.
+
+    accelerate launch recipes/train.py
+    accelerate launch recipes/train.py --config recipes/configs/hotpotqa_sample.yaml
+    accelerate launch recipes/train.py --config recipes/configs/qwen2.5_3b_nq_hotpotqa.yaml --corpus wiki.jsonl
+    accelerate launch recipes/train.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name questions.jsonl \
+        --corpus passages.jsonl --output_dir runs/mine --max_searches 2
+
+Every option of TSPOConfig is a flag and a key of the YAML files.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, load_dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, ProgressCallback, set_seed
+from trl import ModelConfig, ScriptArguments, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+
+from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer, load_corpus
+from tspo_trl.curves import plot_curves
+from tspo_trl.demo import demonstrate, make_model, make_tokenizer, make_world, supervise, warm_start
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+DEMO = "demo"
+
+
+@dataclass
+class SearchArguments(ScriptArguments):
+    """
+    Where the questions and the passages come from, beside the arguments of [`~trl.ScriptArguments`].
+
+    Args:
+        dataset_name (`str`, *optional*):
+            A data set on the Hub, a local file (JSONL, JSON, CSV or parquet), or `"demo"`. Rows have `question` and
+            `golden_answers`.
+        corpus (`str`, *optional*):
+            A JSONL file of passages. The demo brings its own.
+        retriever_backend (`str`, *optional*, defaults to `"bm25s"`):
+            `"bm25s"` or `"rank_bm25"`.
+        max_train_questions (`int`, *optional*):
+            Train on the first so many questions.
+        max_eval_questions (`int`, *optional*):
+            Evaluate on the first so many questions.
+        demo_seed (`int`, *optional*, defaults to `0`):
+            Seed of the fictional encyclopedia and of the warm start.
+        warm_start_steps (`int`, *optional*, defaults to `300`):
+            With the model `"demo"` on other data: supervised steps that teach it to search for the question.
+    """
+
+    corpus: str | None = field(default=None, metadata={"help": "A JSONL file of passages."})
+    retriever_backend: str = field(default="bm25s", metadata={"help": "'bm25s' or 'rank_bm25'."})
+    max_train_questions: int | None = field(default=None, metadata={"help": "Train on the first so many questions."})
+    max_eval_questions: int | None = field(default=None, metadata={"help": "Evaluate on the first so many questions."})
+    demo_seed: int = field(default=0, metadata={"help": "Seed of the fictional encyclopedia and of the warm start."})
+    warm_start_steps: int = field(
+        default=300,
+        metadata={"help": "With the model 'demo' on other data: supervised steps that teach it to search."},
+    )
+
+
+class ShortProgress(ProgressCallback):
+    """The progress bar with the metrics that matter beside it, instead of every metric on lines of its own."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs and "reward" in logs:
+            shown = {"EM": "reward", "hit": "search/hit", "all wrong": "groups/all_wrong"}
+            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
+
+
+def load_questions(script_args: SearchArguments) -> dict[str, Dataset | IterableDataset]:
+    """The splits of the data set, by name."""
+    name = script_args.dataset_name
+    if Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"`dataset_name`: there is no file {name!r}.")
+        kind = Path(name).suffix.removeprefix(".").replace("jsonl", "json")
+        return load_dataset(kind, data_files={script_args.dataset_train_split: name})
+    return load_dataset(name, script_args.dataset_config, streaming=script_args.dataset_streaming)
+
+
+def first_questions(dataset: Dataset | IterableDataset | None, count: int | None) -> Dataset | IterableDataset | None:
+    """The first `count` questions, all if `None`."""
+    if dataset is None or count is None:
+        return dataset
+    return dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
+
+
+def save_demo_model(script_args: SearchArguments, passages, rows, folder: Path) -> None:
+    """Make the tiny model, teach it to search, and save it with its tokenizer where the trainer loads it from."""
+    console = Console()
+    if script_args.dataset_name == DEMO:
+        tokenizer = make_tokenizer()
+        model = warm_start(tokenizer, seed=script_args.demo_seed, progress=True)
+    else:
+        console.print("Making a tiny model for this data; it learns to search for the question, and little else.")
+        texts = [f"{p.title} {p.text}" for p in passages] + [row["question"] for row in rows]
+        tokenizer = make_tokenizer(texts)
+        model = make_model(tokenizer, seed=script_args.demo_seed)
+        retriever = BM25Retriever(passages)
+        prompts = {f"Question: {row['question']}\n": row for row in rows}
+        scripts = [
+            [f"<search> {row['question']}</search>", f"<answer> {row['golden_answers'][0]}</answer>"]
+            for row in prompts.values()
+        ]
+        demonstrations = demonstrate(
+            tokenizer, retriever, list(prompts), scripts, {"max_searches": 1, "num_passages": 2, "max_turn_tokens": 64}
+        )
+        supervise(model, demonstrations, steps=script_args.warm_start_steps, progress="Warm start", batch_size=16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def report(before: dict[str, float], after: dict[str, float], num_questions: int, trainer: TSPOTrainer) -> None:
+    """Print the held-out results before and after training."""
+    samples = trainer.num_generations_eval
+    table = Table(title=f"Held-out questions ({num_questions}, {samples} sampled rollouts each)")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "Exact match": "eval_reward",
+        "Gold answer found (hit)": "eval_search/hit",
+        "Near miss (found, answered wrong)": "eval_search/near_miss",
+        "Groups all wrong": "eval_groups/all_wrong",
+        "Groups mixed": "eval_groups/mixed",
+        "Groups all correct": "eval_groups/all_correct",
+        "Searches per question": "eval_search/calls",
+        "Invalid turns": "eval_search/invalid",
+    }
+    for name, key in rows.items():
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
+    Console().print(table)
+
+
+def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: ModelConfig) -> None:
+    state = PartialState()
+    if state.device.type == "cpu" and state.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") is None:
+        # `accelerate launch` without a configuration gives a process a single thread
+        torch.set_num_threads(os.cpu_count() or 1)
+    set_seed(training_args.seed)
+    output_dir = Path(training_args.output_dir)
+
+    # Data
+    if script_args.dataset_name == DEMO:
+        world = make_world(script_args.demo_seed)
+        passages = world.passages
+        train_dataset = Dataset.from_list([question.row() for question in world.train_questions])
+        eval_dataset = Dataset.from_list([question.row() for question in world.heldout_questions])
+    else:
+        if script_args.dataset_name is None or script_args.corpus is None:
+            raise ValueError("`dataset_name` and `corpus` are required: questions with golden answers, and passages.")
+        passages = load_corpus(script_args.corpus)
+        splits = load_questions(script_args)
+        if script_args.dataset_train_split not in splits:
+            raise ValueError(f"`dataset_train_split` {script_args.dataset_train_split!r} is not one of {list(splits)}.")
+        train_dataset = splits[script_args.dataset_train_split]
+        eval_dataset = splits.get(script_args.dataset_test_split)
+    train_dataset = first_questions(train_dataset, script_args.max_train_questions)
+    eval_dataset = first_questions(eval_dataset, script_args.max_eval_questions)
+
+    # Model
+    model = model_args.model_name_or_path
+    if model == DEMO:
+        folder = output_dir / "warm_start"
+        if state.is_main_process:
+            save_demo_model(script_args, passages, train_dataset, folder)
+        state.wait_for_everyone()
+        model = str(folder)
+    elif training_args.model_init_kwargs is None:
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+        }
+        quantization_config = get_quantization_config(model_args)
+        if quantization_config is not None:
+            training_args.model_init_kwargs["device_map"] = get_kbit_device_map()
+            training_args.model_init_kwargs["quantization_config"] = quantization_config
+
+    trainer = TSPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=AutoTokenizer.from_pretrained(
+            model, revision=model_args.model_revision, padding_side="left", truncation_side="left"
+        )
+        if model_args.model_name_or_path != DEMO
+        else None,
+        peft_config=get_peft_config(model_args),
+        retriever=BM25Retriever(passages, backend=script_args.retriever_backend),
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortProgress)
+
+    before = trainer.evaluate() if eval_dataset is not None else None
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = trainer.evaluate() if eval_dataset is not None else None
+
+    trainer.save_model()
+    trainer.save_state()
+    if state.is_main_process:
+        plot_curves(trainer.state.log_history, output_dir / "curves.png", title=f"{output_dir.name}: TSPO training")
+        if before is not None and after is not None:
+            report(before, after, len(eval_dataset), trainer)
+        console = Console()
+        console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
+        if training_args.log_trajectories:
+            console.print(f"Trajectories: {output_dir / 'trajectories'}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not any(a.startswith(("--config", "--dataset_name", "-h", "--help")) for a in arguments):
+        arguments = ["--config", str(DEMO_CONFIG), *arguments]
+    main(*TrlParser((SearchArguments, TSPOConfig, ModelConfig)).parse_args_and_config(arguments))

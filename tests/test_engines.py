@@ -1,0 +1,124 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tspo_trl.engines import TransformersEngine
+from tspo_trl.protocol import TagProtocol
+
+
+@pytest.fixture(scope="module")
+def policy(policy_dir):
+    return AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def make_engine(policy, tokenizer):
+    def make(**options):
+        opened = []
+
+        @contextmanager
+        def model_context():
+            opened.append(True)
+            yield policy
+            opened.append(False)
+
+        config = GenerationConfig(
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, disable_compile=True, **options
+        )
+        engine = TransformersEngine(model_context, tokenizer, config, TagProtocol.stop_strings)
+        engine.opened = opened
+        return engine
+
+    return make
+
+
+def prompts(tokenizer, world, count):
+    return [tokenizer(str(q.row()["prompt"]))["input_ids"] for q in world.train_questions[:count]]
+
+
+def logits_of(policy, ids):
+    return policy(input_ids=torch.tensor([ids])).logits[0]
+
+
+@torch.no_grad()
+def test_greedy_turns_are_the_most_probable_tokens_of_a_full_forward(make_engine, policy, tokenizer, world):
+    contexts = prompts(tokenizer, world, 6)
+    assert len({len(c) for c in contexts}) > 1  # so that padding matters
+    engine = make_engine(do_sample=False)
+    with engine.session():
+        generations = engine.generate(contexts, [8] * 6)
+    for context, generation in zip(contexts, generations, strict=True):
+        logits = logits_of(policy, context + generation.token_ids)
+        assert logits[len(context) - 1 : -1].argmax(dim=-1).tolist() == generation.token_ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_full_forward(make_engine, policy, tokenizer, world, temperature):
+    torch.manual_seed(0)
+    contexts = prompts(tokenizer, world, 8)
+    engine = make_engine(do_sample=True, temperature=temperature, top_k=0)
+    with engine.session():
+        generations = engine.generate(contexts, [12] * 8)
+    for context, generation in zip(contexts, generations, strict=True):
+        logits = logits_of(policy, context + generation.token_ids)[len(context) - 1 : -1] / temperature
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_turn_ends_with_the_token_that_closes_a_tag_or_at_its_own_budget(make_engine, tokenizer, world):
+    torch.manual_seed(0)
+    contexts = prompts(tokenizer, world, 16)
+    budgets = [1, 2, 3, 12] * 4
+    engine = make_engine(do_sample=True, temperature=1.0, top_k=0)
+    with engine.session():
+        generations = engine.generate(contexts, budgets)
+    closed = 0
+    for generation, budget in zip(generations, budgets, strict=True):
+        text = tokenizer.decode(generation.token_ids)
+        stops = sum(text.count(stop) for stop in TagProtocol.stop_strings) + text.count("<eos>")
+        assert len(generation.logprobs) == len(generation.token_ids)
+        if stops:
+            closed += 1
+            assert stops == 1
+            assert text.endswith((*TagProtocol.stop_strings, "<eos>"))
+            assert len(generation.token_ids) <= budget
+        else:
+            assert len(generation.token_ids) == budget
+    assert closed >= 3
+
+
+def test_a_stop_string_split_over_several_tokens_ends_the_turn(policy):
+    """Byte-level tokenizers spell the tags with several tokens, and the last one may carry more text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<", "/", "search", ">", ">\n", "answer", "x", " ", "\n", "<eos>"]
+    tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="x"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    config = GenerationConfig(eos_token_id=9, pad_token_id=9)
+    stop = TransformersEngine(lambda: None, fast, config, TagProtocol.stop_strings)._stop
+    ids = {p: i for i, p in enumerate(pieces)}
+
+    def ends(*tokens):
+        return [stop([ids[t] for t in tokens[: n + 1]]) for n in range(len(tokens))]
+
+    assert ends("<", "search", ">", "x", "<", "/", "search", ">") == [False] * 7 + [True]
+    assert ends("x", "<", "/", "answer", ">\n") == [False] * 4 + [True]
+    assert ends("x", ">", "<", "/", "x", ">") == [False] * 6
+    assert ends("x", "<eos>") == [False, True]
+
+
+def test_the_model_is_opened_once_for_all_turns_of_a_session(make_engine, tokenizer, world):
+    engine = make_engine(do_sample=False)
+    contexts = prompts(tokenizer, world, 2)
+    with engine.session():
+        for _ in range(3):
+            engine.generate(contexts, [2, 2])
+    assert engine.opened == [True, False]
+    with pytest.raises(RuntimeError, match="session"):
+        engine.generate(contexts, [2, 2])

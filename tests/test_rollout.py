@@ -1,0 +1,251 @@
+from contextlib import contextmanager
+
+import pytest
+
+from tspo_trl.engines import Generation
+from tspo_trl.protocol import TagProtocol
+from tspo_trl.retrieval import Passage
+from tspo_trl.rollout import SearchLoop
+
+QUESTION = "Question: Who wrote Silent Harbor?\n"
+PASSAGE = Passage(id="7", title="Silent Harbor", text="Silent Harbor is a novel by Mira Talvek.", score=1.0)
+
+
+class ScriptedEngine:
+    """Writes the next text of each prompt's script; cuts it at the budget, as a real engine does."""
+
+    def __init__(self, tokenizer, scripts):
+        self.tokenizer, self.scripts = tokenizer, scripts
+        self.calls, self.sessions = [], 0
+
+    @contextmanager
+    def session(self):
+        self.sessions += 1
+        yield
+
+    def generate(self, contexts, max_new_tokens):
+        self.calls.append([list(c) for c in contexts])
+        generations = []
+        for context, budget in zip(contexts, max_new_tokens, strict=True):
+            assert budget >= 1
+            key = next(k for k in self.scripts if context[: len(k)] == list(k))
+            ids = self.tokenizer(self.scripts[key].pop(0))["input_ids"][:budget]
+            generations.append(Generation(token_ids=ids, logprobs=[-0.5] * len(ids)))
+        return generations
+
+
+class RecordingRetriever:
+    def __init__(self, passages=(PASSAGE,), error=None):
+        self.passages, self.error, self.calls = list(passages), error, []
+
+    def search(self, queries, k):
+        self.calls.append(list(queries))
+        if self.error is not None:
+            raise self.error
+        return [self.passages[:k] for _ in queries]
+
+
+@pytest.fixture
+def roll(tokenizer):
+    """Roll out scripts (one list of turns for each rollout) and return trajectories, stats, engine and retriever."""
+
+    def run(*scripts, retriever=None, **options):
+        retriever = retriever or RecordingRetriever()
+        # The number of the rollout makes the prompts different, so that the engine can tell them apart
+        prompts = [tokenizer(QUESTION + " Doc" * (i + 1) + "\n")["input_ids"] for i in range(len(scripts))]
+        engine = ScriptedEngine(tokenizer, {tuple(p): list(s) for p, s in zip(prompts, scripts, strict=True)})
+        options = {"max_searches": 2, "max_turn_tokens": 16, "max_observation_tokens": 64, **options}
+        loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **options)
+        trajectories, stats = loop.run(prompts)
+        return trajectories, stats, engine, retriever
+
+    return run
+
+
+def test_search_then_answer(roll, tokenizer):
+    (t,), stats, engine, retriever = roll(["<search> Silent Harbor</search>", "<answer> Mira Talvek</answer>"])
+    assert t.status == "answered"
+    assert [turn.action for turn in t.turns] == ["search", "answer"]
+    assert t.turns[0].content == "Silent Harbor"
+    assert t.turns[0].retrieval == "ok"
+    assert t.turns[0].passages == [PASSAGE]
+    assert t.turns[1].retrieval is None
+    assert t.turns[1].observation_ids == []
+    assert t.answer == "Mira Talvek"
+    assert retriever.calls == [["Silent Harbor"]]
+    assert engine.sessions == 1
+    assert (stats.searches, stats.failed_searches, stats.retriever_calls) == (1, 0, 1)
+
+
+def test_tokens_are_appended_as_sampled(roll, tokenizer):
+    (t,), _, engine, _ = roll(["<search> Silent Harbor</search>", "<answer> Mira Talvek</answer>"])
+    first, second = (calls[0] for calls in engine.calls)
+    assert first == t.prompt_ids
+    assert second == t.prompt_ids + t.turns[0].token_ids + t.turns[0].observation_ids
+    assert t.completion_ids == second[len(t.prompt_ids) :] + t.turns[1].token_ids
+    sampled, shown = len(t.turns[0].token_ids), len(t.turns[0].observation_ids)
+    answered = len(t.turns[1].token_ids)
+    assert t.loss_mask == [1] * sampled + [0] * shown + [1] * answered
+    assert t.turn_index == [0] * sampled + [-1] * shown + [1] * answered
+    assert t.logprobs == [-0.5] * sampled + [0.0] * shown + [-0.5] * answered
+    text = tokenizer.decode(t.turns[0].observation_ids)
+    assert "<information>" in text
+    assert "</information>" in text
+    assert PASSAGE.text in text
+
+
+def test_one_retrieval_call_a_round_without_duplicates_and_none_for_what_is_known(roll):
+    search = "<search> {}</search>"
+    trajectories, stats, _, retriever = roll(
+        [search.format("Silent Harbor"), search.format("Golden Mirror"), "<answer> x</answer>"],
+        [search.format("Silent Harbor"), search.format("Silent Harbor"), "<answer> x</answer>"],
+        [search.format("Golden Mirror"), "<answer> x</answer>"],
+        ["<answer> x</answer>"],
+    )
+    assert retriever.calls == [["Silent Harbor", "Golden Mirror"]]
+    assert (stats.searches, stats.retriever_calls, stats.retriever_queries) == (5, 1, 2)
+    assert [len(t.turns) for t in trajectories] == [3, 3, 2, 1]
+
+
+def test_the_turn_after_the_last_search_is_final(roll):
+    search = "<search> Silent Harbor</search>"
+    (t,), stats, _, _ = roll([search, search, search, "<answer> x</answer>"])
+    assert t.status == "no_answer"
+    assert [turn.retrieval for turn in t.turns] == ["ok", "ok", None]
+    assert t.turns[-1].observation_ids == []
+    assert stats.searches == 2
+
+
+def test_without_searches_the_first_turn_is_final(roll):
+    (t,), _, _, retriever = roll(["<search> Silent Harbor</search>"], max_searches=0)
+    assert t.status == "no_answer"
+    assert retriever.calls == []
+
+
+@pytest.mark.parametrize(
+    "invalid", ["<search> Silent Harbor</answer>", "<search></search>", "Silent Harbor</search>", "Doc " * 16]
+)
+def test_an_invalid_action_gets_a_hint_and_costs_a_turn(roll, tokenizer, invalid):
+    (t,), _, _, retriever = roll([invalid, invalid, "<search> Silent Harbor</search>"])
+    assert [turn.action for turn in t.turns] == ["invalid", "invalid", "search"]
+    assert t.status == "no_answer"
+    assert "not valid" in tokenizer.decode(t.turns[0].observation_ids)
+    assert t.turns[0].passages == []
+    assert retriever.calls == []
+
+
+def test_the_model_may_end_without_acting(roll):
+    (t,), _, _, _ = roll(["Silent Harbor <eos>"])
+    assert t.status == "no_answer"
+    assert t.turns[0].action == "none"
+
+
+def test_text_after_a_failed_search_is_never_trained_on(roll):
+    retriever = RecordingRetriever(error=TimeoutError("too slow"))
+    trajectories, stats, _, _ = roll(
+        ["<search> Silent Harbor</search>"], ["<answer> Mira Talvek</answer>"], retriever=retriever
+    )
+    assert [t.status for t in trajectories] == ["retrieval_failed", "answered"]
+    assert trajectories[0].turns[-1].retrieval == "timeout"
+    assert trajectories[0].turns[-1].observation_ids == []
+    assert (stats.searches, stats.failed_searches) == (1, 1)
+    assert stats.error is retriever.error
+
+
+@pytest.mark.parametrize(
+    ("retriever", "kind"),
+    [
+        (RecordingRetriever(error=ConnectionError("refused")), "error"),
+        (RecordingRetriever(error=ValueError("malformed")), "error"),
+        (RecordingRetriever(error=TimeoutError()), "timeout"),
+    ],
+)
+def test_failures_are_marked_by_kind(roll, retriever, kind):
+    (t,), _, _, _ = roll(["<search> Silent Harbor</search>"], retriever=retriever)
+    assert t.turns[0].retrieval == kind
+    assert t.status == "retrieval_failed"
+
+
+def test_a_retriever_that_returns_the_wrong_number_of_results_failed(roll):
+    class Short(RecordingRetriever):
+        def search(self, queries, k):
+            return []
+
+    (t,), stats, _, _ = roll(["<search> Silent Harbor</search>"], retriever=Short())
+    assert t.status == "retrieval_failed"
+    assert "asked for 1 queries, got 0 results" in str(stats.error)
+
+
+def test_nothing_found_is_told_to_the_model(roll, tokenizer):
+    (t,), _, _, _ = roll(
+        ["<search> Silent Harbor</search>", "<answer> x</answer>"], retriever=RecordingRetriever(passages=[])
+    )
+    assert t.turns[0].retrieval == "empty"
+    assert t.turns[0].passages == []
+    assert "Nothing was found." in tokenizer.decode(t.turns[0].observation_ids)
+    assert t.status == "answered"
+
+
+def test_more_passages_than_asked_for_are_cut(roll):
+    many = [PASSAGE, Passage("8", "Golden Mirror", "x"), Passage("9", "Iron Tower", "x")]
+
+    class Generous(RecordingRetriever):
+        def search(self, queries, k):
+            return [many for _ in queries]
+
+    (t,), _, _, _ = roll(
+        ["<search> x</search>", "<answer> x</answer>"], retriever=Generous(), num_passages=2, max_observation_tokens=96
+    )
+    assert [p.id for p in t.turns[0].passages] == ["7", "8"]
+
+
+def test_passages_are_kept_as_far_as_they_were_shown(roll, tokenizer):
+    """Credit reads what the model could read: the gold that was cut away is not found."""
+    (t,), _, _, _ = roll(["<search> x</search>", "<answer> x</answer>"], max_observation_tokens=20)
+    (shown,) = t.turns[0].passages
+    assert PASSAGE.text.startswith(shown.text)
+    assert "Talvek" not in shown.text
+    assert shown.text in tokenizer.decode(t.turns[0].observation_ids)
+
+
+def test_a_long_query_is_cut_before_it_is_sent(roll):
+    (t,), _, _, retriever = roll(
+        ["<search> Silent Harbor Golden Mirror Iron Tower</search>", "<answer> x</answer>"], max_query_tokens=3
+    )
+    assert retriever.calls == [["Silent Harbor Golden"]]
+    assert t.turns[0].content == "Silent Harbor Golden"
+
+
+@pytest.mark.parametrize("limit", range(1, 90))
+def test_the_completion_never_exceeds_its_budget(roll, limit):
+    search = "<search> Silent Harbor</search>"
+    (t,), _, _, _ = roll(
+        [search, "Doc Doc", search, "<answer> x</answer>"], max_completion_length=limit, max_searches=3
+    )
+    assert 1 <= len(t.completion_ids) <= limit
+    assert all(turn.token_ids for turn in t.turns)
+    assert t.turns[-1].observation_ids == []
+    if t.status == "truncated":
+        assert t.answer is None
+
+
+def test_statuses_by_budget(roll):
+    search = "<search> Silent Harbor</search>"
+    statuses = {}
+    for limit in (2, 10, 200):
+        (t,), _, _, _ = roll([search, "<answer> x</answer>"], max_completion_length=limit)
+        statuses[limit] = t.status
+    assert statuses == {2: "truncated", 10: "truncated", 200: "answered"}
+
+
+def test_a_search_whose_result_would_not_fit_is_not_executed(roll):
+    (t,), _, _, retriever = roll(["<search> Silent Harbor</search>"], max_completion_length=8)
+    assert t.status == "truncated"
+    assert retriever.calls == []
+
+
+def test_prompt_and_completion_fit_the_context(roll, tokenizer):
+    (t,), _, _, _ = roll(["<search> Silent Harbor</search>", "<answer> x</answer>"], max_context_length=30)
+    assert len(t.prompt_ids) + len(t.completion_ids) <= 30
+    with pytest.raises(ValueError, match="at most 5 tokens"):
+        roll(["<answer> x</answer>"], max_context_length=5)

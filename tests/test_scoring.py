@@ -1,0 +1,219 @@
+"""Answers as text: normalisation, exact match, token F1, containment, answer tags."""
+
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tspo_trl.scoring import contains_answer, exact_match, extract_answer, f1_score, normalize_answer
+
+# Letters, articles, punctuation, white space and a few troublemakers (final sigma, dotted I, combining accent)
+TEXTS = st.text(alphabet=string.ascii_letters + string.punctuation + " \t\n0123éßΣİ\u0301\u00a0日", max_size=30)
+ANSWERS = st.lists(
+    st.sampled_from("the The a an Eiffel tower tower! paris, 1887 - yes no noanswer !!!".split()), max_size=6
+)
+PHRASES = ANSWERS.map(" ".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("", ""),
+        ("Paris", "paris"),
+        ("The  Eiffel Tower!", "eiffel tower"),
+        ("  a\tcat \n and an  owl ", "cat and owl"),
+        ("The The", ""),
+        ("a", ""),
+        ("!!!", ""),
+        ("Theatre and Analysis", "theatre and analysis"),  # articles are removed as words only
+        ("U.S.A.", "usa"),
+        ("state-of-the-art", "stateoftheart"),  # punctuation goes before articles, so no article is left
+        ("rock 'n' roll", "rock n roll"),
+        ("O'Neill's", "oneills"),
+        ("$1,000.50", "100050"),
+        ("a.k.a. the Boss", "aka boss"),
+        (string.punctuation, ""),
+        ("“Curly” quotes — dash", "“curly” quotes — dash"),  # only ASCII punctuation, as in SQuAD
+        ("ÉCOLE", "école"),
+        ("東京", "東京"),
+        ("non\u00a0breaking", "non breaking"),
+    ],
+)
+def test_normalize_answer_follows_squad(text, normalized):
+    assert normalize_answer(text) == normalized
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(TEXTS, st.text(max_size=20)))
+def test_normalizing_twice_changes_nothing(text):
+    once = normalize_answer(text)
+    assert normalize_answer(once) == once
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "score"),
+    [
+        ("Paris", ["Paris"], 1.0),
+        (" the PARIS. ", ["Paris"], 1.0),
+        ("Paris", ["Rome", "paris!"], 1.0),
+        ("Paris, France", ["Paris"], 0.0),
+        ("Pari", ["Paris"], 0.0),
+        ("", ["Paris"], 0.0),
+        (None, ["Paris"], 0.0),
+        ("Paris", [], 0.0),
+        (None, [], 0.0),
+        # a gold that normalises to nothing matches the same raw text only
+        ("The The", ["The The"], 1.0),
+        (" the the\n", ["The The"], 1.0),
+        ("the", ["The The"], 0.0),
+        ("a", ["The The"], 0.0),
+        ("!!!", ["The The"], 0.0),
+        ("!!!", ["!!!"], 1.0),
+        (" !!! ", ["!!!"], 1.0),
+        ("!!", ["!!!"], 0.0),
+        ("", ["!!!"], 0.0),
+        (None, ["!!!"], 0.0),
+        ("", [""], 0.0),
+        (" ", [""], 0.0),
+        (" ", [" "], 0.0),
+        (" ", ["Paris"], 0.0),
+        ("...", ["Paris"], 0.0),
+        ("The The", ["Paris", "The The"], 1.0),
+    ],
+)
+def test_exact_match(prediction, golds, score):
+    result = exact_match(prediction, golds)
+    assert isinstance(result, float)
+    assert result == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "score"),
+    [
+        ("Eiffel Tower", ["the Eiffel Tower"], 1.0),
+        ("tower eiffel", ["Eiffel Tower"], 1.0),  # order does not count
+        ("Eiffel Tower in Paris", ["Eiffel Tower"], 2 * (2 / 4) * 1 / (2 / 4 + 1)),  # 2/3
+        ("Tower", ["Eiffel Tower"], 2 * 1 * 0.5 / 1.5),  # 2/3
+        ("Paris Paris", ["Paris"], 2 * 0.5 * 1 / 1.5),  # a repeated token is counted once
+        ("Paris Paris", ["Paris Paris Texas"], 2 * 1 * (2 / 3) / (1 + 2 / 3)),  # 0.8
+        ("John Adams", ["Quincy Adams Smith"], 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),  # 0.4
+        ("Rome", ["Paris"], 0.0),
+        ("Tower", ["Paris", "Eiffel Tower", "the tower"], 1.0),  # best over golds
+        ("", ["Paris"], 0.0),
+        (None, ["Paris"], 0.0),
+        ("the", ["Paris"], 0.0),
+        ("Paris", [], 0.0),
+        # yes, no and noanswer are right or wrong
+        ("Yes.", ["yes"], 1.0),
+        ("no", ["no"], 1.0),
+        ("noanswer", ["noanswer"], 1.0),
+        ("yes it is", ["yes"], 0.0),
+        ("yes", ["yes it is"], 0.0),
+        ("no", ["no man's land"], 0.0),
+        ("noanswer here", ["noanswer"], 0.0),
+        ("yes", ["no", "yes"], 1.0),
+        ("nobody", ["nobody knows"], 2 * 1 * 0.5 / 1.5),
+        # a gold without tokens has no token F1
+        ("The The", ["The The"], 1.0),
+        ("the", ["The The"], 0.0),
+        ("!!!", ["!!!"], 1.0),
+    ],
+)
+def test_f1_score(prediction, golds, score):
+    result = f1_score(prediction, golds)
+    assert isinstance(result, float)
+    assert result == pytest.approx(score)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(st.none(), PHRASES, TEXTS), st.lists(st.one_of(PHRASES, TEXTS), max_size=3))
+def test_f1_is_between_0_and_1_and_never_below_exact_match(prediction, golds):
+    f1, match = f1_score(prediction, golds), exact_match(prediction, golds)
+    assert 0.0 <= f1 <= 1.0
+    assert match in (0.0, 1.0)
+    if match == 1.0 and any(normalize_answer(gold) for gold in golds):
+        assert f1 == 1.0
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(PHRASES, TEXTS), st.one_of(PHRASES, TEXTS))
+def test_an_exact_match_contains_the_answer_and_f1_is_symmetric(prediction, gold):
+    if exact_match(prediction, [gold]):
+        assert contains_answer(prediction, [gold])
+    if normalize_answer(prediction) and normalize_answer(gold):
+        assert f1_score(prediction, [gold]) == pytest.approx(f1_score(gold, [prediction]))
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "found"),
+    [
+        ("Paris is the capital of France.", ["Paris"], True),
+        ("The capital is PARIS.", ["paris"], True),
+        ("The capital is Paris", ["the paris"], True),
+        ("He took the bus.", ["us"], False),
+        ("Give it to us!", ["us"], True),
+        ("Give us it.", ["us"], True),
+        ("Parisian life", ["Paris"], False),
+        ("It stands in New\n York City.", ["New York"], True),
+        ("New Jersey, York", ["New York"], False),
+        ("New York", ["New York City"], False),
+        ("the University of the Arts", ["University of Arts"], True),
+        ("J.R.R. Tolkien", ["JRR Tolkien"], True),
+        ("born in 1999", ["199"], False),
+        ("born in 1999", ["Rome", "1999"], True),
+        ("Paris", [], False),
+        ("", ["Paris"], False),
+        (None, ["Paris"], False),
+        ("Paris", [""], False),
+        ("Paris", [" "], False),
+        # a gold that normalises to nothing is looked for raw, as whole words
+        ("The band The The was founded in 1979.", ["The The"], True),
+        ("the band was the best", ["The The"], False),
+        ("bathe the cat", ["The The"], False),
+        ("a band called !!! (chk chk chk)", ["!!!"], True),
+        ("What!", ["!!!"], False),
+        ("no punctuation", ["!!!"], False),
+        ("a tale of a tub", ["a"], True),
+        ("tale of tub", ["a"], False),
+        ("1 + 1 = 2", ["+"], True),  # regular expression characters are literal
+        ("1 and 1", ["."], False),
+    ],
+)
+def test_contains_answer_finds_whole_words(text, golds, found):
+    assert contains_answer(text, golds) is found
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from("north south lake town".split()), max_size=4),
+    st.lists(st.sampled_from("north south lake town".split()), min_size=1, max_size=2),
+)
+def test_contains_answer_is_a_run_of_words(words, gold):
+    found = any(words[i : i + len(gold)] == gold for i in range(len(words)))
+    assert contains_answer(" ".join(words), [" ".join(gold)]) is found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>Paris</answer>", "Paris"),
+        ("I think <answer> Paris </answer> is right", "Paris"),
+        ("<answer>Rome</answer> no, <answer>Paris</answer>", "Paris"),  # the last one
+        ("<answer>Paris</answer> or <answer>Rome", "Paris"),  # the last well-formed one
+        ("<answer>Rome <answer>Paris</answer>", "Paris"),
+        ("<answer>Rome <answer>Paris</answer> Oslo</answer>", "Paris"),
+        ("<answer>New\nYork\n</answer>", "New\nYork"),
+        ("<answer></answer>", ""),
+        ("<answer>Paris</answer><answer> </answer>", ""),
+        ("<answer>Paris", None),
+        ("Paris</answer>", None),
+        ("</answer>Paris<answer>", None),
+        ("<answer>Paris</search>", None),
+        ("<ANSWER>Paris</ANSWER>", None),
+        ("Paris", None),
+        ("", None),
+    ],
+)
+def test_extract_answer_takes_the_last_well_formed_tag(text, answer):
+    assert extract_answer(text) == answer
