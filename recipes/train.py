@@ -22,12 +22,13 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, ProgressCallback, set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from transformers import ProgressCallback, set_seed
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer, load_corpus
+from tspo_trl import BM25Retriever, TagProtocol, TSPOConfig, TSPOTrainer, load_corpus
 from tspo_trl.curves import plot_curves
 from tspo_trl.demo import demonstrate, make_model, make_tokenizer, make_world, supervise, warm_start
+from tspo_trl.protocol import PROMPT
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 DEMO = "demo"
@@ -91,10 +92,12 @@ def first_questions(dataset: Dataset | IterableDataset | None, count: int | None
     """The first `count` questions, all if `None`."""
     if dataset is None or count is None:
         return dataset
-    return dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
+    return (
+        dataset.take(count) if isinstance(dataset, IterableDataset) else dataset.select(range(min(count, len(dataset))))
+    )
 
 
-def save_demo_model(script_args: SearchArguments, passages, rows, folder: Path) -> None:
+def save_demo_model(script_args: SearchArguments, training_args: TSPOConfig, passages, rows, folder: Path) -> None:
     """Make the tiny model, teach it to search, and save it with its tokenizer where the trainer loads it from."""
     console = Console()
     if script_args.dataset_name == DEMO:
@@ -102,18 +105,21 @@ def save_demo_model(script_args: SearchArguments, passages, rows, folder: Path) 
         model = warm_start(tokenizer, seed=script_args.demo_seed, progress=True)
     else:
         console.print("Making a tiny model for this data; it learns to search for the question, and little else.")
-        texts = [f"{p.title} {p.text}" for p in passages] + [row["question"] for row in rows]
+        texts = [PROMPT, *(f"{p.title} {p.text}" for p in passages), *(row["question"] for row in rows)]
         tokenizer = make_tokenizer(texts)
         model = make_model(tokenizer, seed=script_args.demo_seed)
         retriever = BM25Retriever(passages)
-        prompts = {f"Question: {row['question']}\n": row for row in rows}
+        protocol = TagProtocol(tokenizer, max_searches=training_args.max_searches)
+        prompts = {protocol.prompt(row["question"]): row for row in rows}
         scripts = [
             [f"<search> {row['question']}</search>", f"<answer> {row['golden_answers'][0]}</answer>"]
             for row in prompts.values()
         ]
-        demonstrations = demonstrate(
-            tokenizer, retriever, list(prompts), scripts, {"max_searches": 1, "num_passages": 2, "max_turn_tokens": 64}
-        )
+        limits = {
+            name: getattr(training_args, name)
+            for name in ("max_searches", "num_passages", "max_turn_tokens", "max_observation_tokens")
+        }
+        demonstrations = demonstrate(tokenizer, retriever, list(prompts), scripts, limits)
         supervise(model, demonstrations, steps=script_args.warm_start_steps, progress="Warm start", batch_size=16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -171,30 +177,22 @@ def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: Mo
     if model == DEMO:
         folder = output_dir / "warm_start"
         if state.is_main_process:
-            save_demo_model(script_args, passages, train_dataset, folder)
+            save_demo_model(script_args, training_args, passages, train_dataset, folder)
         state.wait_for_everyone()
         model = str(folder)
-    elif training_args.model_init_kwargs is None:
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-        }
-        quantization_config = get_quantization_config(model_args)
-        if quantization_config is not None:
-            training_args.model_init_kwargs["device_map"] = get_kbit_device_map()
-            training_args.model_init_kwargs["quantization_config"] = quantization_config
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     trainer = TSPOTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=AutoTokenizer.from_pretrained(
-            model, revision=model_args.model_revision, padding_side="left", truncation_side="left"
-        )
-        if model_args.model_name_or_path != DEMO
-        else None,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         retriever=BM25Retriever(passages, backend=script_args.retriever_backend),
     )
@@ -218,6 +216,7 @@ def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: Mo
             console.print(f"Trajectories: {output_dir / 'trajectories'}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def test_advantages_in_float32_are_finite_and_close_to_float64(batch, choices, p
     assert advantages.dtype == torch.float32
     assert advantages.isfinite().all()
     expected = advantages_of(rollouts, group_size, placement=placement, **choices)
-    same(advantages.double(), expected, rtol=1e-3, atol=1e-3)
+    same(advantages.double(), expected, rtol=5e-3, atol=5e-3)
 
 
 @settings(deadline=None, max_examples=100)
@@ -258,7 +258,9 @@ def test_groups_do_not_influence_one_another_unless_the_scale_is_of_the_batch(da
     choices["scale_rewards"] = data.draw(st.sampled_from(["group", "none"]))
     group_size = data.draw(st.integers(2, 4))
     groups = [data.draw(st.lists(a_rollout(), min_size=group_size, max_size=group_size)) for _ in range(3)]
-    together = advantages_of(sum(groups, []), group_size, placement=placement, **choices)
+    together = advantages_of(
+        [rollout for group in groups for rollout in group], group_size, placement=placement, **choices
+    )
     for number, group in enumerate(groups):
         alone = advantages_of(group, group_size, placement=placement, **choices)
         rows = together[number * group_size : (number + 1) * group_size]

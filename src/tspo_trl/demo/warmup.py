@@ -200,8 +200,11 @@ def _loss(model: PreTrainedModel, batch: Sequence[Trajectory]) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(model.device)
 
     input_ids = padded([t.prompt_ids + t.completion_ids for t in batch])
-    fitted = padded([[0] * len(t.prompt_ids) + t.loss_mask for t in batch])
-    return model(input_ids=input_ids, labels=input_ids.masked_fill(fitted == 0, -100)).loss
+    fitted = padded([[0] * len(t.prompt_ids) + t.loss_mask for t in batch])[:, 1:] == 1
+    hidden_states = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]
+    # Only the fitted positions are projected on the vocabulary: they are few
+    logits = model.get_output_embeddings()(hidden_states[fitted])
+    return torch.nn.functional.cross_entropy(logits, input_ids[:, 1:][fitted])
 
 
 def sample(

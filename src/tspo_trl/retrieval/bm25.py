@@ -70,17 +70,17 @@ class BM25Retriever:
                 raise ValueError(f"`passages` has two passages with the id {passage.id!r}: ids must be unique.")
             seen.add(passage.id)
         documents = [f"{passage.title} {passage.text}" for passage in self.passages]
-        if not any(_WORD.search(document) for document in documents):
-            raise ValueError("`passages` has no passage with any word in its title or text.")
         # query -> the score of every document, and which documents share a term with the query, both of shape (N,)
         self._score: Callable[[str], tuple[np.ndarray, np.ndarray]]
         if backend == "bm25s":
             self._stemmer = Stemmer.Stemmer("english")
+            tokens = self._require_words(self._tokenize(documents))
             self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            self._index.index(self._tokenize(documents), show_progress=False)
+            self._index.index(tokens, show_progress=False)
             self._score = self._score_bm25s
         elif backend == "rank_bm25":
-            self._okapi = BM25Okapi([_WORD.findall(document.lower()) for document in documents], k1=k1, b=b)
+            tokens = self._require_words([_WORD.findall(document.lower()) for document in documents])
+            self._okapi = BM25Okapi(tokens, k1=k1, b=b)
             self._score = self._score_okapi
         else:
             raise ValueError(f"`backend` must be 'bm25s' or 'rank_bm25', got {backend!r}.")
@@ -122,6 +122,12 @@ class BM25Retriever:
             [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
             for scores, matches in map(self._score, queries)
         ]
+
+    @staticmethod
+    def _require_words(documents: list[list[str]]) -> list[list[str]]:
+        if not any(documents):
+            raise ValueError("`passages` has no passage with any word to search for in its title or text.")
+        return documents
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
         return bm25s.tokenize(list(texts), stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False)

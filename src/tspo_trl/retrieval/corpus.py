@@ -28,7 +28,7 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
     if not path.is_file():
         raise FileNotFoundError(f"The corpus file {str(path)!r} does not exist.")
     empty = True
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # decoded line by line, so that an error can name its line
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _parse(line, f"{path}, line {number}", default_id=str(number - 1))
@@ -42,11 +42,12 @@ def load_corpus(path: str | Path) -> list[Passage]:
     return list(iter_corpus(path))
 
 
-def _parse(line: str, where: str, default_id: str) -> Passage:
+def _parse(line: bytes, where: str, default_id: str) -> Passage:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error}). Found: {line.strip()[:80]!r}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = line.strip()[:80].decode("utf-8", errors="replace")
+        raise ValueError(f"{where}: not valid JSON ({error}). Found: {found!r}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}.")
     if isinstance(record.get("text"), str):

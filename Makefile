@@ -1,0 +1,27 @@
+# `make train` and `make test` set up everything they need, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install train test lint
+
+install: $(VENV)/.installed
+
+# torch first and exactly: whatever else asks for it then finds it there
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(shell grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/accelerate launch recipes/train.py $(ARGS)
+
+test: lint
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src

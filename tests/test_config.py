@@ -1,0 +1,169 @@
+"""Options: their defaults, what is refused, and the command line."""
+
+from dataclasses import fields
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from tspo_trl import TSPOConfig
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **options: TSPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(*arguments):
+        common = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        (config,) = TrlParser((TSPOConfig,)).parse_args_and_config([*common, *arguments])
+        return config
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("protocol", "tags"),
+        ("max_searches", 4),
+        ("num_passages", 3),
+        ("max_turn_tokens", 500),
+        ("max_query_tokens", 64),
+        ("max_observation_tokens", 500),
+        ("folr_alpha", 0.5),
+        ("folr_placement", "first"),
+        ("folr_guard", "degenerate"),
+        ("advantage_level", "stage"),
+        ("turn_baseline", "turn"),
+        ("success_threshold", 1.0),
+        ("max_completion_length", 4096),
+        ("max_retrieval_failure_rate", 0.5),
+        ("retrieval_log", None),
+        ("log_trajectories", True),
+    ],
+)
+def test_defaults(make, parse, name, default):
+    for config in (make(), parse()):
+        assert getattr(config, name, "no such option") == default
+
+
+def test_every_option_has_a_help_text_and_a_place_in_the_docstring():
+    inherited = {option.name for option in fields(GRPOConfig)}
+    own = [option for option in fields(TSPOConfig) if option.name not in inherited]
+    assert len(own) > 10
+    for option in own:
+        assert option.metadata.get("help")
+        assert f"{option.name} (`" in TSPOConfig.__doc__
+
+
+def test_options_of_grpo_keep_their_defaults(make, tmp_path):
+    config, grpo = make(), GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    for option in fields(GRPOConfig):
+        if option.name not in ("max_completion_length", "logging_dir", "run_name"):
+            assert getattr(config, option.name) == getattr(grpo, option.name), option.name
+
+
+BAD = [
+    ({"num_generations": 1}, "num_generations"),
+    ({"num_generations": 0}, "num_generations"),
+    ({"max_completion_length": 500}, "max_completion_length"),
+    ({"max_completion_length": 200, "max_observation_tokens": 201}, "max_observation_tokens"),
+    ({"max_completion_length": 0}, "max_completion_length"),
+    ({"protocol": "telepathy"}, "protocol"),
+    ({"folr_placement": "last"}, "folr_placement"),
+    ({"folr_guard": "paranoid"}, "folr_guard"),
+    ({"advantage_level": "token"}, "advantage_level"),
+    ({"turn_baseline": "batch"}, "turn_baseline"),
+    ({"advantage_level": None}, "advantage_level"),
+    ({"max_searches": -1}, "max_searches"),
+    ({"num_passages": 0}, "num_passages"),
+    ({"num_passages": -3}, "num_passages"),
+    ({"max_turn_tokens": 0}, "max_turn_tokens"),
+    ({"max_turn_tokens": -1}, "max_turn_tokens"),
+    ({"max_query_tokens": 0}, "max_query_tokens"),
+    ({"max_query_tokens": -1}, "max_query_tokens"),
+    ({"max_observation_tokens": 0}, "max_observation_tokens"),
+    ({"max_observation_tokens": -500}, "max_observation_tokens"),
+    ({"folr_alpha": -0.5}, "folr_alpha"),
+    ({"folr_alpha": float("nan")}, "folr_alpha"),
+    ({"max_retrieval_failure_rate": -0.01}, "max_retrieval_failure_rate"),
+    ({"max_retrieval_failure_rate": 1.01}, "max_retrieval_failure_rate"),
+    ({"max_retrieval_failure_rate": float("nan")}, "max_retrieval_failure_rate"),
+    ({"use_vllm": True}, "use_vllm"),
+    ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching"),
+]
+
+
+@pytest.mark.parametrize(("options", "name"), BAD, ids=[str(options) for options, _ in BAD])
+def test_a_bad_option_is_refused_by_name(make, options, name):
+    with pytest.raises(ValueError, match=f"`{name}") as error:
+        make(**options)
+    assert str(options.get(name, "")) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_generations": 2},
+        {"max_searches": 0},
+        {"num_passages": 1},
+        {"max_turn_tokens": 1, "max_query_tokens": 1},
+        {"max_completion_length": 501},
+        {"max_completion_length": 100, "max_observation_tokens": 99},
+        {"folr_alpha": 0.0},
+        {"max_retrieval_failure_rate": 0.0},
+        {"max_retrieval_failure_rate": 1.0},
+        {"folr_placement": "up_to_first", "folr_guard": "none", "turn_baseline": "group"},
+        {"folr_guard": "strict", "advantage_level": "trajectory"},
+        {"advantage_level": "turn"},
+        {"success_threshold": 0.8},
+    ],
+    ids=str,
+)
+def test_options_at_their_limits_are_kept(make, options):
+    config = make(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_options_are_read_from_the_command_line(parse):
+    config = parse(
+        *"--advantage_level turn --folr_alpha 0.3 --max_searches 2 --folr_guard strict --turn_baseline group".split(),
+        *"--folr_placement up_to_first --success_threshold 0.8 --log_trajectories false --learning_rate 2e-5".split(),
+    )
+    assert config.advantage_level == "turn"
+    assert config.folr_alpha == 0.3
+    assert config.max_searches == 2
+    assert config.folr_guard == "strict"
+    assert config.turn_baseline == "group"
+    assert config.folr_placement == "up_to_first"
+    assert config.success_threshold == 0.8
+    assert config.log_trajectories is False
+    assert config.learning_rate == 2e-5  # an option of TRL beside ours
+
+
+@pytest.mark.parametrize(
+    "name", ["protocol", "advantage_level", "folr_placement", "folr_guard", "turn_baseline", "max_searches"]
+)
+def test_an_unknown_choice_on_the_command_line_ends_the_program(parse, capsys, name):
+    with pytest.raises(SystemExit) as error:
+        parse(f"--{name}", "nonsense")
+    assert error.value.code != 0
+    message = capsys.readouterr().err
+    assert name in message
+    assert "nonsense" in message
+
+
+def test_options_are_read_from_a_file_and_the_command_line_wins(parse, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("advantage_level: turn\nfolr_alpha: 0.25\nmax_searches: 2\n")
+    config = parse("--config", str(path), "--folr_alpha", "0.75")
+    assert (config.advantage_level, config.folr_alpha, config.max_searches) == ("turn", 0.75, 2)
+
+
+def test_an_unknown_choice_in_a_file_is_refused_by_name(parse, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("advantage_level: nonsense\n")
+    with pytest.raises(ValueError, match=r"`advantage_level`.*'nonsense'"):
+        parse("--config", str(path))

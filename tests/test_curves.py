@@ -1,0 +1,59 @@
+"""The picture of a run."""
+
+import pytest
+
+from tspo_trl.curves import plot_curves
+
+PNG = b"\x89PNG\r\n\x1a\n"
+HISTORY = [
+    {"step": step, "reward": step / 10, "search/hit": 0.5, "search/near_miss": 0.2, "groups/all_wrong": 0.4}
+    | {"groups/rescued": 0.1, "groups/mixed": 0.5, "groups/all_correct": 0.1}
+    for step in range(1, 6)
+]
+
+
+def test_a_picture_is_written(tmp_path):
+    path = tmp_path / "new" / "folder" / "curves.png"
+    plot_curves(HISTORY, path, title="A run")
+    content = path.read_bytes()
+    assert content.startswith(PNG)
+    assert len(content) > 10_000
+
+
+def test_the_curves_are_in_the_picture(tmp_path):
+    flat = [entry | {"reward": 0.0} for entry in HISTORY]
+    plot_curves(HISTORY, tmp_path / "a.png")
+    plot_curves(flat, tmp_path / "b.png")
+    plot_curves([*HISTORY, {"step": 5, "eval_reward": 0.9}], str(tmp_path / "c.png"))
+    assert len({(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 3
+
+
+def test_entries_without_a_reward_and_missing_or_unknown_values_are_left_out(tmp_path):
+    history = [
+        *HISTORY,
+        {"step": 5, "train_runtime": 1.0},
+        {"step": 6, "reward": 0.5},
+        {"step": 7, "reward": 0.5, "search/hit": None},
+    ]
+    plot_curves(history, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_a_history_with_rewards_alone_is_enough(tmp_path):
+    plot_curves([{"step": 1, "reward": 0.5}], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 0.5}], [{"step": 1, "eval_reward": 0.5}]])
+def test_a_history_without_rewards_is_an_error(tmp_path, history):
+    with pytest.raises(ValueError, match="reward"):
+        plot_curves(history, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_no_figure_stays_open(tmp_path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plot_curves(HISTORY, tmp_path / "curves.png")
+    assert plt.get_fignums() == before

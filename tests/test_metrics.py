@@ -1,0 +1,167 @@
+"""Metrics of a step, against values computed by hand."""
+
+import math
+
+import pytest
+import torch
+
+from tspo_trl import Trajectory, Turn
+from tspo_trl.metrics import FACTS, rollout_facts, rollout_metrics
+
+NAN = float("nan")
+
+
+def facts_of(trajectory, occurrence=None, credited=None):
+    return dict(zip(FACTS, rollout_facts(trajectory, occurrence, credited), strict=True))
+
+
+def search(query, retrieval="ok"):
+    return Turn(token_ids=[1], action="search", content=query, retrieval=retrieval)
+
+
+def test_facts_of_a_rollout():
+    trajectory = Trajectory(
+        prompt_ids=[],
+        turns=[
+            search("Paris"),
+            Turn(token_ids=[1], action="invalid"),
+            search("paris"),
+            search("Rome", "empty"),
+            search("PARIS", "timeout"),
+        ],
+        status="retrieval_failed",
+    )
+    assert facts_of(trajectory, occurrence=2, credited=0) == {
+        "turns": 5,
+        "searches": 4,
+        "failed": 1,
+        "invalid": 1,
+        "duplicate": 2,
+        "truncated": 0,
+        "occurrence": 2,
+        "credited": 0,
+    }
+
+
+def test_facts_of_a_rollout_that_found_nothing():
+    trajectory = Trajectory(prompt_ids=[], turns=[search("a", "error")], status="retrieval_failed")
+    facts = facts_of(trajectory)
+    assert (facts["failed"], facts["occurrence"], facts["credited"], facts["duplicate"]) == (1, -1, -1, 0)
+
+
+def test_a_search_that_was_not_executed_is_no_search():
+    trajectory = Trajectory(prompt_ids=[], turns=[search("a"), search("b", None)])
+    assert facts_of(trajectory)["searches"] == 1
+
+
+def test_facts_of_a_truncated_rollout():
+    assert facts_of(Trajectory(prompt_ids=[], turns=[Turn(token_ids=[1])], status="truncated"))["truncated"] == 1
+    assert facts_of(Trajectory(prompt_ids=[], turns=[Turn(token_ids=[1])], status="answered"))["truncated"] == 0
+
+
+def metrics(rows, outcomes, has_signal, num_generations, success_threshold=1.0):
+    facts = torch.tensor(
+        [[row.get(name, -1 if name in ("occurrence", "credited") else 0) for name in FACTS] for row in rows]
+    )
+    return rollout_metrics(
+        facts,
+        torch.tensor(outcomes),
+        torch.tensor(has_signal),
+        num_generations=num_generations,
+        success_threshold=success_threshold,
+    )
+
+
+# Five groups of two: all wrong with a signal, all wrong without, mixed, all correct (one of it unscorable), unscorable
+ROWS = [
+    {"turns": 3, "searches": 2, "duplicate": 1, "occurrence": 1, "credited": 1},
+    {"turns": 2, "searches": 1},
+    {"turns": 1, "invalid": 1},
+    {"turns": 5, "searches": 3, "failed": 0, "invalid": 1, "truncated": 1},
+    {"turns": 3, "searches": 2, "occurrence": 0, "credited": -1},
+    {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0},
+    {"turns": 2, "searches": 1},
+    {"turns": 2, "searches": 1, "failed": 1},
+    {"turns": 1, "searches": 1, "failed": 1},
+    {"turns": 4, "searches": 4, "failed": 1},
+]
+OUTCOMES = [0.0, 0.5, 0.0, 0.0, 1.0, 0.0, 1.0, NAN, NAN, NAN]
+SIGNAL = [True, True, False, False, True, True, False, False, False, False]
+EXPECTED = {
+    "groups/all_wrong": 2 / 4,
+    "groups/mixed": 1 / 4,
+    "groups/all_correct": 1 / 4,
+    "groups/rescued": 1 / 4,
+    "search/calls": 16 / 10,
+    "search/invalid": 2 / 25,
+    "search/duplicate": 1 / 16,
+    "search/failed": 3 / 16,
+    "search/hit": 3 / 7,
+    "search/near_miss": 2 / 7,
+    "search/first_turn": (2 + 1 + 1) / 3,
+    "turns/mean": 25 / 10,
+    "turns/truncated": 1 / 10,
+}
+
+
+def test_metrics_by_hand():
+    assert metrics(ROWS, OUTCOMES, SIGNAL, 2) == pytest.approx(EXPECTED)
+
+
+def test_metrics_are_python_floats():
+    assert all(type(value) is float for value in metrics(ROWS, OUTCOMES, SIGNAL, 2).values())
+
+
+def test_shares_of_groups_add_up_to_one():
+    values = metrics(ROWS, OUTCOMES, SIGNAL, 2)
+    assert values["groups/all_wrong"] + values["groups/mixed"] + values["groups/all_correct"] == pytest.approx(1)
+
+
+def test_the_size_of_a_group_and_the_threshold_matter():
+    values = metrics(ROWS, OUTCOMES, SIGNAL, 5, success_threshold=0.5)
+    # outcomes 0, 0.5, 0, 0, 1 | 0, 1, NaN, NaN, NaN
+    assert values["groups/mixed"] == 1.0
+    assert values["groups/all_wrong"] == values["groups/rescued"] == values["groups/all_correct"] == 0.0
+    assert values["search/near_miss"] == pytest.approx(2 / 7)
+    assert metrics(ROWS, OUTCOMES, SIGNAL, 2, success_threshold=0.5)["groups/all_wrong"] == pytest.approx(1 / 4)
+
+
+def test_only_all_wrong_groups_are_rescued():
+    rows = [{"turns": 1}] * 4
+    values = metrics(rows, [0.0, 1.0, 0.0, 0.0], [True, True, False, True], 2)
+    assert values["groups/rescued"] == 0.5
+    assert metrics(rows, [0.0, 1.0, 0.0, 0.0], [True, True, False, False], 2)["groups/rescued"] == 0.0
+
+
+def test_correct_rollouts_with_a_hit_are_no_near_miss():
+    rows = [{"turns": 2, "searches": 1, "occurrence": 0}] * 4
+    values = metrics(rows, [1.0, 1.0, 0.0, 1.5], [False] * 4, 4)
+    assert values["search/hit"] == 1.0
+    assert values["search/near_miss"] == 0.25
+
+
+def test_a_hit_counts_whether_or_not_it_is_credited():
+    rows = [{"turns": 2, "searches": 1, "occurrence": 0, "credited": -1}, {"turns": 1}]
+    assert metrics(rows, [0.0, 0.0], [False] * 2, 2)["search/hit"] == 0.5
+
+
+def test_shares_of_searches_are_nan_where_nobody_searched():
+    values = metrics([{"turns": 1}, {"turns": 3, "invalid": 1}], [0.0, 1.0], [True, True], 2)
+    for name in ("search/duplicate", "search/failed", "search/first_turn"):
+        assert math.isnan(values[name])
+    assert values["search/calls"] == values["search/hit"] == values["search/near_miss"] == 0.0
+    assert values["search/invalid"] == pytest.approx(1 / 4)
+
+
+def test_unscorable_groups_count_in_no_share_of_groups():
+    scored = metrics(ROWS[:4], OUTCOMES[:4], SIGNAL[:4], 2)
+    with_unscorable = metrics(ROWS[:4] + ROWS[8:], OUTCOMES[:4] + OUTCOMES[8:], SIGNAL[:4] + SIGNAL[8:], 2)
+    for name in ("groups/all_wrong", "groups/mixed", "groups/all_correct", "groups/rescued", "search/hit"):
+        assert with_unscorable[name] == scored[name]
+
+
+def test_a_step_without_a_scorable_rollout_has_no_shares_of_groups():
+    values = metrics(ROWS[8:], OUTCOMES[8:], SIGNAL[8:], 2)
+    for name in ("groups/all_wrong", "groups/mixed", "groups/all_correct", "groups/rescued", "search/hit"):
+        assert math.isnan(values[name])
+    assert values["search/failed"] == pytest.approx(2 / 5)

@@ -1,0 +1,122 @@
+"""The recipes, run as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tspo_trl import read_rollouts
+from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "recipes" / "train.py"
+
+
+def launch(*arguments, timeout=900):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(TRAIN), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_search(tmp_path):
+    """The main job, as `make train` runs it."""
+    result = launch("--output_dir", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = dict(re.findall(r"│ ([A-Z][^│]*?) +│ +([\d.]+ │ +[\d.]+) │", result.stdout))
+    table = {name: [float(v) for v in values.split("│")] for name, values in rows.items()}
+    before, after = table["Exact match"]
+    assert before <= 0.10
+    assert after >= 0.60
+    assert table["Near miss (found, answered wrong)"][0] > before
+    assert table["Gold answer found (hit)"][1] > table["Gold answer found (hit)"][0]
+    assert table["Groups all wrong"][1] < table["Groups all wrong"][0]
+
+    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    prompt = tokenizer("Question: Who wrote Silent Harbor?\n", return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert "<search> Silent Harbor</search>" in tokenizer.decode(output[0])
+    rollouts = list(read_rollouts(tmp_path / "demo" / "trajectories" / "train-rank000.jsonl"))
+    assert len(rollouts) == 120 * 64
+
+
+@pytest.mark.slow
+def test_real_questions_and_passages(tmp_path):
+    config = ROOT / "recipes" / "configs" / "hotpotqa_sample.yaml"
+    result = launch("--config", config, "--output_dir", tmp_path / "hotpotqa")
+    assert result.returncode == 0, result.stderr[-4000:]
+    history = json.loads((tmp_path / "hotpotqa" / "trainer_state.json").read_text())["log_history"]
+    history = [entry for entry in history if "reward" in entry]
+    assert len(history) == 8
+    rollouts = list(read_rollouts(tmp_path / "hotpotqa" / "trajectories"))
+    assert len(rollouts) == 8 * 16
+    hits = 0
+    for step, entry in enumerate(history):
+        # Counted again from what was written down, without the code that logs
+        found, right = [], []
+        for rollout in (r for r in rollouts if r["step"] == step):
+            golds = [g for g in rollout["golden_answers"] if normalize_answer(g) not in ("", "yes", "no", "noanswer")]
+            golds = [g for g in golds if len(normalize_answer(g)) > 1]
+            passages = [p for turn in rollout["trajectory"].turns for p in turn.passages]
+            found.append(any(contains_answer(p.title, golds) or contains_answer(p.text, golds) for p in passages))
+            right.append(exact_match(rollout["trajectory"].answer, rollout["golden_answers"]))
+        assert entry["search/hit"] == pytest.approx(sum(found) / 16)
+        assert entry["reward"] == pytest.approx(sum(right) / 16)
+        hits += sum(found)
+    assert 0 < hits < 8 * 16
+
+
+def test_the_paper_configurations_are_valid():
+    from trl import ModelConfig, TrlParser
+
+    sys.path.insert(0, str(TRAIN.parent))
+    try:
+        from train import SearchArguments
+    finally:
+        sys.path.pop(0)
+    from tspo_trl import TSPOConfig
+
+    configs = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    assert len(configs) >= 4
+    for config in configs:
+        parser = TrlParser((SearchArguments, TSPOConfig, ModelConfig))
+        overrides = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+        script_args, training_args, model_args = parser.parse_args_and_config(overrides)
+        if "qwen" in config.name:
+            assert script_args.dataset_name == "PeterJinGo/nq_hotpotqa_train"
+            assert model_args.model_name_or_path in ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B")
+            assert (training_args.max_searches, training_args.num_passages) == (4, 3)
+            assert training_args.max_observation_tokens == 500
+            assert 5 <= training_args.num_generations <= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl", "--corpus", "CORPUS"], "there is no file 'nowhere.jsonl'"),
+        (["--dataset_name", "QUESTIONS"], "`dataset_name` and `corpus` are required"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "EMPTY"], "has no passages"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, arguments, message):
+    sample = ROOT / "tests" / "data" / "hotpotqa"
+    (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    files = {
+        "CORPUS": sample / "passages.jsonl",
+        "QUESTIONS": sample / "questions.jsonl",
+        "BROKEN": tmp_path / "broken.jsonl",
+        "EMPTY": tmp_path / "empty.jsonl",
+    }
+    arguments = [str(files.get(a, a)) for a in arguments]
+    command = [sys.executable, str(TRAIN), *arguments, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert message in result.stderr
