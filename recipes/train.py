@@ -148,7 +148,7 @@ def report(before: dict[str, float], after: dict[str, float], num_questions: int
 
 def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: ModelConfig) -> None:
     state = PartialState()
-    if state.device.type == "cpu" and state.num_processes == 1 and os.environ.get("ACCELERATE_USE_CPU") is None:
+    if state.device.type == "cpu" and state.num_processes == 1:
         # `accelerate launch` without a configuration gives a process a single thread
         torch.set_num_threads(os.cpu_count() or 1)
     set_seed(training_args.seed)
@@ -207,7 +207,8 @@ def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: Mo
     trainer.save_model()
     trainer.save_state()
     if state.is_main_process:
-        plot_curves(trainer.state.log_history, output_dir / "curves.png", title=f"{output_dir.name}: TSPO training")
+        history = [*([{**before, "step": 0}] if before else []), *trainer.state.log_history]
+        plot_curves(history, output_dir / "curves.png", title=f"TSPO training: {output_dir}")
         if before is not None and after is not None:
             report(before, after, len(eval_dataset), trainer)
         console = Console()

@@ -13,6 +13,7 @@ CONVERSATION = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hi"},
     {"role": "user", "content": "Who wrote it?"},
+    {"role": "assistant", "content": "Let me see:"},
 ]
 GOOD = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"]}
 

@@ -232,6 +232,7 @@ def test_a_query_within_its_budget_is_not_changed(protocol):
 
 def test_a_longer_query_is_cut_at_its_end(words, bpe):
     assert words.cut_query("capital of Italy and France", 3) == "capital of Italy"
+    assert words.cut_query("capital of Italy and", 3) == "capital of Italy"
     query = "capital of Italy and France " * 2000
     for limit in (1, 5, 64):
         cut = bpe.cut_query(query, limit)
@@ -537,6 +538,14 @@ def test_a_bracket_before_much_white_space_is_only_text(protocol, opening):
     # a pattern with two neighbouring runs of white space needs quadratic time here
     observation = protocol.observe([Passage("0", "", opening + " " * 5000 + "Paris")], 80)
     assert_harmless(protocol, observation.token_ids)
+
+
+def test_a_special_token_of_one_character_is_only_text():
+    tokenizer = make_bytes()
+    tokenizer.add_special_tokens({"bos_token": "§"})
+    protocol = TagProtocol(tokenizer)
+    decoded = assert_harmless(protocol, protocol.observe([Passage("0", "§ 1", "Paris § France")], 100).token_ids)
+    assert "Paris § France" in decoded
 
 
 def test_split_special_tokens_does_not_stay_switched_on(bpe):

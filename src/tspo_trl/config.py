@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from .credit import Baseline, Guard, Level, Placement
@@ -86,6 +87,7 @@ class TSPOConfig(GRPOConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `max_completion_length`: Defaults to `4096` instead of `256`.
+    > - `bf16`: Defaults to `False` instead of `True` where no device supports it, so that a run also starts on a CPU.
     """
 
     # Parameters that control the search loop
@@ -203,4 +205,6 @@ class TSPOConfig(GRPOConfig):
                 f"`{option}=True` is not supported by this version of TSPOTrainer, whose search loop generates with "
                 f"transformers' static batching. Set `{option}=False`."
             )
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16 = False
         super().__post_init__()

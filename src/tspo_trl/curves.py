@@ -4,34 +4,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "Answers and evidence",
-        (
-            ("reward", "reward (exact match)", "#1b6ca8"),
-            ("search/hit", "gold answer found", "#3a9d5d"),
-            ("search/near_miss", "near miss: found, answered wrong", "#e0a030"),
-        ),
-    ),
-    (
-        "Groups",
-        (
-            ("groups/all_wrong", "all wrong", "#c0504d"),
-            ("groups/rescued", "all wrong, but with a signal", "#e0a030"),
-            ("groups/mixed", "mixed", "#7f6bb3"),
-            ("groups/all_correct", "all correct", "#3a9d5d"),
-        ),
-    ),
+_CURVES = (
+    ("search/hit", "gold answer found", "#3a9d5d"),
+    ("reward", "reward", "#1b6ca8"),
+    ("search/near_miss", "near miss: found, but answered wrong", "#e0a030"),
+)
+_GROUPS = (
+    ("all wrong, no signal", "#c0504d"),
+    ("all wrong, rescued by turn rewards", "#e8b04a"),
+    ("mixed", "#8d80c4"),
+    ("all correct", "#4fae74"),
 )
 
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> None:
     """
-    Draw reward, hit rate, near misses and group composition against steps, and held-out results as dots.
+    Draw reward, hit rate and near misses against steps, and the composition of the groups.
+
+    Thin lines are the logged values, thick lines their running mean over nine of them; dots are results on the
+    evaluation set.
 
     Args:
         log_history (`Sequence[Mapping]`):
-            `trainer.state.log_history`.
+            `trainer.state.log_history`, with a `step` in each entry.
         path (`str` or `Path`):
             The picture to write, for instance a PNG; its folder is made.
         title (`str`, *optional*, defaults to `""`):
@@ -49,21 +44,45 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, t
     if not steps:
         raise ValueError("`log_history` has no entry with a 'reward': nothing was trained, or nothing was logged.")
     evaluations = [entry for entry in log_history if "eval_reward" in entry]
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(11, 4), sharex=True, layout="constrained")
-    for axis, (name, curves) in zip(axes, _PANELS, strict=True):
-        for key, label, color in curves:
-            points = [(entry["step"], entry[key]) for entry in steps if entry.get(key) is not None]
-            axis.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8)
-            dots = [(e["step"], e[f"eval_{key}"]) for e in evaluations if e.get(f"eval_{key}") is not None]
-            if dots:
-                axis.plot(*zip(*dots, strict=True), "o", color=color, markersize=6, markeredgecolor="white")
-        axis.set(title=name, xlabel="step", ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.25)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+
+    for key, label, color in _CURVES:
+        points = [(entry["step"], entry[key]) for entry in steps if entry.get(key) is not None]
+        if points:
+            at, values = zip(*points, strict=True)
+            left.plot(at, values, color=color, linewidth=0.8, alpha=0.35)
+            left.plot(at, _smooth(values), label=label, color=color, linewidth=2.2)
+        dots = [(e["step"], e[f"eval_{key}"]) for e in evaluations if e.get(f"eval_{key}") is not None]
+        if dots:
+            left.plot(*zip(*dots, strict=True), "o", color=color, markersize=7, markeredgecolor="white", clip_on=False)
+    left.set(title="Rollouts" + (" (dots: held-out questions)" if evaluations else ""), ylabel="share of rollouts")
+    left.grid(alpha=0.25)
+
+    logged = [entry["step"] for entry in steps]
+    shares = {
+        name: _smooth([entry.get(f"groups/{name}") or 0.0 for entry in steps])
+        for name in ("all_wrong", "rescued", "mixed", "all_correct")
+    }
+    lost = [wrong - rescued for wrong, rescued in zip(shares["all_wrong"], shares["rescued"], strict=True)]
+    layers = (lost, shares["rescued"], shares["mixed"], shares["all_correct"])
+    names, colors = zip(*_GROUPS, strict=True)
+    right.stackplot(logged, *layers, labels=names, colors=colors, alpha=0.9)
+    right.set(title="Groups of rollouts of one question (running mean)", ylabel="share of groups")
+    right.margins(x=0, y=0)
+
+    for axis in (left, right):
+        axis.set(xlabel="step", ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="best")
-    axes[0].set_ylabel("share of rollouts")
-    axes[1].set_ylabel("share of groups")
-    figure.suptitle(title + (" (dots: held-out questions)" if evaluations else ""), fontsize=11)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False, fontsize=9)
+    left.set_xlim(0, logged[-1])
+    figure.suptitle(title, fontsize=11)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _smooth(values: Sequence[float], width: int = 9) -> list[float]:
+    """The running mean over a centred window, shorter at the ends."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
