@@ -145,6 +145,12 @@ def test_a_hit_counts_whether_or_not_it_is_credited():
     assert metrics(rows, [0.0, 0.0], [False] * 2, 2)["search/hit"] == 0.5
 
 
+def test_a_hit_of_an_unscorable_rollout_is_neither_hit_nor_near_miss():
+    rows = [{"turns": 2, "searches": 2, "failed": 1, "occurrence": 0}, {"turns": 1}, {"turns": 1}, {"turns": 1}]
+    values = metrics(rows, [NAN, 0.0, 0.0, 1.0], [False] * 4, 4)
+    assert values["search/hit"] == values["search/near_miss"] == 0.0
+
+
 def test_shares_of_searches_are_nan_where_nobody_searched():
     values = metrics([{"turns": 1}, {"turns": 3, "invalid": 1}], [0.0, 1.0], [True, True], 2)
     for name in ("search/duplicate", "search/failed", "search/first_turn"):

@@ -68,7 +68,9 @@ def test_a_record_holds_the_rollout_and_its_credit():
     }
 
 
-def test_no_occurrence_is_none():
+def test_occurrence_and_credit_may_differ_and_none_is_none():
+    record = make_record(facts={"occurrence": 0, "credited": 1})
+    assert (record["first_occurrence"], record["credited_turn"]) == (0, 1)
     record = make_record(facts={"occurrence": 1, "credited": -1})
     assert (record["first_occurrence"], record["credited_turn"]) == (1, None)
     record = make_record(facts={"occurrence": -1, "credited": -1})
