@@ -150,7 +150,8 @@ def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: Mo
     state = PartialState()
     if state.device.type == "cpu" and state.num_processes == 1:
         # `accelerate launch` without a configuration gives a process a single thread
-        torch.set_num_threads(os.cpu_count() or 1)
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        torch.set_num_threads(len(cores))
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir)
 

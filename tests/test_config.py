@@ -40,7 +40,6 @@ def parse(tmp_path):
         ("success_threshold", 1.0),
         ("max_completion_length", 4096),
         ("max_retrieval_failure_rate", 0.5),
-        ("retrieval_log", None),
         ("log_trajectories", True),
     ],
 )

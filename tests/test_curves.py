@@ -25,7 +25,8 @@ def test_the_curves_are_in_the_picture(tmp_path):
     plot_curves(HISTORY, tmp_path / "a.png")
     plot_curves(flat, tmp_path / "b.png")
     plot_curves([*HISTORY, {"step": 5, "eval_reward": 0.9}], str(tmp_path / "c.png"))
-    assert len({(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 3
+    plot_curves([*HISTORY, {"step": 5, "eval_reward": 0.1}], str(tmp_path / "d.png"))
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abcd"}) == 4
 
 
 def test_entries_without_a_reward_and_missing_or_unknown_values_are_left_out(tmp_path):

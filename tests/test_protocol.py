@@ -542,10 +542,10 @@ def test_a_bracket_before_much_white_space_is_only_text(protocol, opening):
 
 def test_a_special_token_of_one_character_is_only_text():
     tokenizer = make_bytes()
-    tokenizer.add_special_tokens({"bos_token": "§"})
+    tokenizer.add_special_tokens({"bos_token": "☃"})
     protocol = TagProtocol(tokenizer)
-    decoded = assert_harmless(protocol, protocol.observe([Passage("0", "§ 1", "Paris § France")], 100).token_ids)
-    assert "Paris § France" in decoded
+    decoded = assert_harmless(protocol, protocol.observe([Passage("0", "☃ 1", "Paris ☃ France")], 100).token_ids)
+    assert "Paris ☃ France" in decoded
 
 
 def test_split_special_tokens_does_not_stay_switched_on(bpe):

@@ -17,9 +17,17 @@ ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
 
 
-def launch(*arguments, timeout=900):
+def launch(*arguments, timeout=1200):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(TRAIN), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=dict(os.environ))
+    if hasattr(os, "sched_setaffinity"):  # one core: other tests run at the same time, and threads that wait cost most
+        core = max(os.sched_getaffinity(0))
+        command = [
+            sys.executable,
+            "-c",
+            f"import os, sys; os.sched_setaffinity(0, [{core}]); os.execv(sys.argv[1], sys.argv[1:])",
+            *command,
+        ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.slow

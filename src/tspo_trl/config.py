@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from .credit import Baseline, Guard, Level, Placement
+from .credit import Baseline, Guard, Level, Placement, Scale
 
 ProtocolName = Literal["tags"]
 _CHOICES = {
@@ -195,6 +195,10 @@ class TSPOConfig(GRPOConfig):
                 f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "
                 "single observation would leave no token for an answer."
             )
+        if not self.folr_alpha >= 0:
+            raise ValueError(f"`folr_alpha` must not be negative, got {self.folr_alpha}.")
+        if self.success_threshold != self.success_threshold:
+            raise ValueError("`success_threshold` must be a number, got nan.")
         if not 0 <= self.max_retrieval_failure_rate <= 1:
             raise ValueError(
                 f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
@@ -208,3 +212,5 @@ class TSPOConfig(GRPOConfig):
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False
         super().__post_init__()
+        if self.scale_rewards not in get_args(Scale):
+            raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")

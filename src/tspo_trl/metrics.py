@@ -23,12 +23,12 @@ def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int 
     Returns:
         `list[int]`: The values of `FACTS`; a turn is -1 for none.
     """
-    queries = [query.lower() for query in trajectory.queries if query]
-    retrievals = [turn.retrieval for turn in trajectory.turns if turn.retrieval is not None]
+    searches = [turn for turn in trajectory.turns if turn.retrieval is not None]
+    queries = [turn.content.lower() for turn in searches]
     return [
         len(trajectory.turns),
-        len(retrievals),
-        sum(r in ("timeout", "error") for r in retrievals),
+        len(searches),
+        sum(turn.retrieval in ("timeout", "error") for turn in searches),
         sum(turn.action == "invalid" for turn in trajectory.turns),
         len(queries) - len(set(queries)),
         int(trajectory.status == "truncated"),
@@ -67,7 +67,7 @@ def rollout_metrics(
     column = dict(zip(FACTS, facts.float().unbind(dim=1), strict=True))
     scorable = ~outcomes.isnan()
     correct = outcomes >= success_threshold
-    hit = column["occurrence"] >= 0
+    hit = (column["occurrence"] >= 0) & scorable
 
     num_correct = correct.view(-1, num_generations).sum(dim=1)
     num_scorable = scorable.view(-1, num_generations).sum(dim=1)
@@ -86,8 +86,8 @@ def rollout_metrics(
         "search/invalid": column["invalid"].sum() / column["turns"].sum(),
         "search/duplicate": column["duplicate"].sum() / searches,
         "search/failed": column["failed"].sum() / searches,
-        "search/hit": (hit & scorable).sum() / rollouts,
-        "search/near_miss": (hit & scorable & ~correct).sum() / rollouts,
+        "search/hit": hit.sum() / rollouts,
+        "search/near_miss": (hit & ~correct).sum() / rollouts,
         "search/first_turn": (column["occurrence"] + 1)[hit].mean(),
         "turns/mean": column["turns"].mean(),
         "turns/truncated": column["truncated"].mean(),

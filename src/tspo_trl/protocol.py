@@ -17,7 +17,7 @@ from .trajectory import Action
 _TAGS = ("search", "answer", "information", "think")
 _ACTION = re.compile(r"<(search|answer)>((?:(?!</?(?:search|answer|information)>).)*)</\1>", re.DOTALL)
 _ATTEMPT = re.compile(r"</?(?:search|answer)>")
-_PROTOCOL_TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(_TAGS)})\s*/?\s*)>", re.IGNORECASE)
+_PROTOCOL_TAG = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(_TAGS)})\s*(?:/\s*)?)>", re.IGNORECASE)
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (which cannot be encoded)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CHARS_PER_TOKEN = 64  # no need to encode more of a passage than its budget could ever hold
@@ -45,7 +45,7 @@ class Observation:
         token_ids (`list[int]`):
             The O tokens.
         passages (`list[Passage]`):
-            The passages as they were shown: neutralised, and each cut where its budget ended.
+            The passages as they were shown: titles and texts neutralised, and cut where the budget ended.
     """
 
     token_ids: list[int]
@@ -152,13 +152,12 @@ class TagProtocol:
             self._encode_passage(number, passage.title, passage.text, budget)
             for number, passage in enumerate(passages, start=1)
         ]
-        shares = _split_budget([len(ids) for ids, _, _ in encoded], budget)
+        shares = _split_budget([len(p.token_ids) for p in encoded], budget)
         token_ids, shown = list(self._open), []
-        for passage, (ids, ends, text), share in zip(passages, encoded, shares, strict=True):
-            if share == 0:
-                continue
-            token_ids += ids[:share]
-            shown.append(self._as_shown(passage, text, ends[share - 1]))
+        for passage, item, share in zip(passages, encoded, shares, strict=True):
+            if share > 0:
+                token_ids += item.token_ids[:share]
+                shown.append(item.as_shown(passage, share))
         return Observation(token_ids + self._close, shown)
 
     def cut_query(self, query: str, max_tokens: int) -> str:
@@ -185,31 +184,45 @@ class TagProtocol:
             text = self._added_token.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
         return text
 
-    def _encode_passage_uncached(
-        self, number: int, title: str, text: str, budget: int
-    ) -> tuple[list[int], list[int], str]:
-        """The tokens of a passage with its header, where each ends in the neutralised text, and that text."""
+    def _encode_passage_uncached(self, number: int, title: str, text: str, budget: int) -> "_EncodedPassage":
         limit = budget * _CHARS_PER_TOKEN
-        header = f"Doc {number} (Title: {self._neutralize(title[:limit])}) " if title else f"Doc {number} "
-        text = self._neutralize(text[:limit])
+        title, text = self._neutralize(title[:limit]), self._neutralize(text[:limit])
+        before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
         encoding = self.tokenizer(
-            f"{header}{text}\n",
+            f"{before}{title}{after}{text}\n",
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=self.tokenizer.is_fast,
         )
         ids = encoding["input_ids"]
         if self.tokenizer.is_fast:
-            ends = [end - len(header) for _, end in encoding["offset_mapping"]]
+            spans = encoding["offset_mapping"]
+            # Several tokens may share a character: it is shown only when the last of them is
+            nexts = [start for start, _ in spans[1:]] + [spans[-1][1]]
+            ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
         else:
-            ends = [len(self.tokenizer.decode(ids[: i + 1])) - len(header) for i in range(len(ids))]
-        return ids, ends, text
+            ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+        return _EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after))
 
-    @staticmethod
-    def _as_shown(passage: Passage, text: str, end: int) -> Passage:
-        """The passage with its text cut after `end` characters; the same object if all of it was shown unchanged."""
-        shown = text[: max(end, 0)]
-        return passage if shown == passage.text else replace(passage, text=shown)
+
+@dataclass(frozen=True, slots=True)
+class _EncodedPassage:
+    """The tokens of a passage with its header, where each ends, and where title and text stand in the whole."""
+
+    token_ids: list[int]
+    ends: list[int]
+    title: str
+    title_start: int
+    text: str
+    text_start: int
+
+    def as_shown(self, passage: Passage, num_tokens: int) -> Passage:
+        """The passage as far as its first tokens show it; the same object if all of it was shown unchanged."""
+        end = self.ends[num_tokens - 1]
+        title, text = self.title[: max(end - self.title_start, 0)], self.text[: max(end - self.text_start, 0)]
+        if (title, text) == (passage.title, passage.text):
+            return passage
+        return replace(passage, title=title, text=text)
 
 
 def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:

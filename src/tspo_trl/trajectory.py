@@ -50,7 +50,9 @@ class Turn:
     @property
     def passage_text(self) -> str | None:
         """The titles and texts of the turn's passages as one string, or `None` when it has none."""
-        return "\n".join(f"{p.title}\n{p.text}" for p in self.passages) if self.passages else None
+        parts = [part for passage in self.passages for part in (passage.title, passage.text)]
+        # A word between them that survives normalisation: no answer occurs across the border of two passages
+        return "\n¶\n".join(parts) if parts else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +131,10 @@ class Trajectory:
         turns = [
             Turn(
                 **{k: v for k, v in turn.items() if k in Turn.__dataclass_fields__ and k != "passages"},
-                passages=[Passage(**passage) for passage in turn.get("passages", [])],
+                passages=[
+                    Passage(**{k: v for k, v in passage.items() if k in Passage.__dataclass_fields__})
+                    for passage in turn.get("passages", [])
+                ],
             )
             for turn in data["turns"]
         ]

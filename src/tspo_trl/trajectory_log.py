@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isnan
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,17 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]]) -> None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**r, "trajectory": r["trajectory"].to_dict()}, ensure_ascii=False) + "\n" for r in records]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    # A run that was killed may have left half a line; a lone surrogate (JSON allows it, UTF-8 does not) stays an escape
+    with path.open("ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            file.write(b"\n")
+        file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -114,6 +124,6 @@ def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:
                 try:
                     record = json.loads(line)
                     record["trajectory"] = Trajectory.from_dict(record["trajectory"])
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{file_path}, line {number}: not a rollout ({error!r}).") from error
                 yield record

@@ -114,6 +114,10 @@ def make_world(seed: int, *, train_books: int = 120, heldout_books: int = 60) ->
     Returns:
         [`World`]: The encyclopedia.
     """
+    if min(train_books, heldout_books) < 6:
+        raise ValueError(
+            f"`train_books` and `heldout_books` must be at least 6, got {train_books} and {heldout_books}."
+        )
     rng = random.Random(seed)
     total = train_books + heldout_books
     pools = {
