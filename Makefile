@@ -19,7 +19,7 @@ train: install
 	$(BIN)/accelerate launch recipes/train.py $(ARGS)
 
 test: lint
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

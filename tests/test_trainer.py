@@ -330,6 +330,29 @@ def test_evaluation(make_trainer, dataset):
     assert 0 <= metrics["eval_search/hit"] <= 1
 
 
+def test_evaluation_takes_questions_as_they_are(make_trainer, dataset):
+    trainer = make_trainer(num_generations_eval=2)
+    metrics = trainer.evaluate(dataset.select_columns(["question", "golden_answers"]).select(range(4)))
+    assert "eval_reward" in metrics
+    with pytest.raises(ValueError, match="`eval_dataset` has no column 'golden_answers'"):
+        trainer.evaluate(dataset.remove_columns("golden_answers"))
+
+
+def test_a_stream_of_questions(make_trainer, dataset):
+    trainer = make_trainer(train_dataset=dataset.to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    rows = list(read_rollouts(Path(trainer.args.output_dir) / "trajectories"))
+    assert all(
+        len({r["question"] for r in rows if (r["step"], r["group"]) == (s, g)}) == 1 for s in (0, 1) for g in (0, 1)
+    )
+
+
+def test_completions_can_be_logged(make_trainer, tmp_path):
+    make_trainer(log_completions=True, max_steps=1).train()
+    assert list((tmp_path / "run" / "completions").glob("*.parquet"))
+
+
 def test_a_checkpoint_resumes_and_loads_elsewhere(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, reward_funcs=varied_reward)
     trainer.train()
@@ -517,6 +540,7 @@ def test_few_methods_are_overridden():
         "_generate",
         "_generate_and_score_completions",
         "_set_signature_columns_if_needed",
+        "get_eval_dataloader",
     }
     assert all("__class__" in vars(TSPOTrainer)[name].__code__.co_freevars for name in overridden)
     assert issubclass(TSPOConfig, GRPOConfig)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
@@ -191,6 +192,11 @@ class TSPOTrainer(GRPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # one that `evaluate` was given
+            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
 
     @contextmanager
     def _generation_model(self) -> Iterator[PreTrainedModel]:
