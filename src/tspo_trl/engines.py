@@ -94,6 +94,7 @@ class TransformersEngine:
 
     @contextmanager
     def session(self) -> Iterator[None]:
+        """Open the model for all turns of a rollout, see [`Engine.session`]."""
         with self._model_context() as self._model:
             try:
                 yield
@@ -102,6 +103,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
+        """Generate one turn for each of B contexts, within `session()`, see [`Engine.generate`]."""
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
         width = max(map(len, contexts))
