@@ -74,7 +74,12 @@ class ShortProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs and "reward" in logs:
             shown = {"EM": "reward", "hit": "search/hit", "all wrong": "groups/all_wrong"}
-            self.training_bar.set_postfix({name: f"{logs[key]:.2f}" for name, key in shown.items()})
+            self.training_bar.set_postfix({name: show(logs.get(key), 2) for name, key in shown.items()})
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    """A metric as text; TRL logs `None` where there was nothing to average, for instance no scorable rollout."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def load_questions(script_args: SearchArguments) -> dict[str, Dataset | IterableDataset]:
@@ -125,10 +130,9 @@ def save_demo_model(script_args: SearchArguments, training_args: TSPOConfig, pas
     tokenizer.save_pretrained(folder)
 
 
-def report(before: dict[str, float], after: dict[str, float], num_questions: int, trainer: TSPOTrainer) -> None:
+def report(before: dict[str, float | None], after: dict[str, float | None], title: str) -> None:
     """Print the held-out results before and after training."""
-    samples = trainer.num_generations_eval
-    table = Table(title=f"Held-out questions ({num_questions}, {samples} sampled rollouts each)")
+    table = Table(title=title)
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
@@ -142,7 +146,7 @@ def report(before: dict[str, float], after: dict[str, float], num_questions: int
         "Invalid turns": "eval_search/invalid",
     }
     for name, key in rows.items():
-        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
+        table.add_row(name, show(before.get(key)), show(after.get(key)))
     Console().print(table)
 
 
@@ -211,7 +215,9 @@ def main(script_args: SearchArguments, training_args: TSPOConfig, model_args: Mo
         history = [*([{**before, "step": 0}] if before else []), *trainer.state.log_history]
         plot_curves(history, output_dir / "curves.png", title=f"TSPO training: {output_dir}")
         if before is not None and after is not None:
-            report(before, after, len(eval_dataset), trainer)
+            count = "streamed" if isinstance(eval_dataset, IterableDataset) else len(eval_dataset)
+            samples = trainer.num_generations_eval
+            report(before, after, f"Held-out questions ({count}, {samples} sampled rollouts each)")
         console = Console()
         console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
         if training_args.log_trajectories:

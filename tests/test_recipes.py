@@ -1,16 +1,19 @@
 """The recipes, run as a user runs them."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tspo_trl import read_rollouts
+from tspo_trl.demo.warmup import LIMITS
 from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
 
 ROOT = Path(__file__).parent.parent
@@ -80,22 +83,38 @@ def test_real_questions_and_passages(tmp_path):
     assert 0 < hits < 8 * 16
 
 
-def test_the_paper_configurations_are_valid():
+@pytest.fixture
+def recipe(monkeypatch):
+    """The recipe as a module."""
+    monkeypatch.syspath_prepend(str(TRAIN.parent))
+    return importlib.import_module("train")
+
+
+def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
+    """TRL logs None where there is nothing to average."""
+    shown = {}
+    progress = recipe.ShortProgress()
+    progress.training_bar = SimpleNamespace(set_postfix=shown.update)
+    logs = {"reward": None, "search/hit": 0.25}
+    progress.on_log(None, SimpleNamespace(is_world_process_zero=True), None, logs=logs)
+    assert shown == {"EM": "-", "hit": "0.25", "all wrong": "-"}
+    recipe.report({"eval_reward": None}, {"eval_reward": 0.5}, "Held-out questions")
+    assert re.search(r"Exact match +│ +- │ +0.500 │", capsys.readouterr().out)
+
+
+def test_the_paper_configurations_are_valid(recipe):
     from trl import ModelConfig, TrlParser
 
-    sys.path.insert(0, str(TRAIN.parent))
-    try:
-        from train import SearchArguments
-    finally:
-        sys.path.pop(0)
     from tspo_trl import TSPOConfig
 
     configs = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
     assert len(configs) >= 4
     for config in configs:
-        parser = TrlParser((SearchArguments, TSPOConfig, ModelConfig))
+        parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
         overrides = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
         script_args, training_args, model_args = parser.parse_args_and_config(overrides)
+        if config.name == "demo.yaml":  # the warm start practises with the budgets of the training
+            assert {name: getattr(training_args, name) for name in LIMITS} == LIMITS
         if "qwen" in config.name:
             assert script_args.dataset_name == "PeterJinGo/nq_hotpotqa_train"
             assert model_args.model_name_or_path in ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B")

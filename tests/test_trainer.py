@@ -453,7 +453,7 @@ def test_rollouts_whose_search_failed_have_no_advantage_and_leave_the_baseline_a
 def test_too_many_failures_stop_the_run_with_a_checkpoint(make_trainer, retriever, tmp_path):
     flaky = Flaky(retriever, lambda call: call > 6)
     trainer = make_trainer(retriever=flaky, max_steps=20, reward_funcs=varied_reward)
-    with pytest.raises(RetrievalError, match=r"Flaky.*the index is gone"):
+    with pytest.raises(RetrievalError, match=r"Flaky.*the index is gone.*resume_from_checkpoint"):
         trainer.train()
     step = trainer.state.global_step
     assert step > 0
@@ -462,6 +462,13 @@ def test_too_many_failures_stop_the_run_with_a_checkpoint(make_trainer, retrieve
     resumed = make_trainer(retriever=flaky, max_steps=step + 1, reward_funcs=varied_reward)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == step + 1
+
+
+def test_a_retriever_that_never_worked_leaves_nothing_to_resume(make_trainer, retriever, tmp_path):
+    trainer = make_trainer(retriever=Flaky(retriever, lambda call: True))
+    with pytest.raises(RetrievalError, match=r"the index is gone.*Start again"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 # Bad input

@@ -246,14 +246,15 @@ class TSPOTrainer(GRPOTrainer):
         self._metrics[mode]["time/generate"].append(per_rank[:, 2].max().item())
         self._metrics[mode]["time/search"].append(per_rank[:, 3].max().item())
         if failed > self.args.max_retrieval_failure_rate * searches:
+            advice = "Start again when it works."  # nothing has been trained yet, or this is an evaluation
             if mode == "train" and self.state.global_step > 0:
                 self._save_checkpoint(self.model, trial=None)
+                advice = "When it works again, resume with `trainer.train(resume_from_checkpoint=True)`."
             raise RetrievalError(
                 f"{failed:.0f} of the {searches:.0f} searches of step {self.state.global_step + 1} failed, more than "
                 f"`max_retrieval_failure_rate` ({self.args.max_retrieval_failure_rate}) allows. The retriever is "
                 f"{type(self.search_loop.retriever).__name__}; its last failure on this rank: {stats.error!r}. "
-                "Nothing was trained on these rollouts. When it works again, resume with "
-                "`trainer.train(resume_from_checkpoint=True)`."
+                f"Nothing was trained on these rollouts. {advice}"
             ) from stats.error
 
     def _generate(self, prompts: list):
