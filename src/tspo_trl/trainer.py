@@ -363,6 +363,56 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
 
+    def compute_turn_advantages(
+        self,
+        outcomes: torch.Tensor,
+        first_occurrence: torch.Tensor,
+        num_turns: torch.Tensor,
+        *,
+        num_generations: int,
+        success_threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The credit of every turn, by the options of the configuration. Override it to try another.
+
+        Args:
+            outcomes (`torch.Tensor`):
+                Outcome rewards of the N rollouts of all ranks, shape (N,), NaN for unscorable ones. The G rollouts of a
+                question are adjacent.
+            first_occurrence (`torch.Tensor`):
+                The 0-based turn whose passages first contain a golden answer that the guard lets pass, integers of shape
+                (N,), -1 for none.
+            num_turns (`torch.Tensor`):
+                The number of turns of each rollout, integers of shape (N,).
+            num_generations (`int`):
+                The size of a group, G.
+            success_threshold (`float`):
+                A rollout is correct if its outcome is at least this.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Turn rewards of shape (N, K), NaN where a rollout has no
+            k-th turn, which are logged; turn advantages of shape (N, K); and which rollouts are trained with them,
+            booleans of shape (N,): the others are trained with TRL's own advantage of the whole rollout.
+        """
+        args = self.args
+        rewards = folr_rewards(
+            outcomes,
+            first_occurrence,
+            num_turns,
+            alpha=args.folr_alpha,
+            placement=args.folr_placement,
+            success_threshold=success_threshold,
+        )
+        stage: Any = {
+            "num_generations": num_generations,
+            "level": args.advantage_level,
+            "success_threshold": success_threshold,
+        }
+        advantages = turn_advantages(
+            rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
+        )
+        return rewards, advantages, uses_turn_level(outcomes, **stage)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         args = self.args
@@ -380,31 +430,17 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         outcomes = (self._rewards_per_func * self.reward_weights.to(advantages.device)).nansum(dim=1)
         outcomes[self._rewards_per_func.isnan().all(dim=1)] = torch.nan
         facts = gather(torch.tensor([self._facts(x) for x in inputs], device=advantages.device))
-        turn_rewards = folr_rewards(
-            outcomes,
-            facts[:, FACTS.index("credited")],
-            facts[:, FACTS.index("turns")],
-            alpha=args.folr_alpha,
-            placement=args.folr_placement,
-            success_threshold=args.success_threshold,
-        )
-        of_turns = turn_advantages(
-            turn_rewards,
-            outcomes,
-            level=args.advantage_level,
-            baseline=args.turn_baseline,
-            scale_rewards=self.scale_rewards,
-            **groups,
+        turn_rewards, of_turns, by_turn = self.compute_turn_advantages(
+            outcomes, facts[:, FACTS.index("credited")], facts[:, FACTS.index("turns")], **groups
         )
         logps = gather(torch.tensor([mean_logprob(t) for t in trajectories], device=advantages.device))
         for name, value in rollout_metrics(facts, outcomes, (of_turns != 0).any(dim=1), logps, **groups).items():
             self._metrics[mode][name].append(value)
 
         # Where the trajectory advantage applies it is TRL's own, so that every option about it keeps its meaning
-        by_turn = uses_turn_level(outcomes, level=args.advantage_level, **groups)
         of_turns = torch.where(by_turn[local, None], of_turns[local], advantages[:, None])
         of_turns = of_turns.masked_fill(turn_rewards[local].isnan(), 0.0)
-        if args.advantage_level != "trajectory":
+        if by_turn.any():
             turn_index = torch.full(output["completion_ids"].shape, -1, device=advantages.device)
             for row, trajectory in enumerate(trajectories):
                 index = trajectory.turn_index

@@ -1,0 +1,172 @@
+"""One cell of the study: an arm in a regime with a seed, trained and measured."""
+
+import json
+import logging
+import os
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
+
+from tspo_trl import BM25Retriever, TSPOConfig
+from tspo_trl.demo.warmup import LIMITS
+
+from .arms import ARMS, TSPO_SETTINGS
+from .regimes import REGIMES, make_policy
+
+#: What is kept of every step, under a short name.
+CURVES = {
+    "em": "rewards/exact_match_reward/mean",
+    "hit": "search/hit",
+    "near_miss": "search/near_miss",
+    "all_wrong": "groups/all_wrong",
+    "rescued": "groups/rescued",
+    "no_signal": "groups/no_signal",
+    "searches": "search/calls",
+    "entropy": "entropy",
+}
+HELDOUT = ("em", "hit", "near_miss")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    How much is done in a cell.
+
+    Args:
+        steps (`float`, *optional*, defaults to `1.0`):
+            The part of a regime's steps.
+        questions (`int`, *optional*, defaults to `4`):
+            Questions a step.
+        group_size (`int`, *optional*, defaults to `8`):
+            Rollouts of a question.
+        heldout (`int`, *optional*, defaults to `256`):
+            Held-out questions that are answered before and after training, one rollout each.
+    """
+
+    steps: float = 1.0
+    questions: int = 4
+    group_size: int = 8
+    heldout: int = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    An arm in a regime with a seed.
+
+    Args:
+        regime (`str`):
+            Key of `REGIMES`.
+        arm (`str`):
+            Key of `ARMS`.
+        seed (`int`):
+            Seed of the world, of the policy and of the rollouts.
+    """
+
+    regime: str
+    arm: str
+    seed: int
+
+    def path(self, folder: Path) -> Path:
+        """Where its results lie."""
+        return folder / "cells" / self.regime / f"{self.arm}-{self.seed}.json"
+
+
+def quiet() -> None:
+    """Nothing but errors on the terminal: many cells run at once."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def prepare(regime: str, seed: int, folder: Path) -> None:
+    """Make the policy of all arms."""
+    quiet()
+    make_policy(REGIMES[regime], seed, folder / "policies")
+
+
+def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
+    """
+    Train and measure, and write the results down.
+
+    Args:
+        cell ([`Cell`]):
+            What to run.
+        scale ([`Scale`]):
+            How much of it.
+        folder (`Path`):
+            Where policies and results are kept.
+
+    Returns:
+        `dict[str, Any]`: The results, as they are in the file.
+    """
+    quiet()
+    regime, arm = REGIMES[cell.regime], ARMS[cell.arm]
+    world = regime.make_world(cell.seed)
+    policy = make_policy(regime, cell.seed, folder / "policies")
+    rollouts = scale.questions * scale.group_size
+    with TemporaryDirectory() as output:
+        trainer = arm.trainer(
+            model=str(policy),
+            reward_funcs=list(arm.rewards),
+            args=TSPOConfig(
+                output_dir=output,
+                **(LIMITS | {"max_searches": 3}),  # the most that a question needs
+                max_completion_length=512,
+                **(TSPO_SETTINGS | arm.settings),
+                per_device_train_batch_size=rollouts,
+                per_device_eval_batch_size=128,
+                num_generations=scale.group_size,
+                num_generations_eval=1,
+                max_steps=max(2, round(regime.steps * scale.steps)),
+                learning_rate=5e-4,
+                lr_scheduler_type="constant",
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=not torch.cuda.is_available(),
+                seed=cell.seed,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                log_trajectories=False,
+                warn_on_collapse=False,
+            ),
+            train_dataset=Dataset.from_list([question.row() for question in world.train_questions]),
+            eval_dataset=Dataset.from_list([question.row() for question in world.heldout_questions[: scale.heldout]]),
+            retriever=BM25Retriever(world.passages),
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = trainer.evaluate()
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        after = trainer.evaluate()
+    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
+    result = {
+        **asdict(cell),
+        "scale": asdict(scale),
+        "steps": len(steps),
+        "seconds": round(seconds, 1),
+        "before": {name: round(before[f"eval_{CURVES[name]}"], 4) for name in HELDOUT},
+        "after": {name: round(after[f"eval_{CURVES[name]}"], 4) for name in HELDOUT},
+        "curves": {name: [round(entry[key], 4) for entry in steps] for name, key in CURVES.items()},
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(trainer.model.device)},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    path = cell.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+    return result

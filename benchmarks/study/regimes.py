@@ -1,0 +1,161 @@
+"""The regimes of the study: where training starts, on the fictional encyclopedia. Each seed has a world and a policy of its own."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_start
+from tspo_trl.demo.warmup import demonstrate_world
+from tspo_trl.demo.world import Question
+
+#: Single letters, as of shelves and zones. Not A, which is an article and normalises to nothing.
+ZONES = "BCDEFG"
+WORLDS = 8  # that the demonstrations come from
+
+
+def mislead(world: World, seed: int) -> World:
+    """
+    The same encyclopedia with golden answers all over it: every passage ends with a zone of its own and with countries and
+    languages that have nothing to do with it. Of the questions, only those with such answers stay, and the zones of cities
+    are asked for as well.
+
+    Args:
+        world ([`World`]):
+            An encyclopedia.
+        seed (`int`):
+            The same seed gives the same passages.
+    """
+    rng = random.Random(seed)
+    passages, zones = [], {}
+    for passage in world.passages:
+        zones[passage.title] = zone = rng.choice(ZONES)
+        others = [*rng.sample(world.names["country"], 2), *rng.sample(world.names["language"], 2)]
+        rng.shuffle(others)
+        passages.append(replace(passage, text=f"{passage.text} Zone {zone}. Also: {', '.join(others)}."))
+
+    def ask(questions: list[Question]) -> list[Question]:
+        kept = [question for question in questions if question.kind in ("country", "language")]
+        cities = sorted({question.queries[0] for question in questions if question.kind == "language"})
+        asked = kept + [Question(f"In which zone is {city}?", zones[city], (city,), "zone") for city in cities]
+        rng.shuffle(asked)
+        return asked
+
+    return World(
+        passages, ask(world.train_questions), ask(world.heldout_questions), world.names | {"zone": list(ZONES)}
+    )
+
+
+def plain_world(seed: int) -> World:
+    """The encyclopedia of the demo."""
+    return make_world(seed)
+
+
+def misleading_world(seed: int) -> World:
+    """The encyclopedia of the control."""
+    return mislead(make_world(seed), seed)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """
+    Where training starts.
+
+    Args:
+        title (`str`):
+            Its name in tables.
+        wrong_query (`float`):
+            Probability of a wrong name in a query of the demonstrations that the policy ends its warm start with.
+        wrong_answer (`float`):
+            Probability of a wrong answer in them.
+        steps (`int`):
+            Steps of training.
+        make_world (`Callable[[int], World]`, *optional*):
+            Makes the worlds, of the demonstrations as of the training.
+        copying (`float`, *optional*, defaults to `0.9`):
+            The exact match at which faultless demonstrations end, before the mistakes.
+    """
+
+    title: str
+    wrong_query: float
+    wrong_answer: float
+    steps: int
+    make_world: Callable[[int], World] = plain_world
+    copying: float = 0.9
+
+
+REGIMES = {
+    "weak": Regime("weak search, weak answers", 0.5, 0.8, 120),
+    "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 60),
+    "weak_search": Regime("weak search, good answers", 0.8, 0.0, 60),
+    "nearly_solved": Regime("nearly solved", 0.1, 0.1, 40),
+    "misleading": Regime("control: misleading near misses", 0.5, 0.8, 80, misleading_world, copying=0.8),
+}
+
+
+def study_tokenizer() -> PreTrainedTokenizerBase:
+    """One tokenizer for all regimes."""
+    return make_tokenizer([f"In which zone is x? Zone {' '.join(ZONES)}. Also: x, x"])
+
+
+def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
+    """
+    The policy that training starts from. What has been made before is not made again.
+
+    Args:
+        regime ([`Regime`]):
+            The regime.
+        seed (`int`):
+            Seed of the weights and of the demonstrations.
+        folder (`Path`):
+            Where policies are kept.
+
+    Returns:
+        `Path`: The folder of the policy.
+    """
+    tokenizer = study_tokenizer()
+    worlds = regime.make_world.__name__
+    strong = folder / f"{worlds}-{seed}-strong"
+    if not strong.exists():
+        model = warm_start(
+            tokenizer,
+            seed=seed,
+            worlds=WORLDS,
+            make=regime.make_world,
+            target=regime.copying,
+            max_steps=1500,
+            weaken_steps=0,
+        )
+        _save(model, tokenizer, strong)
+    path = folder / f"{worlds}-{seed}-{regime.wrong_query}-{regime.wrong_answer}"
+    if not path.exists():
+        model = AutoModelForCausalLM.from_pretrained(strong)
+        demonstrations = [
+            trajectory
+            for i in range(WORLDS)
+            for trajectory in demonstrate_world(
+                tokenizer,
+                regime.make_world(1_000_000 * (seed + 1) + i),
+                wrong_query=regime.wrong_query,
+                wrong_answer=regime.wrong_answer,
+                seed=seed + i,
+            )
+        ]
+        supervise(model, demonstrations, steps=80, learning_rate=1e-3, seed=seed)
+        _save(model, tokenizer, path)
+    return path
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Save under another name first: a policy that is there is complete."""
+    unfinished = path.with_name(f".{path.name}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(path)
