@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspo_trl import Trajectory
 from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_start
 from tspo_trl.demo.warmup import demonstrate_world
 from tspo_trl.demo.world import Question
@@ -67,9 +68,10 @@ class Regime:
         title (`str`):
             Its name in tables.
         wrong_query (`float`):
-            Probability of a wrong name in a query of the demonstrations that the policy ends its warm start with.
+            Probability of a wrong name in a query of the demonstrations that the policy ends its warm start with. They end
+            there: what to do after a wrong query is not shown.
         wrong_answer (`float`):
-            Probability of a wrong answer in them.
+            Probability of a wrong answer in those that have found the right one.
         steps (`int`):
             Steps of training.
         make_world (`Callable[[int], World]`, *optional*):
@@ -87,12 +89,20 @@ class Regime:
 
 
 REGIMES = {
-    "weak": Regime("weak search, weak answers", 0.5, 0.8, 120),
-    "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 60),
-    "weak_search": Regime("weak search, good answers", 0.8, 0.0, 60),
-    "nearly_solved": Regime("nearly solved", 0.1, 0.1, 40),
-    "misleading": Regime("control: misleading near misses", 0.5, 0.8, 80, misleading_world, copying=0.8),
+    "weak": Regime("weak search, weak answers", 0.5, 0.8, 70),
+    "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 40),
+    "weak_search": Regime("weak search, good answers", 0.5, 0.0, 40),
+    "nearly_solved": Regime("nearly solved", 0.1, 0.1, 30),
+    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 60, misleading_world, copying=0.8),
 }
+
+
+def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Trajectory:
+    """A demonstration up to its first wrong query: what comes after it cannot be read from what was found."""
+    for place, (turn, query) in enumerate(zip(demonstration.turns, question.queries, strict=False)):
+        if turn.content != query:
+            return replace(demonstration, turns=demonstration.turns[: place + 1])
+    return demonstration
 
 
 def study_tokenizer() -> PreTrainedTokenizerBase:
@@ -132,17 +142,13 @@ def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
     path = folder / f"{worlds}-{seed}-{regime.wrong_query}-{regime.wrong_answer}"
     if not path.exists():
         model = AutoModelForCausalLM.from_pretrained(strong)
-        demonstrations = [
-            trajectory
-            for i in range(WORLDS)
-            for trajectory in demonstrate_world(
-                tokenizer,
-                regime.make_world(1_000_000 * (seed + 1) + i),
-                wrong_query=regime.wrong_query,
-                wrong_answer=regime.wrong_answer,
-                seed=seed + i,
-            )
-        ]
+        mistakes = {"wrong_query": regime.wrong_query, "wrong_answer": regime.wrong_answer}
+        demonstrations = []
+        for i in range(WORLDS):
+            world = regime.make_world(1_000_000 * (seed + 1) + i)
+            shown = demonstrate_world(tokenizer, world, **mistakes, seed=seed + i)
+            questions = [*world.train_questions, *world.heldout_questions]
+            demonstrations += [cut_at_wrong_query(*pair) for pair in zip(shown, questions, strict=True)]
         supervise(model, demonstrations, steps=80, learning_rate=1e-3, seed=seed)
         _save(model, tokenizer, path)
     return path
