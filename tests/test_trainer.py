@@ -240,6 +240,31 @@ def test_stage_level_is_grpo_where_a_rollout_is_correct(make_trainer):
 # Training
 
 
+class ByNumber(TSPOTrainer):
+    """Every turn has its own number as its advantage, but only in even groups."""
+
+    def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, success_threshold):
+        numbers = torch.arange(1.0, int(num_turns.max()) + 1).expand(len(outcomes), -1)
+        numbers = numbers.masked_fill(numbers > num_turns[:, None], torch.nan)
+        group = torch.arange(len(outcomes)) // num_generations
+        return numbers, numbers.nan_to_num(), group % 2 == 0
+
+
+def test_a_credit_of_ones_own(make_trainer):
+    def some_correct(trajectories, **kwargs):
+        return [1.0 if i % 4 == 0 else 0.0 for i in range(len(trajectories))]
+
+    inputs, trajectories = prepared(make_trainer(trainer_class=ByNumber, reward_funcs=some_correct))
+    grpo, _ = prepared(make_trainer(advantage_level="trajectory", reward_funcs=some_correct))
+    whole = grpo["advantages"][4:]
+    assert whole[0] > 1
+    assert len({len(t.turns) for t in trajectories}) > 1
+    for row, trajectory in enumerate(trajectories):
+        index = torch.tensor(trajectory.turn_index)
+        expected = (index + 1.0) if row < 4 else torch.where(index >= 0, whole[row - 4], 0.0)
+        torch.testing.assert_close(inputs["advantages"][row, : len(index)], expected)
+
+
 def test_training_moves_the_policy_and_logs_every_metric(make_trainer):
     trainer = make_trainer(max_steps=3, advantage_level="turn", reward_funcs=varied_reward)
     before = copy.deepcopy(trainer.model.state_dict())

@@ -440,7 +440,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # Where the trajectory advantage applies it is TRL's own, so that every option about it keeps its meaning
         of_turns = torch.where(by_turn[local, None], of_turns[local], advantages[:, None])
         of_turns = of_turns.masked_fill(turn_rewards[local].isnan(), 0.0)
-        if by_turn.any():
+        if args.advantage_level != "trajectory" or by_turn.any():
             turn_index = torch.full(output["completion_ids"].shape, -1, device=advantages.device)
             for row, trajectory in enumerate(trajectories):
                 index = trajectory.turn_index
