@@ -16,17 +16,14 @@ FREE = -1
 @dataclass(slots=True)
 class Calls:
     """
-    What the calls of `generate` cost.
+    What calls of `generate` cost.
 
     Args:
         seconds (`float`, *optional*, defaults to `0.0`):
-            Time in them.
-        count (`int`, *optional*, defaults to `0`):
-            How many there were.
+            Time in all of them.
     """
 
     seconds: float = 0.0
-    count: int = 0
 
 
 @dataclass(slots=True)
@@ -108,7 +105,6 @@ def drawing(model: PreTrainedModel, turns: DrawnTurns) -> Iterator[Calls]:
         start = time.perf_counter()
         output = generate(model, *args, logits_processor=processors, **kwargs)
         calls.seconds += time.perf_counter() - start
-        calls.count += 1
         return output
 
     model.generate = drawn

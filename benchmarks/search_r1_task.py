@@ -41,7 +41,7 @@ def make_tokenizer(passages: Sequence[Passage]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator((f"{p.title}\n{p.text}" for p in passages), trainer)
     tokenizer.add_tokens([AddedToken(f"<q{i}>", normalized=False, special=False) for i in range(MOST_ROLLOUTS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, seed: int) -> Qwen2ForCausalLM:
