@@ -14,7 +14,9 @@ the loss and the step of the optimizer. "rest" is everything else: parsing, rewa
 """
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import os
 import platform
@@ -341,7 +343,8 @@ def main() -> None:
         f"a step, groups of {base.group}, {base.searches} searches, {base.turn_tokens} tokens a turn; means of {base.steps} "
         f"steps; on {os.cpu_count()} cores ({platform.machine()}), one thread.\n"
     )
-    measure(Setting(questions=base.questions, steps=1))  # warms up the process
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed says there what it found
+        measure(Setting(questions=base.questions, steps=1))  # warms up the process
     print("## Stages of a step\n")
     print(stage_table(base, keep("stages", base, measure(base))), flush=True)
     for title, name, values in (

@@ -13,7 +13,7 @@ Both generate by `generate` of transformers with one tiny Qwen2 at temperature 1
 same prompts and budgets. Where a turn ends is drawn beforehand and the same for both: tokens that the model samples, then a
 query or an answer between its tags, which are forced. What a model does after a closing tag is its own affair, so both ends are
 measured (`--after`): it ends its message at once, or goes on for as long as it may. So are two models: one with random weights,
-which writes what no tokeniser would, and one that was taught English for a minute.
+which writes what no tokeniser would, and one that has fitted the passages for a minute (`--teach_steps`).
 
 Of Search-R1 these are stand-ins: its worker (which would generate by vLLM on several GPUs), its data class `DataProto` (here a
 dict and nothing else), its tracking, and the HTTP request to its retriever. So its rollouts/s are those of its loop, not of its
