@@ -1,6 +1,6 @@
 """What does a rollout cost, and how does it scale? Prints Markdown tables. Needs no network and no data.
 
-    python benchmarks/scaling.py                     # a few minutes on two cores
+    python benchmarks/scaling.py                     # five minutes of CPU time
     python benchmarks/scaling.py --groups 8 32 --searches 2 --turn_tokens 16 64 --processes 1 2 --json results.json
 
 Training steps of `TSPOTrainer` on the fictional encyclopedia, with the model and the settings of the demo
