@@ -93,6 +93,7 @@ BAD = [
     ({"retrieval_cache_size": -1}, "retrieval_cache_size"),
     ({"use_vllm": True, "use_transformers_continuous_batching": True}, "use_vllm"),
     ({"stop_on_collapse": ["search"]}, "stop_on_collapse"),
+    ({"stop_on_collapse": ["searches"], "warn_on_collapse": False}, "stop_on_collapse"),
     ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex"),
 ]
 
@@ -121,6 +122,8 @@ def test_a_bad_option_is_refused_by_name(make, options, name):
         {"advantage_level": "turn"},
         {"protocol": "tool_call"},
         {"success_threshold": 0.8},
+        {"warn_on_collapse": False},
+        {"stop_on_collapse": ["searches", "entropy"]},
     ],
     ids=str,
 )

@@ -70,8 +70,8 @@ class ExactResumeMixin:
 
     The only changes with respect to its checkpoints are that rollouts which are left (with `steps_per_generation` or
     `num_iterations` they serve several steps) are kept and used, that what was logged after the checkpoint is taken back,
-    that adapters keep their data type, that incomplete checkpoints are passed over, that a checkpoint of another batch size is refused, and that a finished
-    run is not trained any further.
+    that adapters keep their data type, that incomplete checkpoints are passed over, that a checkpoint of another batch
+    size is refused, and that a finished run is not trained any further.
     """
 
     args: Any

@@ -130,6 +130,7 @@ class CollapseCallback(TrainerCallback):
             self._keep(logs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Compare what is logged with the beginning of the run; warn, and stop the training where it is asked to."""
         self._keep(logs or {})
         for watch in WATCHES:
             values = self._values.get(watch.metric, [])

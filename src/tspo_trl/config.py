@@ -100,7 +100,7 @@ class TSPOConfig(GRPOConfig):
             repeats itself, writes malformed actions and more, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
             Kinds of these warnings that end the training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
-            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`.
+            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -151,7 +151,6 @@ class TSPOConfig(GRPOConfig):
             "with an error."
         },
     )
-
     retrieval_cache_size: int = field(
         default=10_000,
         metadata={"help": "How many queries to keep in memory with their passages, in each process. 0 keeps none."},
@@ -259,6 +258,11 @@ class TSPOConfig(GRPOConfig):
         kinds = [watch.kind for watch in WATCHES]
         if unknown := sorted(set(self.stop_on_collapse) - set(kinds)):
             raise ValueError(f"`stop_on_collapse` must hold some of {kinds}, got {unknown}.")
+        if self.stop_on_collapse and not self.warn_on_collapse:
+            raise ValueError(
+                f"`stop_on_collapse` is {self.stop_on_collapse}, but with `warn_on_collapse=False` nothing is watched. Set "
+                "`warn_on_collapse=True`, or leave `stop_on_collapse` empty."
+            )
         if self.log_trajectories_max_gib is not None and not self.log_trajectories_max_gib > 0:
             raise ValueError(
                 f"`log_trajectories_max_gib` must be above 0, or None for no bound, got {self.log_trajectories_max_gib}. "

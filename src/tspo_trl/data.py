@@ -1,6 +1,6 @@
 """Question-answer data sets into the rows that the trainer reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -75,6 +75,51 @@ def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "
     if isinstance(dataset, Dataset):
         return dataset.map(prepare, with_indices=True, desc=f"Preparing {name}")
     return dataset.map(prepare, with_indices=True)
+
+
+def map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """
+    Apply a function to the training set and to every evaluation set.
+
+    Args:
+        function (`Callable[[Any, str], Any]`):
+            Gets a data set, and how error messages call it.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Returns:
+        `tuple`: What it returned, in the same form.
+    """
+    if isinstance(eval_dataset, dict):
+        evaluated: Any = {k: function(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
+    else:
+        evaluated = None if eval_dataset is None else function(eval_dataset, "eval_dataset")
+    return function(train_dataset, "train_dataset"), evaluated
+
+
+def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
+    """
+    Check that the metric that decides which model is best is of one of the data sets, if there are several.
+
+    Args:
+        metric (`str`, *optional*):
+            `metric_for_best_model`, with or without `eval_`.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Raises:
+        `ValueError`: If it is of none of them.
+    """
+    if metric is None or not isinstance(eval_dataset, dict):
+        return
+    prefixes = [f"eval_{name}_" for name in eval_dataset]
+    if not f"eval_{metric.removeprefix('eval_')}".startswith(tuple(prefixes)):
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but with a `dict` of evaluation data sets the metrics begin with "
+            f"one of {prefixes}: for instance {prefixes[0] + 'reward'!r}."
+        )
 
 
 def _check_row(row: Mapping[str, Any], where: str, protocol: SearchProtocol) -> None:

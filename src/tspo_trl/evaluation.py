@@ -243,6 +243,7 @@ class _Evaluation:
         self.failed = np.zeros((len(plan.ids), num_samples), dtype=bool)
 
     def run(self, progress: bool) -> Scores:
+        """Roll out and score the batches that are not in the file yet, and return the scores of all."""
         done = self._restore()
         bar = Progress(
             TextColumn("{task.description}"),

@@ -21,7 +21,7 @@ from .checkpoints import ExactResumeMixin, get_rng_state, set_rng_state
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
-from .data import check_columns, prepare_dataset
+from .data import check_best_metric, check_columns, map_datasets, prepare_dataset
 from .engines import ContinuousBatchingEngine, Engine, TransformersEngine
 from .metrics import (
     EVAL_ALIASES,
@@ -163,8 +163,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
         # Columns, cache and log are checked before anything large is loaded
-        _map_datasets(check_columns, train_dataset, eval_dataset)
-        _check_best_metric(args.metric_for_best_model, eval_dataset)
+        map_datasets(check_columns, train_dataset, eval_dataset)
+        check_best_metric(args.metric_for_best_model, eval_dataset)
         if args.use_vllm:
             check_vllm()
         self._cache = self._retrieval_log = None
@@ -200,7 +200,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         )
         protocol = search_config.make_protocol(self.processing_class, self.eos_token_ids)
         self.search_config = search_config.replace(prompt_template=find_prompt_template(train_dataset, protocol))
-        self.train_dataset, self.eval_dataset = _map_datasets(
+        self.train_dataset, self.eval_dataset = map_datasets(
             lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
         )
         self.search_loop = search_config.make_search_loop(
@@ -251,6 +251,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]; with several data sets, each logs under its own name."""
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
@@ -484,24 +485,3 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             for guard in ("degenerate", self.args.folr_guard)
         )
         return rollout_facts(trajectory, occurrence, credited)
-
-
-def _check_best_metric(metric: str | None, eval_dataset: Any) -> None:
-    """The metric that decides which model is best must be of one of the data sets, if there are several."""
-    if metric is None or not isinstance(eval_dataset, dict):
-        return
-    prefixes = [f"eval_{name}_" for name in eval_dataset]
-    if not f"eval_{metric.removeprefix('eval_')}".startswith(tuple(prefixes)):
-        raise ValueError(
-            f"`metric_for_best_model` is {metric!r}, but with a `dict` of evaluation data sets the metrics begin with "
-            f"one of {prefixes}: for instance {prefixes[0] + 'reward'!r}."
-        )
-
-
-def _map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
-    """Apply a function of a data set and its name to the training set and to every evaluation set."""
-    if isinstance(eval_dataset, dict):
-        evaluated: Any = {k: function(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
-    else:
-        evaluated = None if eval_dataset is None else function(eval_dataset, "eval_dataset")
-    return function(train_dataset, "train_dataset"), evaluated

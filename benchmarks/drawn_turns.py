@@ -1,0 +1,114 @@
+"""Turns whose ends are drawn beforehand, so that loops can be compared: what a model writes is free, where its turns end is not."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+#: In a plan: a token that the model samples.
+FREE = -1
+
+
+@dataclass(slots=True)
+class Calls:
+    """
+    What calls of `generate` cost.
+
+    Args:
+        seconds (`float`, *optional*, defaults to `0.0`):
+            Time in all of them.
+    """
+
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class DrawnTurns(LogitsProcessor):
+    """
+    Lets a model sample freely at some places of a turn, and forces what it writes at others. After its plan a turn is ended
+    by the end-of-sequence token. A row is known by a token of its prompt, because rows may be left out and put together anew
+    while they are generated.
+
+    Args:
+        plan (`Callable[[int, int], Sequence[int]]`):
+            From a rollout and its turn, both counted from 0: the T tokens to force, [`FREE`] where it is free.
+        rollouts (`int`):
+            The number of rollouts.
+        banned (`torch.Tensor`):
+            Booleans of shape (V,): the tokens that are never sampled freely.
+        eos_token_id (`int`):
+            The token that ends a message.
+        first_mark (`int`, *optional*):
+            The token that marks rollout 0; those after it mark the others. By default every row is rollout 0.
+    """
+
+    plan: Callable[[int, int], Sequence[int]]
+    rollouts: int
+    banned: torch.Tensor
+    eos_token_id: int
+    first_mark: int | None = None
+    turn: int = -1
+    step: int = 0
+    table: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+
+    def begin_rollouts(self) -> None:
+        """Start again at the first turn."""
+        self.turn = -1
+
+    def begin_turn(self) -> None:
+        """Go on to the next turn of all rollouts that are left."""
+        self.turn += 1
+        self.step = 0
+        rows = [torch.tensor(self.plan(rollout, self.turn), dtype=torch.long) for rollout in range(self.rollouts)]
+        self.table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.eos_token_id)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) of the next token, from the tokens so far (B, W)."""
+        rollouts = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        if self.first_mark is not None:
+            marks = input_ids - self.first_mark
+            marked = (marks >= 0) & (marks < self.rollouts)
+            rollouts = marks.gather(1, marked.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        if self.step < self.table.shape[1]:
+            column = self.table.to(rollouts.device)[rollouts, self.step]
+        else:
+            column = torch.full_like(rollouts, self.eos_token_id)
+        self.step += 1
+        scores = scores.masked_fill(self.banned.to(scores.device), -torch.inf)
+        forced = column != FREE
+        scores[forced] = -torch.inf
+        scores[forced, column[forced]] = 0.0
+        return scores
+
+
+@contextmanager
+def drawing(model: PreTrainedModel, turns: DrawnTurns) -> Iterator[Calls]:
+    """
+    Make every call of `model.generate` write the next turn, and time the calls.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        turns ([`DrawnTurns`]):
+            What it writes.
+    """
+    generate: Any = type(model).generate
+    calls = Calls()
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        turns.begin_turn()
+        processors = LogitsProcessorList([turns, *kwargs.pop("logits_processor", [])])
+        start = time.perf_counter()
+        output = generate(model, *args, logits_processor=processors, **kwargs)
+        calls.seconds += time.perf_counter() - start
+        return output
+
+    model.generate = drawn
+    try:
+        yield calls
+    finally:
+        del model.generate

@@ -1,0 +1,225 @@
+"""What does a search loop lose that decodes, cuts and encodes again? Search-R1's own loop beside ours. Prints Markdown tables.
+
+    git clone https://github.com/PeterGriffinJin/Search-R1
+    python benchmarks/search_r1.py --search_r1 Search-R1
+    python benchmarks/search_r1.py --search_r1 Search-R1 --batch 64 --turns 2 4 --json results.json
+
+After every turn, the loop of Search-R1 (`search_r1/llm_agent/generation.py`, run here as it is in the clone) decodes what was
+sampled, cuts the text after the closing tag, and encodes the text again; the new tokens are trained on. Its rollout by vLLM
+has no stop string: a turn goes on until the model ends its message, or for `max_response_length` tokens. `SearchLoop` stops at
+the closing tag and keeps the tokens as they were sampled.
+
+Both generate by `generate` of transformers with one tiny Qwen2 at temperature 1, and search by one `BM25Retriever`, with the
+same prompts and budgets. Where a turn ends is drawn beforehand and the same for both: tokens that the model samples, then a
+query or an answer between its tags, which are forced. What a model does after a closing tag is its own affair, so both ends are
+measured (`--after`): it ends its message at once, or goes on for as long as it may. So are two models: one with random weights,
+which writes what no tokeniser would, and one that has fitted the passages for a minute (`--teach_steps`).
+
+Of Search-R1 these are stand-ins: its worker (which would generate by vLLM on several GPUs), its data class `DataProto` (here a
+dict and nothing else), its tracking, and the HTTP request to its retriever. So its rollouts/s are those of its loop, not of its
+engine: transformers computes all rows of a batch until the last one has ended, and reads every context anew in every turn.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from drawn_turns import drawing
+from search_r1_loop import import_search_r1, run_search_r1
+from search_r1_task import (
+    MOST_ROLLOUTS,
+    PASSAGES,
+    Task,
+    check_turns,
+    make_model,
+    make_tokenizer,
+    sampling,
+    teach,
+)
+from token_counts import Count, SampledTurn, count_turns
+from transformers import Qwen2ForCausalLM
+
+from tspo_trl import BM25Retriever
+from tspo_trl.engines import TransformersEngine
+from tspo_trl.protocol import TagProtocol
+from tspo_trl.retrieval.corpus import iter_corpus
+from tspo_trl.rollout import SearchLoop
+
+CORPUS = Path(__file__).parent.parent / "tests" / "data" / "hotpotqa" / "passages.jsonl"
+
+
+def run_ours(task: Task, model: Qwen2ForCausalLM) -> Count:
+    """Roll out with [`SearchLoop`] and [`TransformersEngine`]."""
+    tokenizer = task.tokenizer
+    protocol = TagProtocol(tokenizer, task.turns - 1)
+    config = sampling(tokenizer, task.max_response)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
+    collect = engine.collect
+    sampled: list[list[list[int]]] = [[] for _ in range(task.batch)]
+
+    def collect_and_record(*, wait: bool) -> Any:
+        written = collect(wait=wait)
+        for number, generation in written:
+            sampled[number].append(list(generation.token_ids))
+        return written
+
+    engine.collect = collect_and_record
+    loop = SearchLoop(
+        engine,
+        task.retriever,
+        protocol,
+        eos_token_ids=[tokenizer.eos_token_id],
+        max_searches=task.turns - 1,
+        num_passages=PASSAGES,
+        max_turn_tokens=task.max_response,
+        max_observation_tokens=task.max_observation,
+        max_completion_length=100_000,
+        max_context_length=model.config.max_position_embeddings,
+    )
+    prompts = task.prompts()
+    with drawing(model, task.draw()) as calls:
+        start = time.perf_counter()
+        trajectories, _ = loop.run(prompts)
+        seconds = time.perf_counter() - start
+    rollouts = []
+    for trajectory, turns in zip(trajectories, sampled, strict=True):
+        trained: list[list[int]] = [[] for _ in turns]
+        for token, turn in zip(trajectory.completion_ids, trajectory.turn_index, strict=True):
+            if turn >= 0:
+                trained[turn].append(token)
+        rollouts.append([SampledTurn(*pair) for pair in zip(turns, trained, strict=True)])
+    check_turns(task, rollouts)
+    return Count(
+        **count_turns(tokenizer, rollouts),
+        trained=sum(sum(t.loss_mask) for t in trajectories),
+        attended=sum(len(t.completion_ids) for t in trajectories),
+        seconds=seconds,
+        model_seconds=calls.seconds,
+    )
+
+
+def measure(loops: dict[str, Callable[[], Count]], repeats: int) -> dict[str, Count]:
+    """Counts of all runs together and medians of their seconds, the loops by turns."""
+    runs: dict[str, list[Count]] = {name: [] for name in loops}
+    for repeat in range(repeats + 1):
+        for name, run in loops.items():
+            torch.manual_seed(repeat)
+            count = run()
+            if repeat:  # the first warms up
+                runs[name].append(count)
+    combined = {}
+    for name, counts in runs.items():
+        values: dict[str, Any] = {}
+        for item in fields(Count):
+            of_runs = [getattr(count, item.name) for count in counts]
+            values[item.name] = statistics.median(of_runs) if item.name.endswith("seconds") else sum(of_runs)
+        combined[name] = Count(**values)
+    return combined
+
+
+HEADER = (
+    "| rollouts | turns | after a tag | loop | sampled | thrown away | changed | rollouts changed | trained on | attended to "
+    "| rollouts/s | sampled tokens/s in the model |"
+)
+
+
+def row(task: Task, name: str, count: Count, repeats: int) -> str:
+    """A line of the table."""
+    kept = count.generated - count.thrown_away
+    after = "goes on" if task.after >= task.max_response else f"ends after {task.after}"
+    cells = [
+        f"{task.batch}",
+        f"1–{task.turns}" if task.turns > 1 else "1",
+        "ends" if task.after == 0 else after,
+        name,
+        f"{count.generated:,}",
+        f"{count.thrown_away:,} ({count.thrown_away / count.generated:.0%})",
+        f"{count.changed:,} ({count.changed / kept:.2%})",
+        f"{count.rollouts_changed / count.rollouts:.0%}",
+        f"{count.trained:,}",
+        f"{count.attended:,}",
+        f"{task.batch / count.seconds:.1f}",
+        f"{count.generated / repeats / count.model_seconds:,.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--search_r1", type=Path, required=True, help="a clone of Search-R1")
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="passages as JSONL")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="rollouts at once")
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 4], help="most turns of a rollout")
+    parser.add_argument(
+        "--max_response",
+        type=int,
+        default=64,
+        help="most tokens of a turn (500 in Search-R1's scripts, and our default)",
+    )
+    parser.add_argument("--max_observation", type=int, default=500, help="most tokens of an observation")
+    parser.add_argument(
+        "--after", type=int, nargs="+", help="tokens after a closing tag before the model ends its message: 0 and all"
+    )
+    parser.add_argument("--teach_steps", type=int, nargs="+", default=[0, 400], help="one model for each")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden_size", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    arguments = parser.parse_args()
+    if not 1 <= max(arguments.batch) <= MOST_ROLLOUTS:
+        parser.error(f"`--batch` must be between 1 and {MOST_ROLLOUTS}, got {max(arguments.batch)}")
+
+    generation = import_search_r1(arguments.search_r1)
+    passages = list(iter_corpus(arguments.corpus))
+    tokenizer = make_tokenizer(passages)
+    retriever = BM25Retriever(passages)
+    titles = [p.title for p in passages if len(tokenizer(p.title)["input_ids"]) <= 12 and not set("<>") & set(p.title)]
+    results = []
+    for steps in arguments.teach_steps:
+        model = make_model(tokenizer, arguments.hidden_size, arguments.layers, arguments.seed)
+        taught = f"taught for {steps} steps (loss {teach(model, tokenizer, passages, steps):.2f})" if steps else ""
+        print(
+            f"Qwen2 with {model.num_parameters() / 1e6:.2f} M parameters, {taught or 'random weights'}; at most "
+            f"{arguments.max_response} tokens a turn, {PASSAGES} passages a search; sums of {arguments.repeats} runs, "
+            f"medians of times; on {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads.\n"
+        )
+        print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|")
+        for batch in arguments.batch:
+            for turns in arguments.turns:
+                for after in arguments.after or [0, arguments.max_response]:
+                    task = Task(
+                        tokenizer=tokenizer,
+                        retriever=retriever,
+                        titles=titles,
+                        max_response=arguments.max_response,
+                        max_observation=arguments.max_observation,
+                        batch=batch,
+                        turns=turns,
+                        after=after,
+                        seed=arguments.seed,
+                    )
+                    loops: dict[str, Callable[[], Count]] = {
+                        "Search-R1": lambda task=task, model=model: run_search_r1(task, model, generation),
+                        "tspo_trl": lambda task=task, model=model: run_ours(task, model),
+                    }
+                    for name, count in measure(loops, arguments.repeats).items():
+                        print(row(task, name, count, arguments.repeats), flush=True)
+                        settings = {"teach_steps": steps, "batch": batch, "turns": turns, "after": after, "loop": name}
+                        results.append({**settings, **asdict(count)})
+        print()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The search loop of Search-R1, run as it is in a clone of its repository, with stand-ins for what it imports."""
+
+import contextlib
+import importlib
+import io
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from drawn_turns import drawing
+from search_r1_task import PASSAGES, Task, check_turns, sampling
+from token_counts import Count, SampledTurn, count_turns
+from transformers import Qwen2ForCausalLM
+
+
+@dataclass(slots=True)
+class DataProto:
+    """
+    Stands in for `verl.DataProto`: tensors by name, and what else belongs to them.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`, *optional*):
+            Tensors of B rows.
+        meta_info (`dict`, *optional*):
+            Anything.
+    """
+
+    batch: dict[str, torch.Tensor] = field(default_factory=dict)
+    meta_info: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, tensors: dict[str, torch.Tensor]) -> "DataProto":
+        """From tensors by name."""
+        return cls(dict(tensors))
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Modules that `generation.py` imports and that are not needed here, for as long as it is imported."""
+    verl, utils, tracking, requests = map(ModuleType, ("verl", "verl.utils", "verl.utils.tracking", "requests"))
+    verl.DataProto, tracking.Tracking = DataProto, object
+    modules = {module.__name__: module for module in (verl, utils, tracking, requests)}
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def import_search_r1(folder: Path) -> ModuleType:
+    """The module `search_r1.llm_agent.generation` of a clone."""
+    if not (folder / "search_r1" / "llm_agent" / "generation.py").is_file():
+        raise SystemExit(
+            f"`--search_r1` must be a clone of https://github.com/PeterGriffinJin/Search-R1, but {str(folder)!r} has no "
+            "search_r1/llm_agent/generation.py."
+        )
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        with stand_ins():
+            return importlib.import_module("search_r1.llm_agent.generation")
+    finally:
+        sys.path.pop(0)
+
+
+class Worker:
+    """
+    Stands in for the workers that generate: by transformers, in the form of `vLLMRollout.generate_sequences`. Each response
+    has up to `max_response` tokens and no stop string; what is after its end is padding.
+    """
+
+    def __init__(self, task: Task, model: Qwen2ForCausalLM):
+        self.task, self.model = task, model
+        self.sampled: list[list[list[int]]] = [[] for _ in range(task.batch)]
+
+    @torch.no_grad()
+    def generate_sequences(self, batch: DataProto) -> DataProto:
+        """One response for each row."""
+        tokenizer = self.task.tokenizer
+        input_ids = batch.batch["input_ids"]
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=batch.batch["attention_mask"],
+            generation_config=sampling(tokenizer, self.task.max_response),
+        )
+        responses = output[:, input_ids.shape[1] :]
+        first = tokenizer.convert_tokens_to_ids("<q0>")
+        for row, response in zip(input_ids.tolist(), responses.tolist(), strict=True):
+            rollout = next(token - first for token in row if 0 <= token - first < self.task.batch)
+            end = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
+            self.sampled[rollout].append(response[:end])
+        return DataProto({"responses": responses})
+
+
+def run_search_r1(task: Task, model: Qwen2ForCausalLM, generation: ModuleType) -> Count:
+    """Roll out with the `LLMGenerationManager` of Search-R1."""
+    tokenizer, pad = task.tokenizer, task.tokenizer.pad_token_id
+    worker = Worker(task, model)
+    trained: list[list[list[int]]] = [[] for _ in range(task.batch)]
+
+    class Manager(generation.LLMGenerationManager):
+        def _batch_search(self, queries: list[str]) -> dict[str, Any]:
+            found = task.retriever.search(queries, self.config.topk) if queries else []
+            documents = [
+                [{"document": {"contents": f"{p.title}\n{p.text}"}, "score": p.score} for p in r] for r in found
+            ]
+            return {"result": documents}
+
+        def _postprocess_responses(self, responses: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+            encoded, texts = super()._postprocess_responses(responses)
+            done = iter(encoded.tolist())
+            for rollout, turns in enumerate(worker.sampled):
+                if len(turns) > len(trained[rollout]):
+                    trained[rollout].append([token for token in next(done) if token != pad])
+            return encoded, texts
+
+    manager = Manager(
+        tokenizer,
+        worker,
+        generation.GenerationConfig(
+            max_turns=task.turns - 1,
+            max_start_length=2048,
+            max_prompt_length=model.config.max_position_embeddings - task.max_response,
+            max_response_length=task.max_response,
+            max_obs_length=task.max_observation,
+            num_gpus=1,
+            topk=PASSAGES,
+        ),
+    )
+    prompts = task.prompts()
+    rows = [torch.tensor(ids) for ids in prompts]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    mask = (input_ids != pad).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    batch = DataProto({"input_ids": input_ids, "attention_mask": mask, "position_ids": positions})
+    with drawing(model, task.draw()) as calls, contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        output = manager.run_llm_loop(batch, input_ids)
+        seconds = time.perf_counter() - start
+    rollouts = [
+        [SampledTurn(*pair) for pair in zip(*turns, strict=True)] for turns in zip(worker.sampled, trained, strict=True)
+    ]
+    check_turns(task, rollouts)
+    length = output.batch["responses"].shape[1]
+    return Count(
+        **count_turns(tokenizer, rollouts),
+        trained=int(output.batch["info_mask"][:, -length:].sum()),
+        attended=int(output.batch["attention_mask"][:, -length:].sum()),
+        seconds=seconds,
+        model_seconds=calls.seconds,
+    )
