@@ -239,8 +239,8 @@ def test_a_study_runs_and_goes_on_where_it_was(tmp_path, policy_dir):
 
     (tmp_path / "policies").mkdir()
     regime = REGIMES["nearly_solved"]
-    for name in ("strong", f"{regime.wrong_query}-{regime.wrong_answer}"):
-        (tmp_path / "policies" / f"plain_world-0-{name}").symlink_to(policy_dir)
+    for name in ("strong-0", f"plain_world-0-{regime.wrong_query}-{regime.wrong_answer}"):
+        (tmp_path / "policies" / name).symlink_to(policy_dir)
     first = study("--arms", GRPO)
     assert first.returncode == 0, first.stderr[-3000:]
     cell = tmp_path / "cells" / "nearly_solved" / "grpo-0.json"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from .arms import ARMS
-from .cells import Cell, Scale, prepare, run_cell
+from .cells import Cell, Scale, prepare, run_cell, teach
 from .regimes import REGIMES
 from .report import arrange, draw_curves, draw_differences, markdown
 
@@ -57,12 +57,10 @@ def run(cells: list[Cell], scale: Scale, folder: Path, processes: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
         # Policies first: all arms start from the same
-        for name, of in (("worlds", lambda r: REGIMES[r].make_world), ("policies", lambda r: r)):
-            firsts = {(of(cell.regime), cell.seed): cell for cell in reversed(missing)}
-            jobs: dict[Future, Any] = {
-                pool.submit(prepare, cell.regime, cell.seed, folder): cell for cell in firsts.values()
-            }
-            wait_for(jobs, f"{name} to start from", start)
+        seeds = {cell.seed: cell for cell in reversed(missing)}
+        wait_for({pool.submit(teach, cell.seed, folder): cell for cell in seeds.values()}, "warm starts", start)
+        firsts = {(cell.regime, cell.seed): cell for cell in missing}
+        wait_for({pool.submit(prepare, *key, folder): cell for key, cell in firsts.items()}, "policies", start)
         wait_for({pool.submit(run_cell, cell, scale, folder): cell for cell in missing}, "cells", start)
 
 

@@ -19,7 +19,7 @@ from tspo_trl import BM25Retriever, TSPOConfig
 from tspo_trl.demo.warmup import LIMITS
 
 from .arms import ARMS, TSPO_SETTINGS
-from .regimes import REGIMES, make_policy
+from .regimes import REGIMES, make_policy, make_strong
 
 #: What is kept of every step, under a short name.
 CURVES = {
@@ -87,6 +87,12 @@ def quiet() -> None:
     disable_progress_bars()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+
+
+def teach(seed: int, folder: Path) -> None:
+    """Make the policy that can search and read, from which those of all regimes are made."""
+    quiet()
+    make_strong(seed, folder / "policies")
 
 
 def prepare(regime: str, seed: int, folder: Path) -> None:

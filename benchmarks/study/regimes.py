@@ -5,16 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspo_trl import Trajectory
 from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_start
-from tspo_trl.demo.warmup import demonstrate_world
+from tspo_trl.demo.warmup import answer_rate, demonstrate_world, sample
 from tspo_trl.demo.world import Question
 
 #: Single letters, as of shelves and zones. Not A, which is an article and normalises to nothing.
 ZONES = "BCDEFG"
 WORLDS = 8  # that the demonstrations come from
+ADAPT_STEPS = 300  # of a policy that can read, to the passages of the control
 
 
 def mislead(world: World, seed: int) -> World:
@@ -76,8 +77,6 @@ class Regime:
             Steps of training.
         make_world (`Callable[[int], World]`, *optional*):
             Makes the worlds, of the demonstrations as of the training.
-        copying (`float`, *optional*, defaults to `0.9`):
-            The exact match at which faultless demonstrations end, before the mistakes.
     """
 
     title: str
@@ -85,7 +84,6 @@ class Regime:
     wrong_answer: float
     steps: int
     make_world: Callable[[int], World] = plain_world
-    copying: float = 0.9
 
 
 REGIMES = {
@@ -93,7 +91,7 @@ REGIMES = {
     "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 40),
     "weak_search": Regime("weak search, good answers", 0.5, 0.0, 40),
     "nearly_solved": Regime("nearly solved", 0.1, 0.1, 30),
-    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 60, misleading_world, copying=0.8),
+    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 60, misleading_world),
 }
 
 
@@ -108,6 +106,26 @@ def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Traject
 def study_tokenizer() -> PreTrainedTokenizerBase:
     """One tokenizer for all regimes."""
     return make_tokenizer([f"In which zone is x? Zone {' '.join(ZONES)}. Also: x, x"])
+
+
+def make_strong(seed: int, folder: Path) -> Path:
+    """
+    A policy that searches and reads the plain encyclopedia without mistakes. What has been made before is not made again.
+
+    Args:
+        seed (`int`):
+            Seed of the weights and of the demonstrations.
+        folder (`Path`):
+            Where policies are kept.
+
+    Returns:
+        `Path`: The folder of the policy.
+    """
+    path = folder / f"strong-{seed}"
+    if not path.exists():
+        tokenizer = study_tokenizer()
+        _save(warm_start(tokenizer, seed=seed, worlds=WORLDS, max_steps=1500, weaken_steps=0), tokenizer, path)
+    return path
 
 
 def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
@@ -126,37 +144,31 @@ def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
         `Path`: The folder of the policy.
     """
     tokenizer = study_tokenizer()
-    worlds = regime.make_world.__name__
-    strong = folder / f"{worlds}-{seed}-strong"
-    if not strong.exists():
-        model = warm_start(
-            tokenizer,
-            seed=seed,
-            worlds=WORLDS,
-            make=regime.make_world,
-            target=regime.copying,
-            max_steps=1500,
-            weaken_steps=0,
-        )
-        _save(model, tokenizer, strong)
-    path = folder / f"{worlds}-{seed}-{regime.wrong_query}-{regime.wrong_answer}"
+    path = folder / f"{regime.make_world.__name__}-{seed}-{regime.wrong_query}-{regime.wrong_answer}"
     if not path.exists():
-        model = AutoModelForCausalLM.from_pretrained(strong)
+        model = AutoModelForCausalLM.from_pretrained(make_strong(seed, folder))
+        worlds = [regime.make_world(1_000_000 * (seed + 1) + i) for i in range(WORLDS + 1)]
+        if regime.make_world is not plain_world:
+            supervise(model, _show(tokenizer, worlds[:WORLDS], seed), steps=ADAPT_STEPS, learning_rate=1e-3, seed=seed)
+            questions = worlds[WORLDS].heldout_questions[:64]
+            reached = answer_rate(sample(model, tokenizer, worlds[WORLDS], questions, greedy=True), questions)
+            if reached < 0.7:
+                raise RuntimeError(f"The policy of seed {seed} did not learn to read the passages: {reached:.2f}.")
         mistakes = {"wrong_query": regime.wrong_query, "wrong_answer": regime.wrong_answer}
-        demonstrations = []
-        for i in range(WORLDS):
-            world = regime.make_world(1_000_000 * (seed + 1) + i)
-            shown = demonstrate_world(tokenizer, world, **mistakes, seed=seed + i)
-            questions = [*world.train_questions, *world.heldout_questions]
-            demonstrations += [cut_at_wrong_query(*pair) for pair in zip(shown, questions, strict=True)]
-        supervise(model, demonstrations, steps=80, learning_rate=1e-3, seed=seed)
+        shown = _show(tokenizer, worlds[:WORLDS], seed, **mistakes)
+        supervise(model, shown, steps=80, learning_rate=1e-3, seed=seed)
         _save(model, tokenizer, path)
     return path
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a policy."""
-    return AutoTokenizer.from_pretrained(path)
+def _show(tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int, **mistakes: float) -> list[Trajectory]:
+    """Demonstrations of all questions of some worlds."""
+    shown = []
+    for i, world in enumerate(worlds):
+        questions = [*world.train_questions, *world.heldout_questions]
+        demonstrations = demonstrate_world(tokenizer, world, **mistakes, seed=seed + i)
+        shown += [cut_at_wrong_query(*pair) for pair in zip(demonstrations, questions, strict=True)]
+    return shown
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

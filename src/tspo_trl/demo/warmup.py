@@ -263,7 +263,6 @@ def warm_start(
     weaken_steps: int = 80,
     wrong_query: float = 0.5,
     wrong_answer: float = 0.8,
-    make: Callable[[int], World] = make_world,
     progress: bool = False,
 ) -> PreTrainedModel:
     """
@@ -286,8 +285,6 @@ def warm_start(
             Probability of a wrong name in a query of stage two.
         wrong_answer (`float`, *optional*, defaults to `0.8`):
             Probability of a wrong answer in stage two.
-        make (`Callable[[int], World]`, *optional*, defaults to `make_world`):
-            Makes the worlds from their seeds.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show progress bars.
 
@@ -297,8 +294,8 @@ def warm_start(
     Raises:
         `RuntimeError`: If copying was not learned within `max_steps`: reinforcement could not succeed then.
     """
-    made = [make(1_000_000 * (seed + 1) + i) for i in range(worlds)]
-    unseen = make(1_000_000 * (seed + 1) + worlds)
+    made = [make_world(1_000_000 * (seed + 1) + i) for i in range(worlds)]
+    unseen = make_world(1_000_000 * (seed + 1) + worlds)
     probe = unseen.heldout_questions[:64]
     model = make_model(tokenizer, seed=seed)
 
