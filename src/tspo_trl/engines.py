@@ -118,7 +118,13 @@ class BatchEngine(ABC):
         if not numbers:
             return []
         contexts, budgets = zip(*(self._submitted.pop(number) for number in numbers), strict=True)
-        return list(zip(numbers, self.generate(contexts, budgets), strict=True))
+        return list(zip(numbers, self._generate_round(numbers, contexts, budgets), strict=True))
+
+    def _generate_round(
+        self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
+    ) -> list[Generation]:
+        """Generate the turns of a round, for an engine that keeps something of a rollout (by its number) for the next."""
+        return self.generate(contexts, max_new_tokens)
 
     @abstractmethod
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
@@ -165,7 +171,7 @@ class TransformersEngine(BatchEngine):
         self._generation_config = generation_config
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
         self._model: Any = None
-        self._numbers: list[int] = []
+        self._keeps = generation_config.cache_implementation is None and generation_config.use_cache is not False
         self._kept: KeptCache | None = None
 
     @contextmanager
@@ -177,33 +183,47 @@ class TransformersEngine(BatchEngine):
             finally:
                 self._model = self._kept = None
 
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]. What the rollouts have read so far is kept, and not read again in their next turn."""
-        self._numbers = sorted(self._submitted)
-        return super().collect(wait=wait)
-
-    @torch.no_grad()
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
         """Generate one turn for each of B contexts, within `session()`, see [`BatchEngine.generate`]."""
+        generations, _ = self._generate(contexts, max_new_tokens, [0] * len(contexts), None)
+        return generations
+
+    def _generate_round(
+        self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
+    ) -> list[Generation]:
+        """What the rollouts have read so far is kept, and not read again in their next turn."""
+        kept, self._kept = self._kept, None
+        cache, past = None, [0] * len(contexts)
+        if self._model is not None and self._keeps:
+            if kept and (cache := kept.take(numbers, contexts)):
+                past = [len(kept.tokens[number]) for number in numbers]
+            cache = cache or new_cache(self._model)
+        generations, mask = self._generate(contexts, max_new_tokens, past, cache)
+        if cache is not None:
+            self._kept = _keep(cache, mask, numbers, contexts, generations)
+        return generations
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        contexts: Sequence[list[int]],
+        max_new_tokens: Sequence[int],
+        past: Sequence[int],
+        cache: DynamicCache | None,
+    ) -> tuple[list[Generation], torch.Tensor]:
+        """Turns, and the attention mask of the contexts, with a cache that holds the first tokens (`past`) of each."""
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
-        numbers, self._numbers = self._numbers, []
-        kept, self._kept = self._kept, None
         config = copy(self._generation_config)
         config.max_new_tokens = max(max_new_tokens)
-        cache = past = None
-        if numbers and config.cache_implementation is None and config.use_cache is not False:
-            cache = kept.take(numbers, contexts) if kept else None
-            past = [kept.tokens[number] for number in numbers] if kept and cache else None
-            cache = cache or new_cache(self._model)
-        input_ids, mask = _pad_left(contexts, [len(p) for p in past or []], config.pad_token_id)
+        device = self._model.device
+        input_ids, mask = (tensor.to(device) for tensor in _pad_left(contexts, past, config.pad_token_id))
         width = input_ids.shape[1]
         recorder = Recorder(config)
         turn_end = TurnEnd(self._stop, recorder, max_new_tokens)
-        device = self._model.device
         output = self._model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=input_ids,
+            attention_mask=mask,
             generation_config=config,
             logits_processor=LogitsProcessorList([recorder]),
             stopping_criteria=StoppingCriteriaList([turn_end]),
@@ -216,19 +236,16 @@ class TransformersEngine(BatchEngine):
             Generation(token_ids=row[:length], logprobs=row_logprobs[:length])
             for row, row_logprobs, length in zip(output[:, width:].tolist(), logprobs, turn_end.lengths, strict=True)
         ]
-        if cache is not None:
-            self._kept = _keep(cache, mask.to(device), numbers, contexts, generations)
-        return generations
+        return generations, mask
 
 
 def _pad_left(
     contexts: Sequence[list[int]], past: Sequence[int], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Contexts as a batch with its attention mask, both of shape (B, W). Where the first tokens of a context are in a cache
-    (`past` says how many), these are padded on the left, and so are those after them.
+    Contexts as a batch with its attention mask, both of shape (B, W). The first tokens of each context, which are in a
+    cache (`past` says how many), are padded on the left, and so are those after them.
     """
-    past = past or [0] * len(contexts)
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
     rows, mask = [], []
     for ids, n in zip(contexts, past, strict=True):
