@@ -121,7 +121,9 @@ class TurnDecoder:
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
-            scores = logits_processor(ids[:, : width + step], logits)  # type: ignore[arg-type]
+            seen, scores = ids[:, : width + step], logits
+            for processor in logits_processor:
+                scores = processor(seen, scores)
             if generation_config.do_sample:
                 # Drawn for all rows of the turn, so that what one gets does not depend on the others
                 uniform = torch.rand(len(self._budgets), dtype=_exact(device), device=device)
