@@ -11,6 +11,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -24,6 +25,7 @@ BOUND_TO_ROWS = (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -114,7 +116,7 @@ class TurnDecoder:
         if positions is not None:
             positions = positions[:, -1:]
             # A row whose turn has ended must not run out of the model's positions
-            last_positions = positions + torch.tensor(self._budgets, device=device)[:, None] - 1
+            last_positions = positions + torch.tensor(self._budgets, device=device)[:, None]
         self.logprobs = torch.zeros(ids.shape[0], room, device=device)
         rows = list(range(len(ids)))
         index = torch.arange(len(ids), device=device)

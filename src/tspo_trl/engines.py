@@ -266,7 +266,9 @@ def _pad_left(
     rows, mask = [], []
     for ids, n in zip(contexts, past, strict=True):
         gap = new - (len(ids) - n)
-        rows.append([pad_token_id] * (old - n) + ids[:n] + [pad_token_id] * gap + ids[n:])
+        # Within a context, padding repeats a token of it: it is masked, but a repetition penalty would see it
+        filler = ids[0] if n else pad_token_id
+        rows.append([pad_token_id] * (old - n) + ids[:n] + [filler] * gap + ids[n:])
         mask.append([0] * (old - n) + [1] * n + [0] * gap + [1] * (len(ids) - n))
     return torch.tensor(rows), torch.tensor(mask)
 
