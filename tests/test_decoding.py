@@ -167,6 +167,10 @@ def test_what_is_kept_of_rows_that_left_serves_their_next_turn(policy, tokenizer
                 limits = [budgets[number - turn_number] for number in contexts]
                 expected = plainly(policy, tokenizer, list(contexts.values()), limits, **options)
                 assert [turn.token_ids for turn in turns.values()] == expected
+                fresh = generate(policy, tokenizer, list(contexts.values()), limits, **options)
+                for turn, other in zip(turns.values(), fresh, strict=True):
+                    logprobs = torch.tensor(turn.logprobs), torch.tensor(other.logprobs)
+                    torch.testing.assert_close(*logprobs, atol=1e-5, rtol=0)
             for number, turn in turns.items():
                 contexts[number] = contexts[number] + turn.token_ids + [20 + number] * (1 + number % 6)
             del contexts[turn_number]
