@@ -263,14 +263,15 @@ def _pad_left(
     cache (`past` says how many), are padded on the left, and so are those after them.
     """
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
-    rows, mask = [], []
+    rows = []
     for ids, n in zip(contexts, past, strict=True):
-        gap = new - (len(ids) - n)
         # Within a context, padding repeats a token of it: it is masked, but a repetition penalty would see it
         filler = ids[0] if n else pad_token_id
-        rows.append([pad_token_id] * (old - n) + ids[:n] + [filler] * gap + ids[n:])
-        mask.append([0] * (old - n) + [1] * n + [0] * gap + [1] * (len(ids) - n))
-    return torch.tensor(rows), torch.tensor(mask)
+        rows.append([pad_token_id] * (old - n) + ids[:n] + [filler] * (new - (len(ids) - n)) + ids[n:])
+    columns, cached = torch.arange(old + new), torch.tensor(past)[:, None]
+    unread = torch.tensor([len(ids) for ids in contexts])[:, None] - cached
+    mask = torch.where(columns < old, columns >= old - cached, columns >= old + new - unread)
+    return torch.tensor(rows), mask.long()
 
 
 @dataclass(slots=True)
