@@ -130,20 +130,19 @@ class KeptCache:
 
     @staticmethod
     def _gather(moves: "list[_Move]", rows: int, width: int, layer: int, part: int) -> torch.Tensor:
-        held = moves[0].block.layers[layer][part]
+        if len(moves) == 1:  # of all rows, in their order
+            return moves[0].read(layer, part)
         # Padding is masked, but must be finite
+        held = moves[0].block.layers[layer][part]
         gathered = held.new_zeros(rows, held.shape[1], width, held.shape[3])
         for move in moves:
-            held = move.block.layers[layer][part]
-            source, columns, target = (index.to(held.device) for index in (move.source, move.columns, move.target))
-            start = width - columns.shape[1]
-            gathered[target, :, start:] = held[source[:, None], :, columns].transpose(1, 2)
+            gathered[move.target.to(held.device), :, width - move.columns.shape[1] :] = move.read(layer, part)
         return gathered
 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """Some rows of a block, and which rows of the next batch they become."""
+    """Some rows of a block, and which rows of the next batch they become, in ascending order."""
 
     block: CacheBlock
     source: torch.Tensor  # (R,)
@@ -153,6 +152,7 @@ class _Move:
     @classmethod
     def of(cls, block: CacheBlock, targets: dict[int, int], lengths: Sequence[int]) -> "_Move | None":
         taken = [(i, targets[row]) for i, row in enumerate(block.rows) if row in targets]
+        taken.sort(key=lambda move: move[1])
         if not taken:
             return None
         source, target = (torch.tensor(part, device=block.valid.device) for part in zip(*taken, strict=True))
@@ -160,6 +160,12 @@ class _Move:
         # A stable sort moves padding to the left and leaves the order of the tokens as it is
         columns = block.valid[source].byte().argsort(dim=1, stable=True)[:, -width:]
         return cls(block, source, columns, target)
+
+    def read(self, layer: int, part: int) -> torch.Tensor:
+        """Keys or values (part 0 or 1) of a layer, of shape (R, H, W, D)."""
+        held = self.block.layers[layer][part]
+        heads = torch.arange(held.shape[1], device=held.device)[:, None]
+        return held[self.source.to(held.device)[:, None, None], heads, self.columns.to(held.device)[:, None]]
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
