@@ -1,14 +1,18 @@
 """How fast are rollouts, beside TRL's own tool loop? Prints Markdown tables. Needs no network and no data.
 
     python benchmarks/rollouts.py                                # batches of 16, 64 and 256 rollouts; 1 to 6 turns
-    python benchmarks/rollouts.py --batch 64 --turns 3 --repeats 3 --json results.json
+    python benchmarks/rollouts.py --batch 64 --turns 3 --longest 160 --json results.json
 
-A tiny Qwen2 with random weights, whose tokens are forced: every question has a script that says how many turns its rollouts
-take, and what they write. So all loops generate the same number of tokens in the same turns, with the same model and the
-same passages, and differ in nothing but what they do around it. `GRPOTrainer(tools=[search])` of TRL and `TSPOTrainer` with
-both of its protocols are timed in the method that both have, `_generate`, by turns. "model" is the time in `generate` of the
-model, "retrieval" that in the retriever; the rest is templates, parsing, tokenising and the loop. "of bare" compares the
-tokens/s of the model in the loop with those of calling `model.generate` on the same contexts for the same tokens.
+A tiny Qwen2 with random weights, whose tokens are forced: every rollout has a script that says how many turns it takes, and
+what it writes. So all loops generate the same number of tokens in the same turns, with the same model and the same passages,
+and differ in nothing but what they do around it. As in training, several rollouts (`--group`) are of one question; with
+`--group 1` all questions differ. All turns are of the same length, unless `--longest` lets them be longer, each as drawn.
+
+`GRPOTrainer(tools=[search])` of TRL and `TSPOTrainer` with both of its protocols are timed in the method that both have,
+`_generate`, by turns. "× TRL" compares rollouts/s within a table; tokens/s counts what the rollouts wrote. "reading" is the
+time in `generate` of the model until the first token of a turn is known, "writing" that for the others, "retrieval" that in
+the retriever; the rest is templates, parsing, tokenising and the loop. "of bare" compares the time in `generate` with that of
+calling `model.generate` on the same contexts for the same number of steps: over 1, the loop saves the model work.
 """
 
 import argparse
@@ -34,7 +38,8 @@ from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_world
 from tspo_trl.protocol import PROMPT
 
-QUESTIONS = 256
+ROLLOUTS = 256
+MOST_TURNS = 16
 PASSAGES = 3
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TAGS = ["<search>", "</search>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"]
@@ -43,7 +48,7 @@ TURN_TOKENS = 40
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the added tokens and the chat template of Qwen2.5, one token for each number of a question."""
+    """A byte-level BPE with the added tokens and the chat template of Qwen2.5, one token to mark each rollout."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -56,7 +61,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    added = [*TAGS, *(f"<q{i}>" for i in range(QUESTIONS))]
+    added = [*TAGS, *(f"<r{i}>" for i in range(ROLLOUTS))]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in added])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token="<|endoftext|>")
     fast.chat_template = qwen2_5_chat_template
@@ -64,65 +69,80 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 class Scripts:
-    """What the rollouts of each question write, in each protocol: turns of the same number of tokens."""
+    """What each rollout writes, in each protocol: turns of the same numbers of tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, queries: list[str], seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, queries: list[str], longest: int, seed: int):
         self.tokenizer = tokenizer
+        self.longest = longest
         rng = random.Random(seed)
-        self.turns: dict[int, int] = {}  # question -> turns
-        self.queries = {
-            (question, turn): rng.choice(queries) for question in range(QUESTIONS) for turn in range(QUESTIONS)
-        }
-        self.first = tokenizer.convert_tokens_to_ids("<q0>")
-        self.marks = {"tool_call": "</tool_call>", "tags": "</search>"}
-        self.marks = {name: tokenizer.convert_tokens_to_ids(token) for name, token in self.marks.items()}
+        self.turns: dict[int, int] = {}  # rollout -> turns
+        self.queries = {(i, turn): rng.choice(queries) for i in range(ROLLOUTS) for turn in range(MOST_TURNS)}
+        self.lengths = {key: rng.randint(TURN_TOKENS, longest) for key in self.queries}
+        self.filler = tokenizer(" so", add_special_tokens=False)["input_ids"][0]
+        self.first = tokenizer.convert_tokens_to_ids("<r0>")
+        self.ends = {"tool_call": "</tool_call>", "tags": "</search>"}
+        self.ends = {name: tokenizer.convert_tokens_to_ids(token) for name, token in self.ends.items()}
 
     def draw_turns(self, most: int, seed: int) -> None:
-        """Between 1 and `most` turns for each question."""
+        """Between 1 and `most` turns for each rollout."""
         rng = random.Random(seed)
-        self.turns = {question: rng.randint(1, most) for question in range(QUESTIONS)}
+        self.turns = {rollout: rng.randint(1, most) for rollout in range(ROLLOUTS)}
 
-    def write(self, protocol: str, question: int, turn: int) -> list[int]:
-        final = turn == self.turns[question] - 1
-        query = self.queries[question, turn]
+    def write(self, protocol: str, rollout: int, turn: int) -> list[int]:
+        """The tokens of a turn; the first turn begins with the mark of its rollout."""
+        final = turn == self.turns[rollout] - 1
+        query = self.queries[rollout, turn]
         if protocol == "tags":
             text = "<answer> Mira</answer>" if final else f"<search> {query}</search>"
         else:
             call = json.dumps({"name": "search", "arguments": {"query": query}})
             text = f" Mira{END}" if final else f"<tool_call>\n{call}\n</tool_call>{END}"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        filler = self.tokenizer(" so", add_special_tokens=False)["input_ids"][:1]
-        return filler * (TURN_TOKENS - len(ids)) + ids
+        mark = [self.first + rollout] if turn == 0 else []
+        return mark + [self.filler] * (self.lengths[rollout, turn] - len(mark) - len(ids)) + ids
 
 
 class Forced(LogitsProcessor):
-    """Lets each row write the script of its question, from the turn that its context has come to."""
+    """
+    Lets each row write its script, from the turn that its context has come to. In the first turn a rollout is known by its
+    place in the batch, and from then on by the mark that it has written: rows may be moved, and may leave.
+    """
 
     def __init__(self, scripts: Scripts, protocol: str):
         self.scripts, self.protocol = scripts, protocol
-        self.written: torch.Tensor | None = None
-        self.width = 0
+        self.written = torch.empty(0, 0, dtype=torch.long)
+        self.width = self.tokens = 0
+        self.read_at = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.written is None:
-            self.width = input_ids.shape[1]
-            first, mark = self.scripts.first, self.scripts.marks[self.protocol]
-            rows = []
-            for row in input_ids.tolist():
-                start = next(i for i, token in enumerate(row) if first <= token < first + QUESTIONS)
-                rows.append(self.scripts.write(self.protocol, row[start] - first, row[start:].count(mark)))
-            self.written = torch.tensor(rows)
+        if not self.read_at:
+            self.read_at, self.width = time.perf_counter(), input_ids.shape[1]
+        if len(self.written) != len(input_ids):
+            scripts = [self._script(*at) for at in enumerate(input_ids.tolist())]
+            most = max(map(len, scripts))
+            padded = [script + [self.scripts.filler] * (most - len(script)) for script in scripts]
+            self.written = torch.tensor(padded, device=scores.device)
         step = min(input_ids.shape[1] - self.width, self.written.shape[1] - 1)
+        self.tokens = step + 1
         forced = torch.full_like(scores, -1e9)
         return forced.scatter_(1, self.written[:, step, None], 0.0)
 
+    def _script(self, place: int, row: list[int]) -> list[int]:
+        first = self.scripts.first
+        mark = next((i for i, token in enumerate(row) if first <= token < first + ROLLOUTS), None)
+        if mark is None:
+            return self.scripts.write(self.protocol, place, 0)
+        turn = row[mark : self.width].count(self.scripts.ends[self.protocol])
+        return self.scripts.write(self.protocol, row[mark] - first, turn)
+
 
 def force(model: Qwen2ForCausalLM, scripts: Scripts, protocol: str) -> None:
-    """Append the scripts to whatever processors `generate` makes."""
+    """Append the scripts to whatever processors `generate` makes; `model.forced` is the latest."""
     make = type(model)._get_logits_processor
 
     def with_script(*args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return LogitsProcessorList([*make(model, *args, **kwargs), Forced(scripts, protocol)])
+        model.forced = Forced(scripts, protocol)
+        return LogitsProcessorList([*make(model, *args, **kwargs), model.forced])
 
     model._get_logits_processor = with_script
 
@@ -144,13 +164,14 @@ class Timed:
 
 @contextmanager
 def recorded(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> Any:
-    """Time the calls of `generate`, and keep what they were asked and gave."""
+    """Time the calls of `generate`, and keep what they were asked for."""
     generate = type(model).generate
 
     def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.perf_counter()
         output = generate(model, *args, **kwargs)
-        calls.append({"seconds": time.perf_counter() - start, "inputs": kwargs, "output": output})
+        seconds, forced = time.perf_counter() - start, model.forced
+        calls.append({"seconds": seconds, "reading": forced.read_at - start, "inputs": kwargs, "tokens": forced.tokens})
         return output
 
     model.generate = timed
@@ -162,7 +183,7 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
     world = make_world(0)
     texts = [f"{p.title} {p.text}" for p in world.passages] + [PROMPT]
     tokenizer = make_tokenizer(texts)
-    scripts = Scripts(tokenizer, [p.title for p in world.passages], arguments.seed)
+    scripts = Scripts(tokenizer, [p.title for p in world.passages], arguments.longest, arguments.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
@@ -203,13 +224,15 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
         "report_to": "none",
         "max_completion_length": 4096,
     }
-    rows = [{"question": f"<q{i}> {world.passages[i].title}?", "golden_answers": ["Mira"]} for i in range(QUESTIONS)]
+    titles = [passage.title for passage in world.passages]
+    questions = [f"{titles[i % len(titles)]}, or {titles[i // len(titles)]}?" for i in range(ROLLOUTS)]
+    rows = [{"question": question, "golden_answers": ["Mira"]} for question in questions]
     most = max(arguments.turns)
     ours = {
         **shared,
         "max_searches": most,
         "num_passages": PASSAGES,
-        "max_turn_tokens": TURN_TOKENS,
+        "max_turn_tokens": arguments.longest,
         "max_observation_tokens": 500,
         "retrieval_cache_size": 0,
         "log_trajectories": False,
@@ -242,7 +265,7 @@ def bare(model: Qwen2ForCausalLM, calls: list[dict[str, Any]], scripts: Scripts,
     seconds = 0.0
     for call in calls:
         inputs = {name: call["inputs"][name] for name in ("input_ids", "attention_mask")}
-        tokens = call["output"].shape[1] - inputs["input_ids"].shape[1]
+        tokens = call["tokens"]
         start = time.perf_counter()
         with torch.no_grad():
             type(model).generate(
@@ -259,9 +282,11 @@ def bare(model: Qwen2ForCausalLM, calls: list[dict[str, Any]], scripts: Scripts,
     return seconds
 
 
-def measure(trainer: GRPOTrainer, protocol: str, batch: int, scripts: Scripts, retriever: Timed) -> dict[str, float]:
-    """One generation phase."""
-    rows = trainer.train_dataset.select(range(batch))
+def measure(
+    trainer: GRPOTrainer, protocol: str, batch: int, group: int, scripts: Scripts, retriever: Timed
+) -> dict[str, float]:
+    """One generation phase: `batch` rollouts, of which each `group` are of one question."""
+    rows = trainer.train_dataset.select([i // group for i in range(batch)])
     prompts = [row["prompt"] for row in rows]
     if not isinstance(trainer, TSPOTrainer):  # what it prepares for its tools in `_generate_and_score_completions`
         trainer._sync_tool_dicts = [{tool.__name__: tool for tool in trainer.tools} for _ in prompts]
@@ -274,13 +299,14 @@ def measure(trainer: GRPOTrainer, protocol: str, batch: int, scripts: Scripts, r
         _, completion_ids, mask, *_ = trainer._generate(prompts)
         seconds = time.perf_counter() - start
     tokens = sum(map(sum, mask)) if mask else sum(map(len, completion_ids))
-    expected = sum(TURN_TOKENS * scripts.turns[i] for i in range(batch))
+    expected = sum(scripts.lengths[i, turn] for i in range(batch) for turn in range(scripts.turns[i]))
     assert tokens == expected, f"{tokens} tokens were written instead of {expected}"
     in_retriever = retriever.seconds
     return {
         "seconds": seconds,
         "tokens": tokens,
         "model": sum(call["seconds"] for call in calls),
+        "reading": sum(call["reading"] for call in calls),
         "retrieval": in_retriever,
         "bare": bare(trainer.model, calls, scripts, protocol),
     }
@@ -289,9 +315,13 @@ def measure(trainer: GRPOTrainer, protocol: str, batch: int, scripts: Scripts, r
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256], help="rollouts at once")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of one question")
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 3, 6], help="most turns of a rollout")
     parser.add_argument(
         "--delays", type=float, nargs="+", default=[0.0, 0.02], help="seconds a call of the retriever waits"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=TURN_TOKENS, help=f"turns have between {TURN_TOKENS} and so many tokens"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -299,6 +329,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results there too")
     arguments = parser.parse_args()
+    if max(arguments.batch) > ROLLOUTS or max(arguments.turns) > MOST_TURNS or arguments.longest < TURN_TOKENS:
+        parser.error(f"at most {ROLLOUTS} rollouts of {MOST_TURNS} turns, and --longest at least {TURN_TOKENS}")
 
     trainers, scripts, retriever, _ = make_trainers(arguments, mkdtemp())
     protocols = {name: "tags" if name.endswith("tags") else "tool_call" for name in trainers}
@@ -306,14 +338,15 @@ def main() -> None:
         trainer.model.eval()
         force(trainer.model, scripts, protocols[name])
     parameters = next(iter(trainers.values())).model.num_parameters()
+    turn_tokens = TURN_TOKENS if arguments.longest == TURN_TOKENS else f"{TURN_TOKENS}–{arguments.longest}"
     print(
-        f"Qwen2 with {parameters / 1e6:.2f} M parameters, {TURN_TOKENS} tokens a turn, {PASSAGES} passages a search, on "
+        f"Qwen2 with {parameters / 1e6:.2f} M parameters, groups of {arguments.group}, {turn_tokens} tokens a turn, {PASSAGES} passages a search, on "
         f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads; medians of {arguments.repeats}.\n"
     )
     print(
-        "| rollouts | turns | retriever waits | loop | rollouts/s | × TRL | tokens/s | of bare | model | retrieval | rest |"
+        "| rollouts | turns | retriever waits | loop | rollouts/s | × TRL | tokens/s | of bare | reading | writing | retrieval | rest |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|" + "---|" * 12)
     results = []
     for batch in arguments.batch:
         for most in arguments.turns:
@@ -325,7 +358,7 @@ def main() -> None:
                 runs: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
                 for repeat in range(arguments.repeats + 1):
                     for name, trainer in trainers.items():
-                        run = measure(trainer, protocols[name], batch, scripts, retriever)
+                        run = measure(trainer, protocols[name], batch, arguments.group, scripts, retriever)
                         if repeat:  # the first warms up
                             runs[name].append(run)
                 base = 0.0
@@ -334,7 +367,8 @@ def main() -> None:
                     rate = batch / value["seconds"]
                     base = base or rate
                     rest = value["seconds"] - value["model"] - value["retrieval"]
-                    shares = [100 * part / value["seconds"] for part in (value["model"], value["retrieval"], rest)]
+                    parts = (value["reading"], value["model"] - value["reading"], value["retrieval"], rest)
+                    shares = [100 * part / value["seconds"] for part in parts]
                     print(
                         f"| {batch} | 1–{most} | {1000 * delay:.0f} ms | {name} | {rate:.1f} | {rate / base:.1f} | "
                         f"{value['tokens'] / value['seconds']:.0f} | {value['bare'] / value['model']:.2f} | "

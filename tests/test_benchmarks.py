@@ -101,11 +101,14 @@ def test_made_up_data_is_the_same_for_the_same_seed(tmp_path, benchmark):
 
 
 @pytest.mark.slow
-def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_path):
+@pytest.mark.parametrize(
+    "options", ["--batch 6 --group 1 --turns 1 3", "--batch 8 --group 4 --turns 1 3 --longest 120"]
+)
+def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_path, options):
     script = SCRIPT.with_name("rollouts.py")
     results = tmp_path / "results.json"
     result = subprocess.run(
-        [sys.executable, str(script), *"--batch 6 --turns 1 3 --delays 0 --repeats 1 --json".split(), str(results)],
+        [sys.executable, str(script), *f"{options} --delays 0 --repeats 1 --json".split(), str(results)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -118,4 +121,6 @@ def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_
     for most in (1, 3):
         assert len({row["tokens"] for row in rows if row["turns"] == most}) == 1
     assert all(row["retrieval"] > 0 for row in rows if row["turns"] == 3)
-    assert result.stdout.count("\n| 6 | 1–3 | 0 ms |") == 3
+    assert all(0 < row["reading"] < row["model"] < row["seconds"] for row in rows)
+    batch = options.split()[1]
+    assert result.stdout.count(f"\n| {batch} | 1–3 | 0 ms |") == 3

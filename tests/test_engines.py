@@ -263,7 +263,7 @@ def test_what_a_rollout_has_read_is_not_read_again_and_its_turns_stay_the_same(
     for keeps in (True, False):
         engine = make_engine(**options)
         if not keeps:
-            engine.collect = lambda *, wait, engine=engine: super(TransformersEngine, engine).collect(wait=wait)
+            engine._generate_round = lambda numbers, *turns, engine=engine: engine.generate(*turns)
         sizes = []
         hook = policy.model.register_forward_pre_hook(
             lambda *args, sizes=sizes: sizes.append(args[-1]["input_ids"].shape[1]), with_kwargs=True

@@ -134,9 +134,9 @@ def main():
     trainer.search_loop.run = lambda prompts: generations.append(1) or run(prompts)
     if not arguments.recorded:
         engine = trainer.search_loop.engine
-        name = "generate" if engine.in_rounds else "submit"  # once a round, or once a turn
+        name = "collect" if engine.in_rounds else "submit"  # once a round, or once a turn
         function = getattr(engine, name)
-        setattr(engine, name, lambda *a: turns.append(len(gathers)) or function(*a))
+        setattr(engine, name, lambda *a, **kw: turns.append(len(gathers)) or function(*a, **kw))
     trainer.train(resume_from_checkpoint=arguments.resume and any(Path(arguments.output_dir).glob("*/complete.json")))
     if getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
         assert not any(p.ds_persist for p in trainer.model.parameters() if p.requires_grad)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from transformers import (
     ContinuousBatchingConfig,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -18,8 +17,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .decoding import TurnDecoder
 from .kv_cache import KeptCache, new_cache
-from .stopping import Recorder, StopRule, TurnEnd
+from .stopping import Recorder, StopRule, TurnEnd, Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,13 @@ class BatchEngine(ABC):
         if not numbers:
             return []
         contexts, budgets = zip(*(self._submitted.pop(number) for number in numbers), strict=True)
-        return list(zip(numbers, self.generate(contexts, budgets), strict=True))
+        return list(zip(numbers, self._generate_round(numbers, contexts, budgets), strict=True))
+
+    def _generate_round(
+        self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
+    ) -> list[Generation]:
+        """Generate the turns of a round, for an engine that keeps something of a rollout (by its number) for the next."""
+        return self.generate(contexts, max_new_tokens)
 
     @abstractmethod
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
@@ -165,7 +171,6 @@ class TransformersEngine(BatchEngine):
         self._generation_config = generation_config
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
         self._model: Any = None
-        self._numbers: list[int] = []
         self._kept: KeptCache | None = None
 
     @contextmanager
@@ -177,87 +182,96 @@ class TransformersEngine(BatchEngine):
             finally:
                 self._model = self._kept = None
 
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]. What the rollouts have read so far is kept, and not read again in their next turn."""
-        self._numbers = sorted(self._submitted)
-        return super().collect(wait=wait)
-
-    @torch.no_grad()
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
         """Generate one turn for each of B contexts, within `session()`, see [`BatchEngine.generate`]."""
+        return self._generate(None, contexts, max_new_tokens)
+
+    def _generate_round(
+        self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
+    ) -> list[Generation]:
+        """What the rollouts have read so far is kept, and not read again in their next turn."""
+        return self._generate(numbers, contexts, max_new_tokens)
+
+    @torch.no_grad()
+    def _generate(
+        self, numbers: Sequence[int] | None, contexts: Sequence[list[int]], budgets: Sequence[int]
+    ) -> list[Generation]:
+        """Generate turns; where the rollouts have numbers, go on from what is kept of them, and keep what they read."""
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
-        numbers, self._numbers = self._numbers, []
-        kept, self._kept = self._kept, None
+        recorder, turns = Recorder(self._generation_config), Turns(self._stop, budgets)
+        cache = new_cache(self._model) if _fits_decoder(self._generation_config) else None
+        if cache is None:
+            turn_end = TurnEnd(turns, recorder)
+            self._call(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([turn_end]))
+            return _generations(turns, torch.stack(turn_end.logprobs, dim=1))
+        past = None
+        if numbers is not None:
+            kept, self._kept = self._kept, None
+            past = kept.move(cache, numbers, contexts) if kept else None
+        decoder = TurnDecoder(turns, recorder, budgets, range(len(contexts)) if past else _first_equal(contexts))
+        self._call(contexts, past, budgets, recorder, custom_generate=decoder, past_key_values=cache)
+        if numbers is not None:
+            written = zip(contexts, turns.token_ids, decoder.cached, strict=True)
+            self._kept = KeptCache(decoder.blocks, numbers, [ids + turn[:length] for ids, turn, length in written])
+        return _generations(turns, decoder.logprobs)
+
+    def _call(
+        self,
+        contexts: Sequence[list[int]],
+        past: Sequence[int] | None,
+        budgets: Sequence[int],
+        recorder: Recorder,
+        **options: Any,
+    ) -> None:
         config = copy(self._generation_config)
-        config.max_new_tokens = max(max_new_tokens)
-        cache = past = None
-        if numbers and config.cache_implementation is None and config.use_cache is not False:
-            cache = kept.take(numbers, contexts) if kept else None
-            past = [kept.tokens[number] for number in numbers] if kept and cache else None
-            cache = cache or new_cache(self._model)
-        input_ids, mask = _pad_left(contexts, [len(p) for p in past or []], config.pad_token_id)
-        width = input_ids.shape[1]
-        recorder = Recorder(config)
-        turn_end = TurnEnd(self._stop, recorder, max_new_tokens)
-        device = self._model.device
-        output = self._model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
+        config.max_new_tokens = max(budgets)
+        input_ids, mask = _pad_left(contexts, past or [0] * len(contexts), config.pad_token_id)
+        self._model.generate(
+            input_ids=input_ids.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([recorder]),
-            stopping_criteria=StoppingCriteriaList([turn_end]),
             # Every rank generates on its own (parameters are gathered for the session); in step they would deadlock
             synced_gpus=False,
-            **({"past_key_values": cache} if cache is not None else {}),
+            **options,
         )
-        logprobs = torch.stack(turn_end.logprobs, dim=1).tolist()
-        generations = [
-            Generation(token_ids=row[:length], logprobs=row_logprobs[:length])
-            for row, row_logprobs, length in zip(output[:, width:].tolist(), logprobs, turn_end.lengths, strict=True)
-        ]
-        if cache is not None:
-            self._kept = _keep(cache, mask.to(device), numbers, contexts, generations)
-        return generations
+
+
+def _fits_decoder(config: GenerationConfig) -> bool:
+    """Whether nothing is asked of `generate` that a [`TurnDecoder`] leaves out."""
+    options = (config.cache_implementation, config.prefill_chunk_size, config.max_time)
+    return config.use_cache is not False and all(option is None for option in options)
+
+
+def _first_equal(contexts: Sequence[list[int]]) -> list[int]:
+    """For each context, the place of the first one that is equal to it."""
+    places: dict[tuple[int, ...], int] = {}
+    return [places.setdefault(tuple(context), place) for place, context in enumerate(contexts)]
+
+
+def _generations(turns: Turns, logprobs: torch.Tensor) -> list[Generation]:
+    rows = zip(turns.token_ids, logprobs.tolist(), strict=True)
+    return [Generation(token_ids=ids, logprobs=values[: len(ids)]) for ids, values in rows]
 
 
 def _pad_left(
     contexts: Sequence[list[int]], past: Sequence[int], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Contexts as a batch with its attention mask, both of shape (B, W). Where the first tokens of a context are in a cache
-    (`past` says how many), these are padded on the left, and so are those after them.
+    Contexts as a batch with its attention mask, both of shape (B, W). The first tokens of each context, which are in a
+    cache (`past` says how many), are padded on the left, and so are those after them.
     """
-    past = past or [0] * len(contexts)
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
-    rows, mask = [], []
+    rows = []
     for ids, n in zip(contexts, past, strict=True):
-        gap = new - (len(ids) - n)
-        rows.append([pad_token_id] * (old - n) + ids[:n] + [pad_token_id] * gap + ids[n:])
-        mask.append([0] * (old - n) + [1] * n + [0] * gap + [1] * (len(ids) - n))
-    return torch.tensor(rows), torch.tensor(mask)
-
-
-def _keep(
-    cache: DynamicCache,
-    mask: torch.Tensor,
-    numbers: Sequence[int],
-    contexts: Sequence[list[int]],
-    generations: Sequence[Generation],
-) -> KeptCache | None:
-    """What a cache holds after a turn, or `None` if the model did not write into it."""
-    width, length = mask.shape[1], cache.get_seq_length()
-    if length < width:
-        return None
-    # The last token of the longest turn was sampled, but not read; rows that ended before have read padding
-    lengths = [min(len(generation.token_ids), length - width) for generation in generations]
-    columns = torch.arange(length - width, device=mask.device)
-    written = columns < torch.tensor(lengths, device=mask.device)[:, None]
-    tokens = {
-        number: context + generation.token_ids[:n]
-        for number, context, generation, n in zip(numbers, contexts, generations, lengths, strict=True)
-    }
-    return KeptCache(cache, torch.cat([mask.bool(), written], dim=1), tokens)
+        # Within a context, padding repeats a token of it: it is masked, but a repetition penalty would see it
+        filler = ids[0] if n else pad_token_id
+        rows.append([pad_token_id] * (old - n) + ids[:n] + [filler] * (new - (len(ids) - n)) + ids[n:])
+    columns, cached = torch.arange(old + new), torch.tensor(past)[:, None]
+    unread = torch.tensor([len(ids) for ids in contexts])[:, None] - cached
+    mask = torch.where(columns < old, columns >= old - cached, columns >= old + new - unread)
+    return torch.tensor(rows), mask.long()
 
 
 @dataclass(slots=True)

@@ -176,11 +176,12 @@ class SearchLoop:
             for item in items:
                 self._submit(item)
             while generating or waiting or search:
-                for item in [item for item in waiting if item.query in found]:
+                ready = [item for item in waiting if item.query in found]
+                waiting = [item for item in waiting if item.query not in found]
+                for item in ready:
                     self._observe(item, found[item.query])
                     self._submit(item)
-                    waiting.remove(item)
-                    generating += 1
+                generating += len(ready)
                 if waiting and search is None:
                     queries = list(dict.fromkeys(item.query for item in waiting))
                     search = _Search(waiting, queries, call(self._retrieve, queries))

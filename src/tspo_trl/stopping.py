@@ -53,33 +53,52 @@ class Recorder(LogitsProcessor):
         return scores.gather(1, token_ids[:, None]).squeeze(1) - scores.logsumexp(dim=1)
 
 
-class TurnEnd(StoppingCriteria):
-    """Ends each row at its own stop string, end-of-sequence token or budget, and counts its tokens."""
+class Turns:
+    """
+    The turns of a batch while they are written.
 
-    def __init__(self, stop: StopRule, recorder: Recorder, budgets: Sequence[int]):
+    Args:
+        stop ([`StopRule`]):
+            Ends a turn before its budget.
+        budgets (`Sequence[int]`):
+            The most tokens of each of the B turns.
+
+    Attributes:
+        token_ids (`list[list[int]]`):
+            What was written so far.
+        open (`list[int]`):
+            The turns that have not ended, in ascending order.
+    """
+
+    def __init__(self, stop: StopRule, budgets: Sequence[int]):
         self._stop = stop
-        self._recorder = recorder
         self._budgets = budgets
-        self._tokens: list[list[int]] = [[] for _ in budgets]
-        self._open = list(range(len(budgets)))
-        self.logprobs: list[torch.Tensor] = []  # one of shape (B,) a step
+        self.token_ids: list[list[int]] = [[] for _ in budgets]
+        self.open = list(range(len(budgets)))
 
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each row until its end."""
-        return [len(tokens) for tokens in self._tokens]
+    def write(self, tokens: dict[int, int]) -> None:
+        """Append a token to every open turn; `tokens` may hold more than these."""
+        still_open = []
+        for row in self.open:
+            token_ids = self.token_ids[row]
+            token_ids.append(tokens[row])
+            if len(token_ids) < self._budgets[row] and not self._stop(token_ids):
+                still_open.append(row)
+        self.open = still_open
+
+
+class TurnEnd(StoppingCriteria):
+    """Ends each row of `generate` with its turn."""
+
+    def __init__(self, turns: Turns, recorder: Recorder):
+        self._turns = turns
+        self._recorder = recorder
+        self.logprobs: list[torch.Tensor] = []  # one of shape (B,) a step
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
         last = input_ids[:, -1]
         self.logprobs.append(self._recorder.logprobs(last))
-        still_open = []
-        values = last.tolist()
-        for row in self._open:
-            tokens = self._tokens[row]
-            tokens.append(values[row])
-            if len(tokens) < self._budgets[row] and not self._stop(tokens):
-                still_open.append(row)
-        self._open = still_open
-        done = torch.ones(len(values), dtype=torch.bool)
-        done[still_open] = False
+        self._turns.write(dict(enumerate(last.tolist())))
+        done = torch.ones(len(last), dtype=torch.bool)
+        done[self._turns.open] = False
         return done.to(input_ids.device)

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,7 +283,10 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
 
     def _rollout(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
         """Roll out the local prompts, in the form of a TRL rollout function."""
-        prompt_ids = self.search_loop.protocol.encode_prompts(prompts)
+        # The rollouts of a group have one prompt, which is rendered and encoded once
+        groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
+        encoded = self.search_loop.protocol.encode_prompts([prompt for prompt, _ in groups])
+        prompt_ids = [list(ids) for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
         before = self._retrieval_counters()
         if not self.model.training or self._step % self.args.gradient_accumulation_steps == 0:
             self._step_rng_state = get_rng_state(self.accelerator.device)  # what a resumed run repeats begins here
