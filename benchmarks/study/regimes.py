@@ -87,11 +87,11 @@ class Regime:
 
 
 REGIMES = {
-    "weak": Regime("weak search, weak answers", 0.5, 0.8, 70),
-    "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 40),
-    "weak_search": Regime("weak search, good answers", 0.5, 0.0, 40),
-    "nearly_solved": Regime("nearly solved", 0.1, 0.1, 30),
-    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 60, misleading_world),
+    "weak": Regime("weak search, weak answers", 0.5, 0.8, 60),
+    "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 30),
+    "weak_search": Regime("weak search, good answers", 0.5, 0.0, 35),
+    "nearly_solved": Regime("nearly solved", 0.1, 0.1, 20),
+    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 50, misleading_world),
 }
 
 
