@@ -172,7 +172,7 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
     }
     path = cell.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
     unfinished.rename(path)
     return result

@@ -1,6 +1,8 @@
 """The regimes of the study: where training starts, on the fictional encyclopedia. Each seed has a world and a policy of its own."""
 
+import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,8 +174,13 @@ def _show(tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int, **
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save under another name first: a policy that is there is complete."""
-    unfinished = path.with_name(f".{path.name}")
+    """Save under another name first: a policy that is there is complete. Of two processes the first one's stays."""
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        shutil.rmtree(unfinished)
