@@ -93,7 +93,7 @@ REGIMES = {
     "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 30),
     "weak_search": Regime("weak search, good answers", 0.5, 0.0, 35),
     "nearly_solved": Regime("nearly solved", 0.1, 0.1, 20),
-    "misleading": Regime("control: misleading near misses", 0.3, 0.6, 50, misleading_world),
+    "misleading": Regime("control: misleading near misses", 0.25, 0.3, 50, misleading_world),
 }
 
 
