@@ -31,6 +31,11 @@ def long(trajectories, **kwargs):
     return [sum(len(turn.token_ids) for turn in t.turns) / 10 for t in trajectories]
 
 
+def end_at_once(trajectories, **kwargs):
+    """Only one rollout is best: the end of the message, whose token has the smallest number of all that are sampled."""
+    return [-float(sum(token for turn in t.turns for token in turn.token_ids)) for t in trajectories]
+
+
 def nothing(trajectories, **kwargs):
     return [0.0] * len(trajectories)
 
@@ -46,7 +51,7 @@ PATHOLOGIES = {
     "duplicates": (many_searches, {"learning_rate": 2e-3}),
     "invalid": (malformed, {}),
     "length": (long, {}),
-    "entropy": (malformed, {}),
+    "entropy": (end_at_once, {"learning_rate": 3e-3}),
     "signal": (nothing, {"advantage_level": "trajectory", "max_steps": 2 * WINDOW}),
     "likelihood": (random_half, {"entropy_coef": 2.0}),
 }
