@@ -219,7 +219,13 @@ def draw_differences(results: Results, path: Path) -> None:
     arms = [arm for arm in ARMS if arm != GRPO and any(arm in of_regime for of_regime in results.values())]
     height = 1.6 + 0.34 * len(arms)
     figure, axes = plt.subplots(
-        1, len(results), figsize=(3.1 * len(results) + 1.2, height), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(results),
+        figsize=(3.1 * len(results) + 1.2, height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (regime, of_regime) in zip(axes[0], results.items(), strict=True):
         numbers = summaries(of_regime)
