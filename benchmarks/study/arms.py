@@ -85,7 +85,7 @@ TSPO_SETTINGS = {
     "turn_baseline": "turn",
 }
 
-#: In the order of the tables; the first four are drawn as curves.
+#: In the order of the tables.
 ARMS = {
     GRPO: Arm("GRPO", {"advantage_level": "trajectory"}),
     "merged": Arm(
@@ -102,4 +102,3 @@ ARMS = {
     "no_guard": Arm("TSPO, guard none", {"folr_guard": "none"}, regimes=("misleading",), same_as=TSPO),
     "two_segment": Arm("two segments, after MT-GRPO", {"advantage_level": "trajectory"}, trainer=TwoSegmentTrainer),
 }
-CURVES = (GRPO, "merged", TSPO, "turn")

@@ -15,9 +15,10 @@ from .analysis import (
     running_mean,
     summarize,
 )
-from .arms import ARMS, CURVES, GRPO, TSPO
+from .arms import ARMS, GRPO, TSPO
 from .regimes import REGIMES
 
+#: The arms that are drawn as curves; the others are grey.
 COLORS = {"grpo": "#c0504d", "merged": "#e0a030", "tspo": "#1b6ca8", "turn": "#3a9d5d"}
 Results = Mapping[str, Mapping[str, Mapping[int, Cell]]]  # regime -> arm -> seed -> cell
 
@@ -177,7 +178,7 @@ def draw_curves(results: Results, path: Path) -> None:
     for column, (regime, of_regime) in enumerate(results.items()):
         for row, (curve, label) in enumerate((("em", "exact match"), ("hit", "answer found"))):
             axis = axes[row, column]
-            for arm in CURVES:
+            for arm in COLORS:
                 if arm not in of_regime:
                     continue
                 runs = np.array([running_mean(cell["curves"][curve]) for cell in of_regime[arm].values()])
@@ -195,7 +196,7 @@ def draw_curves(results: Results, path: Path) -> None:
             else:
                 axis.set_xlabel("step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=len(CURVES), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncol=len(COLORS), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

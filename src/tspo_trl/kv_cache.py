@@ -151,6 +151,7 @@ class _Move:
 
     @classmethod
     def of(cls, block: CacheBlock, targets: dict[int, int], lengths: Sequence[int]) -> "_Move | None":
+        """The rows of a block that go on, by `targets` (place in the last batch -> in the next); `None` if there are none."""
         taken = [(i, targets[row]) for i, row in enumerate(block.rows) if row in targets]
         taken.sort(key=lambda move: move[1])
         if not taken:
