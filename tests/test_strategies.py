@@ -152,8 +152,9 @@ def test_a_rank_whose_retriever_fails_does_not_hang_the_others(policy_dir, tmp_p
     options = {"max_retrieval_failure_rate": 1.0, "max_steps": 20}
     ranks = launch("zero3", policy_dir, tmp_path, "--broken_rank", "1", **options)
     assert len(losses(ranks[0])) == 20
-    failed = [entry["retrieval/failed_connection"] for entry in ranks[0]["history"] if "loss" in entry]
-    assert all(count > 0 for count in failed)
+    steps = [entry for entry in ranks[0]["history"] if "loss" in entry]
+    failed, searches = (sum(step[f"retrieval/{name}"] for step in steps) for name in ("failed_connection", "searches"))
+    assert 0 < failed < searches  # those of the other rank were answered
 
 
 @pytest.mark.slow
