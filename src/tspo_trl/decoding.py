@@ -1,7 +1,7 @@
 """The decode loop of a search turn: what `generate` of `transformers` does, for many short turns that end one by one."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -17,7 +17,8 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .kv_cache import CacheBlock
+from .kv_cache import CacheBlock, GrowingLayer
+from .shared_prefix import Prefix, attending_to
 from .stopping import Recorder, Turns
 
 #: Processors that tell rows by their places, or keep something of each: with them, no row may leave the batch
@@ -36,7 +37,8 @@ class TurnDecoder:
     Writes one turn for each row of a batch. Passed to `generate` as `custom_generate`, which prepares and checks as ever
     and then calls it instead of its own loop. It differs in what it does not do:
 
-    - Contexts that are the same, as those of a group are in their first turn, are read once.
+    - Contexts that are the same, as those of a group are in their first turn, are read once. So is what all contexts begin
+      with, as instructions and descriptions of tools are; it is also stored once, and attended to by all rows together.
     - Rows whose turns have ended leave the batch once they are half of it.
     - A token is appended without copying the cache, the mask or the tokens before it.
     - A token is drawn with one random number, not with one for each entry of the vocabulary. A row gets the same random
@@ -51,23 +53,29 @@ class TurnDecoder:
             The most tokens of each turn.
         same (`Sequence[int]`):
             For each row, the first one with the same context, if the cache is still empty; otherwise the row itself.
+        prefix (`int`):
+            How many tokens all contexts begin with are stored once. Padding comes after them.
 
     Attributes:
         logprobs (`torch.Tensor`):
             Log-probabilities of what was sampled, of shape (B, T); meaningless from where the turn of a row has ended.
         blocks (`list[CacheBlock]`):
-            What the rows have read and written.
+            What the rows have read and written after the shared prefix.
+        prefix (`Prefix`):
+            Keys and values of the shared prefix; empty if there is none.
         cached (`list[int]`):
             How many tokens of each turn that is: all, or all but the last.
     """
 
     logprobs: torch.Tensor
 
-    def __init__(self, turns: Turns, recorder: Recorder, budgets: Sequence[int], same: Sequence[int]):
+    def __init__(self, turns: Turns, recorder: Recorder, budgets: Sequence[int], same: Sequence[int], prefix: int):
         self._turns = turns
         self._recorder = recorder
         self._budgets = budgets
         self._same = same
+        self._prefix_length = prefix
+        self.prefix: Prefix = []
         self.blocks: list[CacheBlock] = []
         self.cached = [0] * len(budgets)
 
@@ -158,7 +166,7 @@ class TurnDecoder:
                 attention_mask=None if mask is None else mask[:, :length],
                 **model_kwargs,
             )
-            logits = _last_logits(model(**inputs, return_dict=True))
+            logits = self._forward(model, inputs)
 
         self._keep(cache, mask, rows, width, list(range(len(rows))))
         if self.logprobs.isnan().any():
@@ -177,6 +185,10 @@ class TurnDecoder:
         model_kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Read the contexts as far as they are not in the cache; return the logits after them, of shape (B, V)."""
+        if self._prefix_length:
+            if not cache.get_seq_length():
+                self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
+            self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
         first = sorted(set(self._same))
         shared = len(first) < len(input_ids)
         distinct = torch.tensor(first, device=input_ids.device)
@@ -191,7 +203,7 @@ class TurnDecoder:
             is_first_iteration=True,
             **model_kwargs,
         )
-        logits = _last_logits(model(**inputs, return_dict=True))
+        logits = self._forward(model, inputs)
         if cache.get_seq_length() != width:
             raise RuntimeError(
                 "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If "
@@ -203,6 +215,37 @@ class TurnDecoder:
         back = torch.tensor([places[row] for row in self._same], device=input_ids.device)
         cache.batch_select_indices(back)
         return logits[back]
+
+    def _read_prefix(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Cache,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        """Read what all contexts begin with, and store it once."""
+        of_prefix = (slice(1), slice(self._prefix_length))
+        if positions is not None:
+            model_kwargs = {**model_kwargs, "position_ids": positions[of_prefix]}
+        inputs = model.prepare_inputs_for_generation(
+            input_ids[of_prefix],
+            next_sequence_length=self._prefix_length,
+            past_key_values=cache,
+            attention_mask=None if mask is None else mask[of_prefix],
+            is_first_iteration=True,
+            **model_kwargs,
+        )
+        self._forward(model, inputs)
+        for layer in cast(list[GrowingLayer], cache.layers):
+            layer.share()
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """The logits after the last token, of shape (B, V), without a hold on those before."""
+        with attending_to(self.prefix, model):
+            logits = model(**inputs, return_dict=True).logits
+        return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)
 
     def _keep(
         self, cache: Cache, mask: torch.Tensor | None, rows: Sequence[int], width: int, places: Sequence[int]
@@ -225,7 +268,7 @@ class TurnDecoder:
         valid = torch.arange(length, device=index.device) < width + written[:, None]
         if mask is not None:
             valid[:, :width] &= mask[index, :width].bool()
-        self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid))
+        self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
 
 
 def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -248,9 +291,3 @@ def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-
-
-def _last_logits(outputs: Any) -> torch.Tensor:
-    """The logits after the last token, of shape (B, V), without a hold on those before."""
-    logits = outputs.logits
-    return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)

@@ -19,6 +19,7 @@ from transformers import (
 
 from .decoding import TurnDecoder
 from .kv_cache import KeptCache, new_cache
+from .shared_prefix import shared_length
 from .stopping import Recorder, StopRule, TurnEnd, Turns
 
 
@@ -205,15 +206,20 @@ class TransformersEngine(BatchEngine):
             turn_end = TurnEnd(turns, recorder)
             self._call(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([turn_end]))
             return _generations(turns, torch.stack(turn_end.logprobs, dim=1))
-        past = None
+        past = kept = None
         if numbers is not None:
             kept, self._kept = self._kept, None
             past = kept.move(cache, numbers, contexts) if kept else None
-        decoder = TurnDecoder(turns, recorder, budgets, range(len(contexts)) if past else _first_equal(contexts))
-        self._call(contexts, past, budgets, recorder, custom_generate=decoder, past_key_values=cache)
+        if kept and past:
+            same, prefix = list(range(len(contexts))), kept.prefix_length
+        else:
+            same, prefix = _first_equal(contexts), shared_length(self._model, contexts)
+        decoder = TurnDecoder(turns, recorder, budgets, same, prefix)
+        self._call(contexts, past, budgets, recorder, prefix, custom_generate=decoder, past_key_values=cache)
         if numbers is not None:
             written = zip(contexts, turns.token_ids, decoder.cached, strict=True)
-            self._kept = KeptCache(decoder.blocks, numbers, [ids + turn[:length] for ids, turn, length in written])
+            read = [ids + turn[:length] for ids, turn, length in written]
+            self._kept = KeptCache(decoder.blocks, numbers, read, decoder.prefix)
         return _generations(turns, decoder.logprobs)
 
     def _call(
@@ -222,11 +228,12 @@ class TransformersEngine(BatchEngine):
         past: Sequence[int] | None,
         budgets: Sequence[int],
         recorder: Recorder,
+        prefix: int = 0,
         **options: Any,
     ) -> None:
         config = copy(self._generation_config)
         config.max_new_tokens = max(budgets)
-        input_ids, mask = _pad_left(contexts, past or [0] * len(contexts), config.pad_token_id)
+        input_ids, mask = _pad_left(contexts, past or [prefix] * len(contexts), prefix, config.pad_token_id)
         self._model.generate(
             input_ids=input_ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
@@ -256,21 +263,22 @@ def _generations(turns: Turns, logprobs: torch.Tensor) -> list[Generation]:
 
 
 def _pad_left(
-    contexts: Sequence[list[int]], past: Sequence[int], pad_token_id: int
+    contexts: Sequence[list[int]], past: Sequence[int], prefix: int, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Contexts as a batch with its attention mask, both of shape (B, W). The first tokens of each context, which are in a
-    cache (`past` says how many), are padded on the left, and so are those after them.
+    Contexts as a batch with its attention mask, both of shape (B, W). All begin with the same `prefix` tokens. Those after
+    them that are in a cache (up to `past`) are padded on the left, and so are the others.
     """
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
     rows = []
     for ids, n in zip(contexts, past, strict=True):
         # Within a context, padding repeats a token of it: it is masked, but a repetition penalty would see it
-        filler = ids[0] if n else pad_token_id
-        rows.append([pad_token_id] * (old - n) + ids[:n] + [filler] * (new - (len(ids) - n)) + ids[n:])
+        before, between = (ids[0] if length else pad_token_id for length in (prefix, n))
+        rows.append(ids[:prefix] + [before] * (old - n) + ids[prefix:n] + [between] * (new - (len(ids) - n)) + ids[n:])
     columns, cached = torch.arange(old + new), torch.tensor(past)[:, None]
     unread = torch.tensor([len(ids) for ids in contexts])[:, None] - cached
-    mask = torch.where(columns < old, columns >= old - cached, columns >= old + new - unread)
+    in_cache = (columns < prefix) | (columns >= old - cached + prefix)
+    mask = torch.where(columns < old, in_cache, columns >= old + new - unread)
     return torch.tensor(rows), mask.long()
 
 

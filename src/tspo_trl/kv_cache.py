@@ -8,27 +8,46 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from .shared_prefix import Prefix
+
 #: Columns that a layer has to spare when it grows
 SPARE = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values in buffers with columns to spare: writing a token does not copy all that was written before it."""
+    """
+    Keys and values in buffers with columns to spare: writing a token does not copy all that was written before it. What
+    all rows begin with is stored apart, once.
+
+    Attributes:
+        prefix (`tuple[torch.Tensor, torch.Tensor]` or `None`):
+            Keys and values that all rows have in common, of shape (1, H, P, D). `keys` and `values` are of what follows.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def get_seq_length(self) -> int:
+        """Columns of a row, those of the prefix included."""
+        return super().get_seq_length() + (0 if self.prefix is None else self.prefix[0].shape[2])
+
+    def share(self) -> None:
+        """Make what one row has read the prefix of all rows that follow."""
+        self.prefix = (self.keys.clone(), self.values.clone())
+        self.hold(self.keys[:, :, :0], self.values[:, :, :0])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values of shape (B, H, T, D); return all of them, as views."""
+        """Append keys and values of shape (B, H, T, D); return all that are no prefix, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        start = super().get_seq_length()
         end = start + key_states.shape[2]
         if self._buffers is None or end > self._buffers[0].shape[2]:
             self._buffers = (
@@ -67,7 +86,7 @@ class CacheBlock:
         rows (`list[int]`):
             The places of the rows in the batch.
         layers (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Keys and values of every layer, of shape (R, H, L, D).
+            Keys and values of every layer, of shape (R, H, L, D), without a shared prefix.
         valid (`torch.Tensor`):
             Which of the L columns hold a token and no padding, booleans of shape (R, L).
     """
@@ -89,15 +108,24 @@ class KeptCache:
             The numbers of the rollouts, by their places in the batch.
         contexts (`Sequence[list[int]]`):
             What they have read, and in the turn written, as far as it is in the cache.
+        prefix (`Prefix`):
+            Keys and values that all of them begin with, for every layer; empty if there is no shared prefix.
     """
 
     blocks: list[CacheBlock]
     numbers: Sequence[int]
     contexts: Sequence[list[int]]
+    prefix: Prefix
+
+    @property
+    def prefix_length(self) -> int:
+        """How many tokens are stored once."""
+        return self.prefix[0][0].shape[2] if self.prefix else 0
 
     def move(self, cache: DynamicCache, numbers: Sequence[int], contexts: Sequence[list[int]]) -> list[int] | None:
         """
-        Move what is kept of some rollouts into an empty cache, padded on the left, for contexts that go on where it ends.
+        Move what is kept of some rollouts into an empty cache, padded on the left (after a shared prefix), for contexts
+        that go on where it ends.
 
         Args:
             cache ([`~transformers.DynamicCache`]):
@@ -119,11 +147,13 @@ class KeptCache:
             if len(context) <= len(tokens) or context[: len(tokens)] != tokens:
                 return None
         lengths = [len(self.contexts[places[number]]) for number in numbers]
+        own = [length - self.prefix_length for length in lengths]
         targets = {places[number]: target for target, number in enumerate(numbers)}
-        moves = [move for block in self.blocks if (move := _Move.of(block, targets, lengths)) is not None]
+        moves = [move for block in self.blocks if (move := _Move.of(block, targets, own)) is not None]
         for i, layer in enumerate(cache.layers):
             assert isinstance(layer, GrowingLayer)
-            layer.hold(*(self._gather(moves, len(numbers), max(lengths), i, part) for part in (0, 1)))
+            layer.hold(*(self._gather(moves, len(numbers), max(own), i, part) for part in (0, 1)))
+            layer.prefix = self.prefix[i] if self.prefix else None
             for block in self.blocks:  # so that never more than one layer is there twice
                 block.layers[i] = (torch.empty(0), torch.empty(0))
         return lengths

@@ -1,0 +1,151 @@
+"""Attention to what all rows of a batch begin with: stored once, and read by all queries in one matrix product."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import takewhile
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+#: Keys and values of every layer, of shape (1, H, P, D)
+Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+#: A shorter prefix is not worth a forward pass of its own
+SHORTEST = 32
+NAME = "tspo_shared_prefix"
+_prefix: ContextVar[Prefix] = ContextVar("prefix")
+
+
+def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
+    """
+    How many tokens contexts begin with in common, as far as they can be stored once.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, or one that PEFT has wrapped.
+        contexts (`Sequence[list[int]]`):
+            B contexts.
+
+    Returns:
+        `int`: The length; 0 if there is one context only, if the prefix is short, or if the model does not call PyTorch's
+        attention by the interface of `transformers`. At least one token of each context is left.
+    """
+    config = model.config
+    replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
+    if len(contexts) < 2 or not replaceable or config.sub_configs:
+        return 0
+    # All contexts agree as far as the first and the last in lexicographic order do
+    pairs = zip(min(contexts), max(contexts), strict=False)
+    agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    length = min(agreed, min(map(len, contexts)) - 1)
+    return length if length >= SHORTEST else 0
+
+
+@contextmanager
+def attending_to(prefix: Prefix, model: PreTrainedModel) -> Iterator[None]:
+    """
+    Let the rows of a model attend to a prefix too, before the keys and values of their own. Masks are of both together.
+
+    Args:
+        prefix (`Prefix`):
+            Keys and values of every layer. If empty, nothing changes.
+        model ([`~transformers.PreTrainedModel`]):
+            A model for which [`shared_length`] is not 0.
+    """
+    if not prefix:
+        yield
+        return
+    config, token = model.config, _prefix.set(prefix)
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _prefix.reset(token)
+
+
+def _forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """In the form of `transformers`: queries (B, H, T, D); the result is of shape (B, T, H, D)."""
+    prefix = _prefix.get()[module.layer_idx]
+    if query.shape[2] == 1 and not dropout and position_bias is None:
+        mask = None if attention_mask is None else attention_mask[..., prefix[0].shape[2] :]
+        return attend(query, prefix, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    key, value = (
+        torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
+        for shared, own in zip(prefix, (key, value), strict=True)
+    )
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **kwargs
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """
+    Softmax attention of one query a row to a shared prefix and to keys of its own. Scores are computed in single precision.
+
+    Args:
+        query (`torch.Tensor`):
+            Queries of shape (B, H, 1, D).
+        prefix (`tuple[torch.Tensor, torch.Tensor]`):
+            Shared keys and values, of shape (1, K, P, D); the H heads are in K groups.
+        key (`torch.Tensor`):
+            Keys of shape (B, K, L, D).
+        value (`torch.Tensor`):
+            Values of shape (B, K, L, D).
+        mask (`torch.Tensor`, *optional*):
+            Which of a row's own keys it attends to, booleans of shape (B, 1, 1, L); `None` for all.
+        scaling (`float`):
+            Scores are multiplied by it.
+
+    Returns:
+        `torch.Tensor`: Shape (B, 1, H, D).
+    """
+    rows, heads, _, size = query.shape
+    groups = key.shape[1]
+    shared_key, shared_value = (part[0] for part in prefix)
+    shared = shared_key.shape[1]
+    queries = query.view(rows, groups, heads // groups, size).float() * scaling
+    to_shared = _by_group(queries) @ shared_key.float().mT
+    to_own = queries @ key.float().mT
+    if mask is not None:
+        to_own = to_own.masked_fill(~mask, -torch.inf)
+    weights = torch.cat([_by_row(to_shared, rows), to_own], dim=-1).softmax(dim=-1).to(value.dtype)
+    of_shared = _by_group(weights[..., :shared]) @ shared_value
+    result = _by_row(of_shared, rows) + weights[..., shared:] @ value
+    return result.reshape(rows, 1, heads, -1)
+
+
+def _by_group(values: torch.Tensor) -> torch.Tensor:
+    """(B, K, G, X) as (K, B * G, X): what one matrix product can take."""
+    return values.transpose(0, 1).flatten(1, 2)
+
+
+def _by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """(K, B * G, X) as (B, K, G, X)."""
+    return values.unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
