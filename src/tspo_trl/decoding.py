@@ -121,6 +121,9 @@ class TurnDecoder:
         ids = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), room)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
+            if self.prefix and positions is not None:
+                # As attention takes it, so that the model does not make it anew for every token
+                mask = mask[:, None, None].bool()
         if positions is not None:
             positions = positions[:, -1:]
             # A row whose turn has ended must not run out of the model's positions
@@ -163,7 +166,7 @@ class TurnDecoder:
                 ids[:, :length],
                 next_sequence_length=1,
                 past_key_values=cache,
-                attention_mask=None if mask is None else mask[:, :length],
+                attention_mask=None if mask is None else mask[..., :length],
                 **model_kwargs,
             )
             logits = self._forward(model, inputs)
@@ -267,7 +270,7 @@ class TurnDecoder:
         written = torch.tensor([self.cached[rows[i]] for i in places], device=index.device)
         valid = torch.arange(length, device=index.device) < width + written[:, None]
         if mask is not None:
-            valid[:, :width] &= mask[index, :width].bool()
+            valid[:, :width] &= mask[index][..., :width].flatten(1).bool()
         self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
 
 
