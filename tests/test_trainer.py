@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tspo_trl import RetrievalError, TSPOConfig, TSPOTrainer
+from tspo_trl.checkpoints import ExactResumeMixin
 from tspo_trl.engines import ContinuousBatchingEngine
+from tspo_trl.generation import GenerationMixin, with_end
 from tspo_trl.rewards import exact_match_reward, f1_reward, format_reward
 from tspo_trl.scoring import contains_answer
+from tspo_trl.sharing import SharingMixin
 from tspo_trl.trajectory_log import read_rollouts
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -199,10 +202,11 @@ def test_trajectory_level_is_grpo(make_trainer, policy_dir, dataset, tmp_path, l
         ),
         train_dataset=dataset,
     )
+    eos = trl._tokenizer.eos_token_id
     trl.rollout_func = lambda prompts, trainer: {
         "prompt_ids": [t.prompt_ids for t in trajectories],
-        "completion_ids": [ours._close(t, t.completion_ids, trl._tokenizer.eos_token_id) for t in trajectories],
-        "env_mask": [ours._close(t, t.loss_mask, 0) for t in trajectories],
+        "completion_ids": [with_end(t, t.completion_ids, eos, ours.eos_token_ids) for t in trajectories],
+        "env_mask": [with_end(t, t.loss_mask, 0, ours.eos_token_ids) for t in trajectories],
         "logprobs": None,
     }
     trl.current_gradient_accumulation_steps = 1
@@ -564,19 +568,33 @@ def test_the_log_can_be_switched_off(make_trainer, tmp_path):
 
 
 def test_few_methods_are_overridden():
-    """The contract with TRL: each override calls super, and there are at most six."""
+    """The contract with TRL: six overrides in the trainer and its generation, nine to save, and each calls super."""
+    ours = TSPOTrainer.__mro__[: TSPOTrainer.__mro__.index(GRPOTrainer)]
     overridden = {
-        name for name, value in vars(TSPOTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)
-    } - {"__init__"}
-    assert overridden == {
-        "_calculate_rewards",
-        "_generate",
-        "_generate_and_score_completions",
-        "_set_signature_columns_if_needed",
-        "evaluation_loop",
-        "get_eval_dataloader",
+        cls: {name for name, value in vars(cls).items() if callable(value) and hasattr(GRPOTrainer, name)}
+        for cls in ours
     }
-    assert all("__class__" in vars(TSPOTrainer)[name].__code__.co_freevars for name in overridden)
+    assert overridden == {
+        TSPOTrainer: {
+            "__init__",
+            "_calculate_rewards",
+            "_generate_and_score_completions",
+            "_set_signature_columns_if_needed",
+            "evaluation_loop",
+            "get_eval_dataloader",
+        },
+        GenerationMixin: {"_generate"},
+        ExactResumeMixin: {
+            "_load_from_checkpoint",
+            "_load_rng_state",
+            "_save_checkpoint",
+            "_save_rng_state",
+            "train",
+        },
+        SharingMixin: {"_push_from_checkpoint", "create_model_card", "push_to_hub", "save_model"},
+    }
+    for cls, names in overridden.items():
+        assert all("__class__" in vars(cls)[name].__code__.co_freevars for name in names)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 

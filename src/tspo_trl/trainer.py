@@ -1,9 +1,7 @@
-"""The trainer. The only file that knows TRL's private methods, and only the overrides."""
+"""The trainer: evaluation and credit. Only it and its mixins override methods of TRL."""
 
 import textwrap
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +12,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoints import ExactResumeMixin, get_rng_state, set_rng_state
+from .checkpoints import ExactResumeMixin
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
 from .data import check_best_metric, check_columns, map_datasets, prepare_dataset
-from .engines import ContinuousBatchingEngine, Engine, TransformersEngine
-from .metrics import (
-    EVAL_ALIASES,
-    FACTS,
-    mean_logprob,
-    retrieval_facts,
-    retrieval_metrics,
-    rollout_facts,
-    rollout_metrics,
-)
-from .retrieval import CachedRetriever, LoggedRetriever, RetrievalError, Retriever
+from .generation import GenerationMixin
+from .metrics import EVAL_ALIASES, FACTS, mean_logprob, rollout_facts, rollout_metrics
+from .retrieval import Retriever
 from .rewards import exact_match_reward
-from .rollout import RolloutStats
 from .search_config import SMALLEST, SearchConfig, find_prompt_template
-from .sharding import check_processes, gathered_fsdp2
+from .sharding import check_processes
 from .sharing import SharingMixin
 from .trajectory import Trajectory
 from .trajectory_log import append_rollouts, log_files, rollout_record, write_settings
-from .vllm_engines import check_vllm, vllm_engine
+from .vllm_engines import check_vllm
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -50,7 +37,8 @@ if TYPE_CHECKING:
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callable[..., list[float]]
 
 
-class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]  # as of TRL's create_model_card
+# The ignored error: `create_model_card` is as in TRL, which differs from transformers
+class TSPOTrainer(GenerationMixin, ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
@@ -168,12 +156,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         check_best_metric(args.metric_for_best_model, eval_dataset)
         if args.use_vllm:
             check_vllm()
-        self._cache = self._retrieval_log = None
-        if retriever is not None:
-            retriever = self._cache = CachedRetriever(retriever, args.retrieval_cache_size, args.retrieval_cache_dir)
-        if args.retrieval_log is not None:
-            retriever = self._retrieval_log = LoggedRetriever(retriever, args.retrieval_log, rank=args.process_index)
-        assert retriever is not None
+        retriever = self._keep_results(retriever, args)
 
         super().__init__(
             model=model,
@@ -216,25 +199,6 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # TRL's own seam for custom rollouts. Set here and not passed, because TRL warns users who pass one.
         self.rollout_func = self._rollout
 
-    def _make_engine(self, stop_strings: Collection[str]) -> Engine:
-        if self.use_vllm:
-            return vllm_engine(
-                self.vllm_generation, stop_strings, self.eos_token_ids, self.accelerator.wait_for_everyone
-            )
-        tokenizer, config = self._tokenizer, self.generation_config
-        if self.continuous_batching_config is not None:
-            return ContinuousBatchingEngine(
-                self._generation_model, tokenizer, config, self.continuous_batching_config, stop_strings
-            )
-        return TransformersEngine(self._generation_model, tokenizer, config, stop_strings)
-
-    def _growing_files(self) -> list[Path]:
-        return [*log_files(self._log_file("train")), *log_files(self._log_file("eval"))]
-
-    def _log_file(self, mode: str) -> Path:
-        name = f"{mode}-rank{self.accelerator.process_index:03d}.jsonl"
-        return Path(str(self.args.output_dir)) / "trajectories" / name
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
@@ -263,103 +227,6 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             for name in list(metrics):
                 metrics[f"{metric_key_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
         return output
-
-    @contextmanager
-    def _generation_model(self) -> Iterator[PreTrainedModel]:
-        """The model to generate with: sharded parameters are gathered once for all turns of a rollout."""
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            gathered_fsdp2(self.model_wrapped, reshard_after_forward=getattr(fsdp, "reshard_after_forward", True)),
-        ):
-            yield model
-
-    def _rollout(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
-        """Roll out the local prompts, in the form of a TRL rollout function."""
-        # The rollouts of a group have one prompt, which is rendered and encoded once
-        groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
-        encoded = self.search_loop.protocol.encode_prompts([prompt for prompt, _ in groups])
-        prompt_ids = [list(ids) for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
-        before = self._retrieval_counters()
-        if not self.model.training or self._step % self.args.gradient_accumulation_steps == 0:
-            self._step_rng_state = get_rng_state(self.accelerator.device)  # what a resumed run repeats begins here
-        if self._retrieval_log is not None:
-            self._retrieval_log.begin(f"{'train' if self.model.training else 'eval'} {self.state.global_step}")
-        trajectories, stats = self.search_loop.run(prompt_ids)
-        self._check_retrieval(stats, before, len(trajectories))
-        return {
-            "prompt_ids": prompt_ids,
-            "completion_ids": [self._close(t, t.completion_ids, self._tokenizer.eos_token_id) for t in trajectories],
-            "env_mask": [self._close(t, t.loss_mask, 0) for t in trajectories],
-            # What vLLM has sampled with is not quite the model that is trained: TRL corrects for the difference
-            "logprobs": [self._close(t, t.logprobs or [], 0.0) for t in trajectories] if self.use_vllm else None,
-            "trajectories": trajectories,
-        }
-
-    def _close(self, trajectory: Trajectory, values: list[Any], end: float) -> list[Any]:
-        """
-        End a rollout with an end-of-sequence token that is not trained on: a rollout that ends at a closing tag has
-        none, and TRL takes completions without it for truncated (`mask_truncated_completions`, `clipped_ratio`).
-        """
-        ended = trajectory.turns[-1].token_ids[-1] in self.eos_token_ids
-        return values if ended or trajectory.status == "truncated" else [*values, end]
-
-    def _check_retrieval(self, stats: RolloutStats, before: tuple[int, int], num_rollouts: int) -> None:
-        """Log what retrieval cost, and stop if too much of it failed."""
-        mode = "train" if self.model.training else "eval"
-        cached, retries = (now - then for now, then in zip(self._retrieval_counters(), before, strict=True))
-        max_calls = num_rollouts * self.args.max_searches
-        facts = retrieval_facts(stats, cached=cached, retries=retries, max_calls=max_calls)
-        metrics = retrieval_metrics(gather(torch.tensor([facts], device=self.accelerator.device)))
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        searches = metrics["retrieval/searches"]
-        failed = sum(value for name, value in metrics.items() if name.startswith("retrieval/failed_"))
-        if failed > self.args.max_retrieval_failure_rate * searches:
-            advice = "Start again when it works."  # nothing has been trained yet, or this is an evaluation
-            if self.is_in_train and self.state.global_step > 0:
-                # The resumed run samples again what this step has sampled
-                set_rng_state(self.accelerator.device, self._step_rng_state)
-                self._save_checkpoint(self.model, trial=None)
-                advice = "When it works again, `trainer.train(resume_from_checkpoint=True)` goes on from here."
-            raise RetrievalError(
-                f"{failed:.0f} of the {searches:.0f} searches of step {self.state.global_step + 1} failed, more than "
-                f"`max_retrieval_failure_rate` ({self.args.max_retrieval_failure_rate}) allows. The retriever is "
-                f"{self.search_loop.retriever!r}; its last failure on this rank: {stats.error!r}. "
-                f"Nothing was trained on these rollouts. {advice}"
-            ) from stats.error
-
-    def _retrieval_counters(self) -> tuple[int, int]:
-        """Queries that the cache has answered, and requests that the retriever has sent again."""
-        return (self._cache.hits, self._cache.retries) if self._cache else (0, 0)
-
-    def _generate(self, prompts: list):
-        (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
-            super()._generate(prompts)
-        )
-        # What reward functions see as written by the model must not hold passages
-        trajectories: list[Trajectory] = extra_fields["trajectories"]
-        if is_conversational({"prompt": prompts[0]}):
-            completions = [self._as_messages(trajectory) for trajectory in trajectories]
-        else:
-            completions = ["".join(turn.text for turn in trajectory.turns) for trajectory in trajectories]
-        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
-
-    def _as_messages(self, trajectory: Trajectory) -> list[dict[str, str]]:
-        messages = []
-        for turn in trajectory.turns:
-            messages.append({"role": "assistant", "content": turn.text})
-            if turn.observation_ids:
-                content = self.search_loop.protocol.observation_text(turn.observation_ids)
-                messages.append({"role": "tool", "name": "search", "content": content})
-        return messages
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -453,26 +320,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             output["advantages"] = token_advantages(of_turns, turn_index)
 
         if args.log_trajectories:
-            columns = (self._rewards_per_func[local], outcomes[local], facts[local], turn_rewards[local], of_turns)
-            records = [
-                rollout_record(
-                    row["trajectories"],
-                    row,
-                    *values,
-                    reward_names=self.reward_func_names,
-                    step=self.state.global_step,
-                    group=i // groups["num_generations"],
-                    rollout=i % groups["num_generations"],
-                )
-                for i, row, values in zip(
-                    range(start, local.stop), inputs, zip(*(c.tolist() for c in columns), strict=True), strict=True
-                )
-            ]
-            if self.accelerator.is_main_process:
-                write_settings(self._log_file(mode).parent, args)
-            max_gib = args.log_trajectories_max_gib
-            share = None if max_gib is None else int(max_gib * 2**30 / (2 * self.accelerator.num_processes))
-            append_rollouts(self._log_file(mode), records, max_bytes=share)
+            columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
+            self._log_rollouts(inputs, [*columns, of_turns], groups["num_generations"])
         return output
 
     def _facts(self, row: dict[str, Any]) -> list[int]:
@@ -489,3 +338,34 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             for guard in ("degenerate", self.args.folr_guard)
         )
         return rollout_facts(trajectory, occurrence, credited)
+
+    def _log_rollouts(self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int) -> None:
+        """Append the local rollouts to the log, each with its row of every column, see [`rollout_record`]."""
+        file = self._log_file("train" if self.model.training else "eval")
+        records = [
+            rollout_record(
+                row["trajectories"],
+                row,
+                *values,
+                reward_names=self.reward_func_names,
+                step=self.state.global_step,
+                group=i // num_generations,
+                rollout=i % num_generations,
+            )
+            for i, (row, *values) in enumerate(
+                zip(rows, *(column.tolist() for column in columns), strict=True),
+                start=self.accelerator.process_index * len(rows),
+            )
+        ]
+        if self.accelerator.is_main_process:
+            write_settings(file.parent, self.args)
+        max_gib = self.args.log_trajectories_max_gib
+        share = None if max_gib is None else int(max_gib * 2**30 / (2 * self.accelerator.num_processes))
+        append_rollouts(file, records, max_bytes=share)
+
+    def _growing_files(self) -> list[Path]:
+        return [*log_files(self._log_file("train")), *log_files(self._log_file("eval"))]
+
+    def _log_file(self, mode: str) -> Path:
+        name = f"{mode}-rank{self.accelerator.process_index:03d}.jsonl"
+        return Path(str(self.args.output_dir)) / "trajectories" / name
