@@ -1,4 +1,4 @@
-"""The benchmarks of retrievers and of rollouts, run as a user runs them, on little. They print; what they print is checked here."""
+"""How benchmarks are run; those of retrievers and of rollouts, on little. They print; what they print is checked here."""
 
 import json
 import os
@@ -14,10 +14,9 @@ from benchmarks import retrieval
 
 ROOT = Path(__file__).parent.parent
 HOTPOTQA = Path(__file__).parent / "data" / "hotpotqa"
-FOLDER = ROOT / "benchmarks"
 RUNNABLE = [
-    *(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")),
-    *(path.parent.name for path in FOLDER.glob("*/__main__.py")),
+    *(path.stem for path in ROOT.glob("benchmarks/*.py") if "__main__" in path.read_text(encoding="utf-8")),
+    *(path.parent.name for path in ROOT.glob("benchmarks/*/__main__.py")),
 ]
 BM25S, MAPPED, HTTP = "bm25s", "bm25s, mapped", "HTTP (bm25s, mapped)"
 
@@ -45,11 +44,11 @@ def test_the_documentation_names_every_benchmark_and_no_other():
     assert set(re.findall(r"python -m benchmarks\.(\w+)", pages)) == set(RUNNABLE)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import them
 @pytest.mark.parametrize("name", sorted(RUNNABLE))
 def test_a_benchmark_is_run_by_its_name_and_says_how(name, monkeypatch, capsys):
     if name == "inspector":
         pytest.importorskip("playwright")
-    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)  # else runpy warns
     monkeypatch.setattr(sys, "argv", ["", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")

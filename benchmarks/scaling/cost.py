@@ -216,7 +216,7 @@ def measure_apart(setting: Setting, processes: int = 1) -> Cost:
         raise ValueError(f"{setting.rollouts} rollouts cannot be split over {processes} processes.")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with TemporaryDirectory() as folder:
-        worker = ["-m", __package__, "--worker", json.dumps(asdict(setting)), folder]
+        worker = ["-m", "benchmarks.scaling", "--worker", json.dumps(asdict(setting)), folder]
         result = subprocess.run(
             [sys.executable, *launcher, *worker],
             cwd=ROOT,
