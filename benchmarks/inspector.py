@@ -1,8 +1,8 @@
 """How large is the inspector's page, and how soon is it drawn? Needs Chromium and the Python package playwright.
 
-    python benchmarks/inspector.py runs/demo                      # made up to 10,000 rollouts
-    python benchmarks/inspector.py runs/demo --corpus passages.jsonl
-    python benchmarks/inspector.py runs/demo --screenshot docs/images/inspector.png --place train/20/2/2
+    python -m benchmarks.inspector runs/demo                      # made up to 10,000 rollouts
+    python -m benchmarks.inspector runs/demo --corpus passages.jsonl
+    python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/2/2
 
 The rollouts of the run are repeated until they are enough. In each copy the words of the passages are shuffled, so that
 the copies do not compress away; with --corpus the passages are others instead, drawn from a corpus for each group.
@@ -63,7 +63,9 @@ def opened(page: Page, path: Path, place: str = "") -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inspector", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", type=Path, help="the folder of a run")
     parser.add_argument("--rollouts", type=int, default=10_000, help="(default: %(default)s)")
     parser.add_argument("--corpus", type=Path, help="a JSONL file of passages to show instead of the run's")

@@ -1,8 +1,8 @@
 """How fast, how large and how alike are the retrievers? Prints Markdown tables. Needs no network and no data.
 
-    python benchmarks/retrieval.py                                    # made-up corpora of 10,000 and 100,000 passages
-    python benchmarks/retrieval.py --passages 2000 --seconds 4 --json results.json
-    python benchmarks/retrieval.py --corpus passages.jsonl --queries questions.jsonl    # measure on your own
+    python -m benchmarks.retrieval                                    # made-up corpora of 10,000 and 100,000 passages
+    python -m benchmarks.retrieval --passages 2000 --seconds 4 --json results.json
+    python -m benchmarks.retrieval --corpus passages.jsonl --queries questions.jsonl    # measure on your own
 
 The made-up passages have about the word frequencies, the vocabulary and the lengths of the first paragraphs of Wikipedia.
 A line of QUESTIONS has a `question`; if all have `supporting_ids` (a list of strings), recall@3 is printed too. What is not
@@ -84,7 +84,9 @@ class Measurement:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--passages", type=int, nargs="+", default=[10_000, 100_000], help="sizes of made-up corpora (%(default)s)")
     add("--corpus", type=Path, help="a JSONL file of passages, instead of made-up ones")

@@ -1,23 +1,31 @@
-"""The benchmarks of retrievers and of rollouts, run as a user runs them, on little. It prints; what it prints is checked here."""
+"""How benchmarks are run; those of retrievers and of rollouts, on little. They print; what they print is checked here."""
 
-import importlib.util
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "retrieval.py"
+from benchmarks import retrieval
+
+ROOT = Path(__file__).parent.parent
 HOTPOTQA = Path(__file__).parent / "data" / "hotpotqa"
+RUNNABLE = [
+    *(path.stem for path in ROOT.glob("benchmarks/*.py") if "__main__" in path.read_text(encoding="utf-8")),
+    *(path.parent.name for path in ROOT.glob("benchmarks/*/__main__.py")),
+]
 BM25S, MAPPED, HTTP = "bm25s", "bm25s, mapped", "HTTP (bm25s, mapped)"
 
 
 def run(tmp_path, *arguments):
     """The results of the one corpus, and the lines of the tables, as backend -> its cells."""
-    command = [sys.executable, SCRIPT, *arguments, "--seconds", "0.5", "--json", tmp_path / "results.json"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.retrieval", *arguments, "--seconds", "0.5"]
+    command += ["--json", tmp_path / "results.json"]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["machine"]["bm25s"] in result.stdout
@@ -29,6 +37,24 @@ def run(tmp_path, *arguments):
             name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             tables[name] += cells
     return corpus, tables
+
+
+def test_the_documentation_names_every_benchmark_and_no_other():
+    pages = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+    assert set(re.findall(r"python -m benchmarks\.(\w+)", pages)) == set(RUNNABLE)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import them
+@pytest.mark.parametrize("name", sorted(RUNNABLE))
+def test_a_benchmark_is_run_by_its_name_and_says_how(name, monkeypatch, capsys):
+    if name == "inspector":
+        pytest.importorskip("playwright")
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python -m benchmarks.{name} ")
+    assert f"\n    python -m benchmarks.{name} " in shown.partition("options:")[0]  # with an example
 
 
 def test_all_backends_are_measured_and_the_same_index_finds_the_same(tmp_path):
@@ -59,22 +85,14 @@ def test_all_backends_are_measured_and_the_same_index_finds_the_same(tmp_path):
     assert tables[BM25S][tables[""].index("× bm25s")] == "1"
 
 
-@pytest.fixture
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_of_retrieval", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_own_data_with_supporting_passages_has_recall(tmp_path, benchmark, monkeypatch, capsys):
-    few = {name: benchmark.BACKENDS[name] for name in ("rank_bm25", BM25S)}
-    monkeypatch.setattr(benchmark, "BACKENDS", few)
-    monkeypatch.setattr(benchmark, "in_own_process", lambda function, *arguments: function(*arguments))
+def test_own_data_with_supporting_passages_has_recall(tmp_path, monkeypatch, capsys):
+    few = {name: retrieval.BACKENDS[name] for name in ("rank_bm25", BM25S)}
+    monkeypatch.setattr(retrieval, "BACKENDS", few)
+    monkeypatch.setattr(retrieval, "in_own_process", lambda function, *arguments: function(*arguments))
     data = ["--corpus", HOTPOTQA / "passages.jsonl", "--queries", HOTPOTQA / "questions.jsonl", "--max_queries", 24]
     settings = ["--seconds", 0.2, "--json", tmp_path / "results.json"]
-    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, *data, *settings])))
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", list(map(str, ["retrieval", *data, *settings])))
+    retrieval.main()
     (corpus,) = json.loads((tmp_path / "results.json").read_text())["corpora"]
     assert corpus["passages"] == 480
     for measured in corpus["backends"].values():
@@ -84,12 +102,12 @@ def test_own_data_with_supporting_passages_has_recall(tmp_path, benchmark, monke
     assert "| recall@3 | of bm25s | queries |" in capsys.readouterr().out
 
 
-def test_made_up_data_is_the_same_for_the_same_seed(tmp_path, benchmark):
+def test_made_up_data_is_the_same_for_the_same_seed(tmp_path):
     written = []
     for number, seed in enumerate((0, 0, 1)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        benchmark.write_data(folder, 50, 10, seed)
+        retrieval.write_data(folder, 50, 10, seed)
         written.append([(folder / name).read_text() for name in ("corpus.jsonl", "queries.jsonl")])
     assert written[0] == written[1] != written[2]
     corpus, queries = ([json.loads(line) for line in text.splitlines()] for text in written[0])
@@ -105,10 +123,11 @@ def test_made_up_data_is_the_same_for_the_same_seed(tmp_path, benchmark):
     "options", ["--batch 6 --group 1 --turns 1 3", "--batch 8 --group 4 --turns 1 3 --longest 120"]
 )
 def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_path, options):
-    script = SCRIPT.with_name("rollouts.py")
     results = tmp_path / "results.json"
+    options = [*options.split(), "--delays", "0", "--repeats", "1", "--json", str(results)]
     result = subprocess.run(
-        [sys.executable, str(script), *f"{options} --delays 0 --repeats 1 --json".split(), str(results)],
+        [sys.executable, "-m", "benchmarks.rollouts", *options],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -122,5 +141,4 @@ def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_
         assert len({row["tokens"] for row in rows if row["turns"] == most}) == 1
     assert all(row["retrieval"] > 0 for row in rows if row["turns"] == 3)
     assert all(0 < row["reading"] < row["model"] < row["seconds"] for row in rows)
-    batch = options.split()[1]
-    assert result.stdout.count(f"\n| {batch} | 1–3 | 0 ms |") == 3
+    assert result.stdout.count(f"\n| {options[1]} | 1–3 | 0 ms |") == 3

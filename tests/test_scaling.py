@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+from benchmarks.scaling.__main__ import memory_table, process_table
+from benchmarks.scaling.cost import Cost, Setting, measure
+from benchmarks.scaling.stages import STAGES, Stopwatch
 
-from scaling import Cost, Setting, measure, memory_table, process_table  # noqa: E402
-from stages import STAGES, Stopwatch  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_stage_takes_its_time_from_the_one_around_it(monkeypatch):
@@ -76,7 +76,8 @@ def test_the_command_measures_everything_that_it_prints(tmp_path):
     results = tmp_path / "results.json"
     values = "--groups 2 4 --searches 0 1 --turn_tokens 4 8 --processes 1 2 --memory 2 4 --questions 2 --steps 1"
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "scaling.py"), *values.split(), "--json", str(results)],
+        [sys.executable, "-m", "benchmarks.scaling", *values.split(), "--json", str(results)],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -10,18 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.drawn_turns import FREE, DrawnTurns
+from benchmarks.search_r1.loop import DataProto, import_search_r1, run_ours, stand_ins
+from benchmarks.search_r1.task import Task, make_model, make_tokenizer, teach
+from benchmarks.search_r1.token_counts import SampledTurn, count_changed, count_turns, length_to_tag
 from tspo_trl import BM25Retriever
 from tspo_trl.retrieval.corpus import iter_corpus
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
 CLONE = os.environ.get("SEARCH_R1")  # a folder: git clone https://github.com/PeterGriffinJin/Search-R1
-sys.path.append(str(BENCHMARKS))
-
-from drawn_turns import FREE, DrawnTurns  # noqa: E402
-from search_r1 import run_ours  # noqa: E402
-from search_r1_loop import DataProto, import_search_r1, stand_ins  # noqa: E402
-from search_r1_task import Task, make_model, make_tokenizer, teach  # noqa: E402
-from token_counts import SampledTurn, count_changed, count_turns, length_to_tag  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +148,10 @@ def test_a_folder_that_is_no_clone_is_refused(tmp_path):
 @pytest.mark.skipif(CLONE is None, reason="set SEARCH_R1 to a clone of Search-R1")
 def test_the_loop_of_search_r1_throws_away_and_changes_tokens(tmp_path):
     results = tmp_path / "results.json"
-    arguments = (
-        f"--search_r1 {CLONE} --batch 6 --turns 3 --max_response 32 --teach_steps 0 --repeats 1 --json {results}"
-    )
+    arguments = f"--batch 6 --turns 3 --max_response 32 --teach_steps 0 --repeats 1 --json {results}"
     result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "search_r1.py"), *arguments.split()],
+        [sys.executable, "-m", "benchmarks.search_r1", "--search_r1", Path(CLONE).resolve(), *arguments.split()],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The search loop of Search-R1, run as it is in a clone of its repository, with stand-ins for what it imports."""
+"""Both loops: that of Search-R1 as it is in a clone of its repository, with stand-ins for what it imports, and ours."""
 
 import contextlib
 import importlib
@@ -6,17 +6,22 @@ import io
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from drawn_turns import drawing
-from search_r1_task import PASSAGES, Task, check_turns, sampling
-from token_counts import Count, SampledTurn, count_turns
 from transformers import Qwen2ForCausalLM
+
+from tspo_trl.engines import TransformersEngine
+from tspo_trl.protocol import TagProtocol
+from tspo_trl.rollout import SearchLoop
+
+from ..drawn_turns import drawing
+from .task import PASSAGES, Task, check_turns, sampling
+from .token_counts import Count, SampledTurn, count_turns
 
 
 @dataclass(slots=True)
@@ -156,6 +161,56 @@ def run_search_r1(task: Task, model: Qwen2ForCausalLM, generation: ModuleType) -
         **count_turns(tokenizer, rollouts),
         trained=int(output.batch["info_mask"][:, -length:].sum()),
         attended=int(output.batch["attention_mask"][:, -length:].sum()),
+        seconds=seconds,
+        model_seconds=calls.seconds,
+    )
+
+
+def run_ours(task: Task, model: Qwen2ForCausalLM) -> Count:
+    """Roll out with [`SearchLoop`] and [`TransformersEngine`]."""
+    tokenizer = task.tokenizer
+    protocol = TagProtocol(tokenizer, task.turns - 1)
+    config = sampling(tokenizer, task.max_response)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
+    collect = engine.collect
+    sampled: list[list[list[int]]] = [[] for _ in range(task.batch)]
+
+    def collect_and_record(*, wait: bool) -> Any:
+        written = collect(wait=wait)
+        for number, generation in written:
+            sampled[number].append(list(generation.token_ids))
+        return written
+
+    engine.collect = collect_and_record
+    loop = SearchLoop(
+        engine,
+        task.retriever,
+        protocol,
+        eos_token_ids=[tokenizer.eos_token_id],
+        max_searches=task.turns - 1,
+        num_passages=PASSAGES,
+        max_turn_tokens=task.max_response,
+        max_observation_tokens=task.max_observation,
+        max_completion_length=100_000,
+        max_context_length=model.config.max_position_embeddings,
+    )
+    prompts = task.prompts()
+    with drawing(model, task.draw()) as calls:
+        start = time.perf_counter()
+        trajectories, _ = loop.run(prompts)
+        seconds = time.perf_counter() - start
+    rollouts = []
+    for trajectory, turns in zip(trajectories, sampled, strict=True):
+        trained: list[list[int]] = [[] for _ in turns]
+        for token, turn in zip(trajectory.completion_ids, trajectory.turn_index, strict=True):
+            if turn >= 0:
+                trained[turn].append(token)
+        rollouts.append([SampledTurn(*pair) for pair in zip(turns, trained, strict=True)])
+    check_turns(task, rollouts)
+    return Count(
+        **count_turns(tokenizer, rollouts),
+        trained=sum(sum(t.loss_mask) for t in trajectories),
+        attended=sum(len(t.completion_ids) for t in trajectories),
         seconds=seconds,
         model_seconds=calls.seconds,
     )

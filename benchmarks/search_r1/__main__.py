@@ -1,8 +1,8 @@
 """What does a search loop lose that decodes, cuts and encodes again? Search-R1's own loop beside ours. Prints Markdown tables.
 
     git clone https://github.com/PeterGriffinJin/Search-R1
-    python benchmarks/search_r1.py --search_r1 Search-R1
-    python benchmarks/search_r1.py --search_r1 Search-R1 --batch 64 --turns 2 4 --json results.json
+    python -m benchmarks.search_r1 --search_r1 Search-R1
+    python -m benchmarks.search_r1 --search_r1 Search-R1 --batch 64 --turns 2 4 --json results.json
 
 After every turn, the loop of Search-R1 (`search_r1/llm_agent/generation.py`, run here as it is in the clone) decodes what was
 sampled, cuts the text after the closing tag, and encodes the text again; the new tokens are trained on. Its rollout by vLLM
@@ -25,86 +25,21 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from drawn_turns import drawing
-from search_r1_loop import import_search_r1, run_search_r1
-from search_r1_task import (
-    MOST_ROLLOUTS,
-    PASSAGES,
-    Task,
-    check_turns,
-    make_model,
-    make_tokenizer,
-    sampling,
-    teach,
-)
-from token_counts import Count, SampledTurn, count_turns
-from transformers import Qwen2ForCausalLM
 
 from tspo_trl import BM25Retriever
-from tspo_trl.engines import TransformersEngine
-from tspo_trl.protocol import TagProtocol
 from tspo_trl.retrieval.corpus import iter_corpus
-from tspo_trl.rollout import SearchLoop
 
-CORPUS = Path(__file__).parent.parent / "tests" / "data" / "hotpotqa" / "passages.jsonl"
+from .loop import import_search_r1, run_ours, run_search_r1
+from .task import MOST_ROLLOUTS, PASSAGES, Task, make_model, make_tokenizer, teach
+from .token_counts import Count
 
-
-def run_ours(task: Task, model: Qwen2ForCausalLM) -> Count:
-    """Roll out with [`SearchLoop`] and [`TransformersEngine`]."""
-    tokenizer = task.tokenizer
-    protocol = TagProtocol(tokenizer, task.turns - 1)
-    config = sampling(tokenizer, task.max_response)
-    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
-    collect = engine.collect
-    sampled: list[list[list[int]]] = [[] for _ in range(task.batch)]
-
-    def collect_and_record(*, wait: bool) -> Any:
-        written = collect(wait=wait)
-        for number, generation in written:
-            sampled[number].append(list(generation.token_ids))
-        return written
-
-    engine.collect = collect_and_record
-    loop = SearchLoop(
-        engine,
-        task.retriever,
-        protocol,
-        eos_token_ids=[tokenizer.eos_token_id],
-        max_searches=task.turns - 1,
-        num_passages=PASSAGES,
-        max_turn_tokens=task.max_response,
-        max_observation_tokens=task.max_observation,
-        max_completion_length=100_000,
-        max_context_length=model.config.max_position_embeddings,
-    )
-    prompts = task.prompts()
-    with drawing(model, task.draw()) as calls:
-        start = time.perf_counter()
-        trajectories, _ = loop.run(prompts)
-        seconds = time.perf_counter() - start
-    rollouts = []
-    for trajectory, turns in zip(trajectories, sampled, strict=True):
-        trained: list[list[int]] = [[] for _ in turns]
-        for token, turn in zip(trajectory.completion_ids, trajectory.turn_index, strict=True):
-            if turn >= 0:
-                trained[turn].append(token)
-        rollouts.append([SampledTurn(*pair) for pair in zip(turns, trained, strict=True)])
-    check_turns(task, rollouts)
-    return Count(
-        **count_turns(tokenizer, rollouts),
-        trained=sum(sum(t.loss_mask) for t in trajectories),
-        attended=sum(len(t.completion_ids) for t in trajectories),
-        seconds=seconds,
-        model_seconds=calls.seconds,
-    )
+CORPUS = Path(__file__).parents[2] / "tests" / "data" / "hotpotqa" / "passages.jsonl"
 
 
 def measure(loops: dict[str, Callable[[], Count]], repeats: int) -> dict[str, Count]:
@@ -154,7 +89,9 @@ def row(task: Task, name: str, count: Count, repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search_r1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--search_r1", type=Path, required=True, help="a clone of Search-R1")
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="passages as JSONL")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="rollouts at once")

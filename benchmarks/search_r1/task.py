@@ -1,4 +1,4 @@
-"""What both loops of `search_r1.py` are given: a model, prompts, and where turns end."""
+"""What both loops are given: a model, prompts, and where turns end."""
 
 import random
 import statistics
@@ -6,61 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from drawn_turns import FREE, DrawnTurns
-from token_counts import SampledTurn
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from tspo_trl import BM25Retriever, Passage
 from tspo_trl.protocol import TagProtocol
 
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Qwen's
-PAD, END = "<|endoftext|>", "<|im_end|>"
+from .. import tiny_qwen
+from ..drawn_turns import FREE, DrawnTurns
+from .token_counts import SampledTurn
+
 PASSAGES = 3
 MOST_ROLLOUTS = 256
 
 
 def make_tokenizer(passages: Sequence[Passage]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that splits text as Qwen's does. Tags are plain text, as in Search-R1; each rollout has a mark."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((f"{p.title}\n{p.text}" for p in passages), trainer)
-    tokenizer.add_tokens([AddedToken(f"<q{i}>", normalized=False, special=False) for i in range(MOST_ROLLOUTS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    """A tokenizer that has learned the passages. Tags are plain text, as in Search-R1; each rollout has a mark."""
+    texts = (f"{p.title}\n{p.text}" for p in passages)
+    return tiny_qwen.make_tokenizer(texts, 4000, added=[f"<q{i}>" for i in range(MOST_ROLLOUTS)])
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=1,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    """A tiny Qwen2 with random weights."""
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return tiny_qwen.make_model(tokenizer, hidden_size, layers, seed, **special).eval()
 
 
 def teach(
