@@ -127,14 +127,14 @@ def attend(
     shared_key, shared_value = (part[0] for part in prefix)
     shared = shared_key.shape[1]
     queries = query.view(rows, groups, heads // groups, size).float() * scaling
-    to_shared = _by_group(queries) @ shared_key.float().mT
+    to_shared = _by_row(_by_group(queries) @ shared_key.float().mT, rows)
     to_own = queries @ key.float().mT
     if mask is not None:
-        to_own = to_own.masked_fill(~mask, -torch.inf)
-    weights = torch.cat([_by_row(to_shared, rows), to_own], dim=-1).softmax(dim=-1).to(value.dtype)
-    of_shared = _by_group(weights[..., :shared]) @ shared_value
-    result = _by_row(of_shared, rows) + weights[..., shared:] @ value
-    return result.reshape(rows, 1, heads, -1)
+        to_own.masked_fill_(~mask, -torch.inf)
+    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
+    result = weights[..., shared:] @ value
+    result += _by_row(_by_group(weights[..., :shared]) @ shared_value, rows)
+    return result.view(rows, 1, heads, -1)
 
 
 def _by_group(values: torch.Tensor) -> torch.Tensor:
