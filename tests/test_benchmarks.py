@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Qwen2Config
 
 from benchmarks import retrieval
 
@@ -120,11 +121,26 @@ def test_made_up_data_is_the_same_for_the_same_seed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", ["--batch 6 --group 1 --turns 1 3", "--batch 8 --group 4 --turns 1 3 --longest 120"]
+    "options",
+    [
+        "--batch 6 --group 1 --turns 1 3",
+        "--batch 8 --group 4 --turns 1 3 --longest 120",
+        "--batch 4 --group 2 --turns 1 3 --model MODEL --dtype bfloat16",
+    ],
 )
 def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_path, options):
     results = tmp_path / "results.json"
-    options = [*options.split(), "--delays", "0", "--repeats", "1", "--json", str(results)]
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    Qwen2Config(**shape, vocab_size=3000, intermediate_size=48).save_pretrained(tmp_path / "model")
+    options = [
+        *options.replace("MODEL", str(tmp_path / "model")).split(),
+        "--delays",
+        "0",
+        "--repeats",
+        "1",
+        "--json",
+        str(results),
+    ]
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.rollouts", *options],
         cwd=ROOT,
@@ -142,3 +158,4 @@ def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_
     assert all(row["retrieval"] > 0 for row in rows if row["turns"] == 3)
     assert all(0 < row["reading"] < row["model"] < row["seconds"] for row in rows)
     assert result.stdout.count(f"\n| {options[1]} | 1–3 | 0 ms |") == 3
+    assert ("(bfloat16)" in result.stdout) == ("bfloat16" in options)

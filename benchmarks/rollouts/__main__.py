@@ -2,8 +2,9 @@
 
     python -m benchmarks.rollouts                                # batches of 16, 64 and 256 rollouts; 1 to 6 turns
     python -m benchmarks.rollouts --batch 64 --turns 3 --longest 160 --json results.json
+    python -m benchmarks.rollouts --model docs/models/qwen2.5-3b --dtype bfloat16   # on a GPU
 
-A tiny Qwen2 with random weights, whose tokens are forced: every rollout has a script that says how many turns it takes, and
+A tiny Qwen2, or one of another shape, with random weights, whose tokens are forced: every rollout has a script that says how many turns it takes, and
 what it writes. So all loops generate the same number of tokens in the same turns, with the same model and the same passages,
 and differ in nothing but what they do around it. As in training, several rollouts (`--group`) are of one question; with
 `--group 1` all questions differ. All turns are of the same length, unless `--longest` lets them be longer, each as drawn.
@@ -117,8 +118,8 @@ def main() -> None:
         "--longest", type=int, default=TURN_TOKENS, help=f"turns have between {TURN_TOKENS} and so many tokens"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="a folder with the config.json of a Qwen2; a tiny one by default")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results there too")
     arguments = parser.parse_args()
@@ -132,9 +133,12 @@ def main() -> None:
         force(trainer.model, scripts, protocols[name])
     parameters = next(iter(trainers.values())).model.num_parameters()
     turn_tokens = TURN_TOKENS if arguments.longest == TURN_TOKENS else f"{TURN_TOKENS}–{arguments.longest}"
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
     print(
-        f"Qwen2 with {parameters / 1e6:.2f} M parameters, groups of {arguments.group}, {turn_tokens} tokens a turn, {PASSAGES} passages a search, on "
-        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads; medians of {arguments.repeats}.\n"
+        f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, {turn_tokens} tokens "
+        f"a turn, {PASSAGES} passages a search, on {machine}; medians of {arguments.repeats}.\n"
     )
     print(
         "| rollouts | turns | retriever waits | loop | rollouts/s | × TRL | tokens/s | of bare | reading | writing | retrieval | rest |"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
@@ -44,7 +45,12 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
     tokenizer = make_tokenizer(texts, 2000, added=[*TAGS, *marks], special=(PAD, START, END))
     tokenizer.chat_template = qwen2_5_chat_template
     scripts = Scripts(tokenizer, [p.title for p in world.passages], arguments.longest, arguments.seed)
-    make_model(tokenizer, arguments.hidden_size, arguments.layers, arguments.seed).save_pretrained(folder)
+    if arguments.model is None:
+        model = make_model(tokenizer, 64, 2, arguments.seed)
+    else:
+        torch.manual_seed(arguments.seed)
+        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(arguments.model))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     retriever = Timed(BM25Retriever(world.passages))
 
@@ -71,6 +77,7 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
         "temperature": 1.0,
         "report_to": "none",
         "max_completion_length": 4096,
+        "model_init_kwargs": {"dtype": arguments.dtype},
     }
     titles = [passage.title for passage in world.passages]
     questions = [f"{titles[i % len(titles)]}, or {titles[i // len(titles)]}?" for i in range(ROLLOUTS)]
