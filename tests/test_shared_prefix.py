@@ -178,6 +178,13 @@ def test_an_error_leaves_the_model_as_it_was(policy):
         assert policy.config._attn_implementation == "sdpa"
 
 
+def test_a_model_that_does_not_write_into_its_cache_is_an_error(policy_dir, tokenizer, contexts):
+    model = AutoModelForCausalLM.from_pretrained(policy_dir).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="Is gradient checkpointing on during generation"):
+        written(model, tokenizer, contexts, **GREEDY)
+
+
 def written(model, tokenizer, contexts, **options):
     engine = make_engine(model, tokenizer, **options)
     torch.manual_seed(0)

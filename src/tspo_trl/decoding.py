@@ -207,11 +207,7 @@ class TurnDecoder:
             **model_kwargs,
         )
         logits = self._forward(model, inputs)
-        if cache.get_seq_length() != width:
-            raise RuntimeError(
-                "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If "
-                "the model has no cache, set `generation_kwargs={'use_cache': False}`."
-            )
+        _check_written(cache, width)
         if not shared:
             return logits
         places = {row: place for place, row in enumerate(first)}
@@ -241,6 +237,7 @@ class TurnDecoder:
             **model_kwargs,
         )
         self._forward(model, inputs)
+        _check_written(cache, self._prefix_length)
         for layer in cast(list[GrowingLayer], cache.layers):
             layer.share()
 
@@ -272,6 +269,14 @@ class TurnDecoder:
         if mask is not None:
             valid[:, :width] &= mask[index][..., :width].flatten(1).bool()
         self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
+
+
+def _check_written(cache: Cache, length: int) -> None:
+    if cache.get_seq_length() != length:
+        raise RuntimeError(
+            "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If the "
+            "model has no cache, set `generation_kwargs={'use_cache': False}`."
+        )
 
 
 def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
