@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspector runs/demo                      # made up to 10,000 rollouts
     python -m benchmarks.inspector runs/demo --corpus passages.jsonl
-    python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/2/2
+    python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/2/3
 
 The rollouts of the run are repeated until they are enough. In each copy the words of the passages are shuffled, so that
 the copies do not compress away; with --corpus the passages are others instead, drawn from a corpus for each group.
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=10_000, help="(default: %(default)s)")
     parser.add_argument("--corpus", type=Path, help="a JSONL file of passages to show instead of the run's")
     parser.add_argument("--screenshot", type=Path, help="take a picture instead")
-    parser.add_argument("--place", default="", help="where to, for instance train/20/2/2 (default: the last step)")
+    parser.add_argument("--place", default="", help="where to, for instance train/20/2/3 (default: the last step)")
     parser.add_argument("--size", default="1440x1200", help="of the picture (default: %(default)s)")
     parser.add_argument("--scheme", default="light", choices=("light", "dark"), help="(default: %(default)s)")
     args = parser.parse_args()

@@ -33,6 +33,7 @@ from transformers import Qwen2ForCausalLM
 from trl import GRPOTrainer
 
 from tspo_trl import TSPOTrainer
+from tspo_trl.shared_prefix import shared_length
 
 from .scripts import MOST_TURNS, ROLLOUTS, TURN_TOKENS, Scripts, force
 from .trainers import PASSAGES, Timed, make_trainers
@@ -140,6 +141,12 @@ def main() -> None:
         f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, {turn_tokens} tokens "
         f"a turn, {PASSAGES} passages a search, on {machine}; medians of {arguments.repeats}.\n"
     )
+    for name, trainer in trainers.items():
+        if isinstance(trainer, TSPOTrainer):
+            prompts = trainer.search_loop.protocol.encode_prompts([row["prompt"] for row in trainer.train_dataset])
+            longest, common = max(map(len, prompts)), shared_length(trainer.model, prompts)
+            print(f"{name}: prompts of up to {longest} tokens, of which the first {common} are the same.")
+    print()
     print(
         "| rollouts | turns | retriever waits | loop | rollouts/s | × TRL | tokens/s | of bare | reading | writing | retrieval | rest |"
     )

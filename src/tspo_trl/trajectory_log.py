@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from math import isnan
 from os import SEEK_END
 from pathlib import Path
@@ -119,7 +120,7 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**r, "trajectory": r["trajectory"].to_dict()}, ensure_ascii=False) + "\n" for r in records]
+    lines = [json.dumps(record, ensure_ascii=False, default=_fields) + "\n" for record in records]
     # A lone surrogate (JSON allows it, UTF-8 does not) stays an escape
     data = "".join(lines).encode("utf-8", errors="backslashreplace")
     newest = next(reversed(log_files(path)), path)
@@ -133,6 +134,11 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
         file.write(data)
     if max_bytes is not None:
         _drop_files(path, max_bytes)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A trajectory, a turn or a passage; `asdict` would copy every token of it."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _ends_with_newline(path: Path) -> bool:
