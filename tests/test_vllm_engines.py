@@ -262,6 +262,7 @@ gathered = [None, None]
 dist.all_gather_object(gathered, calls)
 assert gathered[0] == gathered[1]  # all processes of a model generate the same
 print("fine")
+dist.destroy_process_group()  # or its threads may still run when Python ends, which aborts the process
 """
 
 
