@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,6 +19,7 @@ from transformers import (
 
 import tspo_trl.shared_prefix
 from tspo_trl.engines import TransformersEngine
+from tspo_trl.kv_cache import new_cache
 from tspo_trl.protocol import TagProtocol
 from tspo_trl.shared_prefix import SHORTEST, attend, attending_to, shared_length
 
@@ -162,11 +165,10 @@ def test_models_whose_attention_cannot_be_replaced_store_contexts_whole(policy_d
 
 
 def test_an_error_leaves_the_model_as_it_was(policy):
-    prefix = [(torch.zeros(1, 1, 2, 2),) * 2]
     inside = []
 
     def fail():
-        with attending_to(prefix, policy):
+        with attending_to(new_cache(policy), policy):
             inside.append(policy.config._attn_implementation)
             raise ZeroDivisionError
 
@@ -174,8 +176,22 @@ def test_an_error_leaves_the_model_as_it_was(policy):
         fail()
     assert inside == [tspo_trl.shared_prefix.NAME]
     assert policy.config._attn_implementation == "sdpa"
-    with attending_to([], policy):
-        assert policy.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_caches_something_else_than_it_attends_to_stores_contexts_whole(tokenizer, contexts, monkeypatch):
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
+    config = DiffLlamaConfig(**sizes, **heads, eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    model = DiffLlamaForCausalLM(config).eval()
+    assert shared_length(model, contexts) >= LENGTH
+    turns, kept = converse(make_engine(model, tokenizer, **GREEDY), contexts)
+    assert kept.prefix == []
+    monkeypatch.setattr(tspo_trl.shared_prefix, "SHORTEST", 10**6)
+    expected, _ = converse(make_engine(model, tokenizer, **GREEDY), contexts)
+    assert [{n: turn.token_ids for n, turn in t.items()} for t in turns] == [
+        {n: turn.token_ids for n, turn in t.items()} for t in expected
+    ]
 
 
 def test_a_model_that_does_not_write_into_its_cache_is_an_error(policy_dir, tokenizer, contexts):

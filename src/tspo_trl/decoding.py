@@ -1,11 +1,13 @@
 """The decode loop of a search turn: what `generate` of `transformers` does, for many short turns that end one by one."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from transformers import (
     Cache,
+    DynamicCache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     GenerationConfig,
@@ -160,16 +162,10 @@ class TurnDecoder:
                     positions, last_positions = positions[staying], last_positions[staying]
                 rows = list(self._turns.open)
             if positions is not None:
-                model_kwargs["position_ids"] = positions = torch.minimum(positions + 1, last_positions)
+                positions = torch.minimum(positions + 1, last_positions)
             length = width + step + 1
-            inputs = model.prepare_inputs_for_generation(
-                ids[:, :length],
-                next_sequence_length=1,
-                past_key_values=cache,
-                attention_mask=None if mask is None else mask[..., :length],
-                **model_kwargs,
-            )
-            logits = self._forward(model, inputs)
+            seen_mask = None if mask is None else mask[..., :length]
+            logits = self._forward(model, cache, ids[:, :length], seen_mask, positions, model_kwargs)
 
         self._keep(cache, mask, rows, width, list(range(len(rows))))
         if self.logprobs.isnan().any():
@@ -188,27 +184,16 @@ class TurnDecoder:
         model_kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Read the contexts as far as they are not in the cache; return the logits after them, of shape (B, V)."""
-        if self._prefix_length:
-            if not cache.get_seq_length():
-                self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
-            self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
+        if self._prefix_length and not cache.get_seq_length():
+            self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
+        self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
         first = sorted(set(self._same))
-        shared = len(first) < len(input_ids)
-        distinct = torch.tensor(first, device=input_ids.device)
-        if positions is not None:
-            model_kwargs = {**model_kwargs, "position_ids": positions[distinct] if shared else positions}
-        width = input_ids.shape[1]
-        inputs = model.prepare_inputs_for_generation(
-            input_ids[distinct] if shared else input_ids,
-            next_sequence_length=width - cache.get_seq_length(),
-            past_key_values=cache,
-            attention_mask=mask[distinct] if shared and mask is not None else mask,
-            is_first_iteration=True,
-            **model_kwargs,
+        distinct = torch.tensor(first, device=input_ids.device) if len(first) < len(input_ids) else slice(None)
+        mask, positions = (None if part is None else part[distinct] for part in (mask, positions))
+        logits = self._forward(
+            model, cache, input_ids[distinct], mask, positions, model_kwargs, is_first_iteration=True
         )
-        logits = self._forward(model, inputs)
-        _check_written(cache, width)
-        if not shared:
+        if isinstance(distinct, slice):
             return logits
         places = {row: place for place, row in enumerate(first)}
         back = torch.tensor([places[row] for row in self._same], device=input_ids.device)
@@ -224,27 +209,49 @@ class TurnDecoder:
         cache: Cache,
         model_kwargs: dict[str, Any],
     ) -> None:
-        """Read what all contexts begin with, and store it once."""
+        """Read what all contexts begin with, and store it once, if the model's attention takes it as it is stored."""
         of_prefix = (slice(1), slice(self._prefix_length))
+        ids = input_ids[of_prefix]
+        mask, positions = (None if part is None else part[of_prefix] for part in (mask, positions))
+        self._forward(model, cache, ids, mask, positions, model_kwargs, is_first_iteration=True)
+        layers = cast(list[GrowingLayer], cache.layers)
+        if all(layer.attended for layer in layers):
+            for layer in layers:
+                layer.share()
+        else:
+            self._prefix_length = 0
+            for layer in layers:
+                layer.forget()
+
+    def _forward(
+        self,
+        model: Any,
+        cache: Cache,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        model_kwargs: dict[str, Any],
+        *,
+        is_first_iteration: bool = False,
+    ) -> torch.Tensor:
+        """Read what is not yet in the cache; the logits after it, of shape (B, V), without a hold on those before."""
         if positions is not None:
-            model_kwargs = {**model_kwargs, "position_ids": positions[of_prefix]}
+            model_kwargs = {**model_kwargs, "position_ids": positions}
         inputs = model.prepare_inputs_for_generation(
-            input_ids[of_prefix],
-            next_sequence_length=self._prefix_length,
+            ids,
+            next_sequence_length=ids.shape[1] - cache.get_seq_length(),
             past_key_values=cache,
-            attention_mask=None if mask is None else mask[of_prefix],
-            is_first_iteration=True,
+            attention_mask=mask,
+            is_first_iteration=is_first_iteration,
             **model_kwargs,
         )
-        self._forward(model, inputs)
-        _check_written(cache, self._prefix_length)
-        for layer in cast(list[GrowingLayer], cache.layers):
-            layer.share()
-
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """The logits after the last token, of shape (B, V), without a hold on those before."""
-        with attending_to(self.prefix, model):
+        with attending_to(cast(DynamicCache, cache), model) if self._prefix_length else nullcontext():
             logits = model(**inputs, return_dict=True).logits
+        if cache.get_seq_length() != ids.shape[1]:
+            raise RuntimeError(
+                "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If "
+                "the model has no cache, set `generation_kwargs={'use_cache': False}`."
+            )
         return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)
 
     def _keep(
@@ -269,14 +276,6 @@ class TurnDecoder:
         if mask is not None:
             valid[:, :width] &= mask[index][..., :width].flatten(1).bool()
         self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
-
-
-def _check_written(cache: Cache, length: int) -> None:
-    if cache.get_seq_length() != length:
-        raise RuntimeError(
-            "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If the "
-            "model has no cache, set `generation_kwargs={'use_cache': False}`."
-        )
 
 
 def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

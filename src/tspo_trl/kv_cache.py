@@ -22,6 +22,8 @@ class GrowingLayer(DynamicLayer):
     Attributes:
         prefix (`tuple[torch.Tensor, torch.Tensor]` or `None`):
             Keys and values that all rows have in common, of shape (1, H, P, D). `keys` and `values` are of what follows.
+        attended (`bool`):
+            Whether attention has last taken `keys` and `values` as they are, see [`attending_to`].
     """
 
     keys: torch.Tensor
@@ -30,6 +32,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.attended = False
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def get_seq_length(self) -> int:
@@ -40,6 +43,10 @@ class GrowingLayer(DynamicLayer):
         """Make what one row has read the prefix of all rows that follow."""
         self.prefix = (self.keys.clone(), self.values.clone())
         self.hold(self.keys[:, :, :0], self.values[:, :, :0])
+
+    def forget(self) -> None:
+        """Be empty again."""
+        self.__init__()  # type: ignore[misc]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,7 +17,7 @@ Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 #: A shorter prefix is not worth a forward pass of its own
 SHORTEST = 32
 NAME = "tspo_shared_prefix"
-_prefix: ContextVar[Prefix] = ContextVar("prefix")
+_layers: ContextVar[Sequence[Any]] = ContextVar("layers")
 
 
 def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
@@ -46,27 +46,26 @@ def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
 
 
 @contextmanager
-def attending_to(prefix: Prefix, model: PreTrainedModel) -> Iterator[None]:
+def attending_to(cache: DynamicCache, model: PreTrainedModel) -> Iterator[None]:
     """
-    Let the rows of a model attend to a prefix too, before the keys and values of their own. Masks are of both together.
+    Let the rows of a model attend to the shared prefix of a cache too, before the keys and values of their own. Masks are of
+    both together.
 
     Args:
-        prefix (`Prefix`):
-            Keys and values of every layer. If empty, nothing changes.
+        cache ([`~transformers.DynamicCache`]):
+            A cache of `GrowingLayer`s. Each notes whether attention takes what it holds as it is: only then can a prefix be
+            left out of it. Some models (those with latent attention) compute keys and values of what is in the cache.
         model ([`~transformers.PreTrainedModel`]):
             A model for which [`shared_length`] is not 0.
     """
-    if not prefix:
-        yield
-        return
-    config, token = model.config, _prefix.set(prefix)
+    config, token = model.config, _layers.set(cache.layers)
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = before
-        _prefix.reset(token)
+        _layers.reset(token)
 
 
 def _forward(
@@ -81,14 +80,17 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """In the form of `transformers`: queries (B, H, T, D); the result is of shape (B, T, H, D)."""
-    prefix = _prefix.get()[module.layer_idx]
-    if query.shape[2] == 1 and not dropout and position_bias is None:
-        mask = None if attention_mask is None else attention_mask[..., prefix[0].shape[2] :]
-        return attend(query, prefix, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    key, value = (
-        torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
-        for shared, own in zip(prefix, (key, value), strict=True)
-    )
+    layer = _layers.get()[module.layer_idx]
+    layer.attended = key is layer.keys and value is layer.values
+    if layer.prefix is not None:
+        if query.shape[2] == 1 and not dropout and position_bias is None:
+            mask = None if attention_mask is None else attention_mask[..., layer.prefix[0].shape[2] :]
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return attend(query, layer.prefix, key, value, mask, scaling), None
+        key, value = (
+            torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
+            for shared, own in zip(layer.prefix, (key, value), strict=True)
+        )
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, position_bias=position_bias, **kwargs
     )
@@ -134,7 +136,7 @@ def attend(
     weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
     result = weights[..., shared:] @ value
     result += _by_row(_by_group(weights[..., :shared]) @ shared_value, rows)
-    return result.view(rows, 1, heads, -1)
+    return result.reshape(rows, 1, heads, -1)
 
 
 def _by_group(values: torch.Tensor) -> torch.Tensor:
