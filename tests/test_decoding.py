@@ -1,9 +1,10 @@
 """The decode loop: what it writes is what `generate` writes, and what it leaves out is counted."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
+from forwards import counted
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -51,17 +52,6 @@ def plainly(model, tokenizer, contexts, budgets, **options):
 
 def prompts(tokenizer, world, count):
     return [tokenizer(str(q.row()["prompt"]))["input_ids"] for q in world.train_questions[:count]]
-
-
-@contextmanager
-def counted(model):
-    """The shapes (rows, columns) of what the model reads in each forward call."""
-    shapes = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    yield shapes
-    hook.remove()
 
 
 @torch.no_grad()

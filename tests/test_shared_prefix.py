@@ -1,9 +1,10 @@
 """What all contexts begin with is read and stored once, and the turns are the same as without."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
+from forwards import counted
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -52,17 +53,6 @@ def make_engine(model, tokenizer, **options):
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = GenerationConfig(**{"disable_compile": True, **tokens, **options})
     return TransformersEngine(lambda: nullcontext(model), tokenizer, config, TagProtocol.stop_strings)
-
-
-@contextmanager
-def counted(model):
-    """The shapes (rows, columns) of what the model reads in each forward call."""
-    shapes = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    yield shapes
-    hook.remove()
 
 
 def converse(engine, contexts):

@@ -1,0 +1,17 @@
+"""What a model reads, counted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def counted(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
+    """The shapes (rows, columns) of what the model reads in each forward call."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
