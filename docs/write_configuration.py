@@ -6,7 +6,7 @@ from inspect import cleandoc
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCE, PAGE = ROOT / "src" / "tspo_trl" / "config.py", ROOT / "docs" / "configuration.md"
+SOURCE, PAGE = ROOT / "src" / "tspo_trl" / "training" / "config.py", ROOT / "docs" / "configuration.md"
 HEADER = """\
 # Configuration
 

@@ -29,9 +29,9 @@ from rich.text import Text
 
 from tspo_trl import BENCHMARKS, load_benchmark, load_questions
 from tspo_trl.audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
-from tspo_trl.data import check_columns
 from tspo_trl.retrieval import BM25Retriever, Passage, Retriever
 from tspo_trl.retrieval.open import open_retriever
+from tspo_trl.training.datasets import check_columns
 
 matplotlib.use("Agg")
 DEMO = "demo"
@@ -77,7 +77,7 @@ def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Pass
     """The questions, and the passages that a data set brings along."""
     passages: list[Passage] = []
     if args.dataset == DEMO:
-        from tspo_trl.demo import make_world  # slow, and of no use to other data sets
+        from tspo_trl.demo import make_world
 
         world = make_world(0)
         passages, splits = world.passages, {"train": world.train_questions, "heldout": world.heldout_questions}

@@ -38,10 +38,10 @@ from tspo_trl import (
     load_questions,
     open_retriever,
 )
-from tspo_trl.endpoint import EndpointError, endpoint_agent
-from tspo_trl.evaluation import EvaluationStopped
-from tspo_trl.evaluation_folder import model_fingerprint
-from tspo_trl.results_table import comparison_table, results_table
+from tspo_trl.engines.endpoint import EndpointError
+from tspo_trl.evaluation.evaluate import EvaluationStopped
+from tspo_trl.evaluation.folder import model_fingerprint
+from tspo_trl.evaluation.tables import comparison_table, results_table
 
 ALL = "benchmarks"
 API_KEY = "OPENAI_API_KEY"
@@ -215,7 +215,7 @@ def load_agent(args: argparse.Namespace, where: str, retriever: Retriever) -> tu
     sampling = {"do_sample": args.temperature > 0, "temperature": args.temperature or 1.0}
     about: dict[str, Any] = {"model": where, "temperature": args.temperature}
     if args.endpoint:
-        agent = endpoint_agent(
+        agent = SearchAgent.from_endpoint(
             args.endpoint,
             where,
             tokenizer=args.tokenizer or where,

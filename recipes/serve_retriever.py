@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def open_as_asked(arguments: argparse.Namespace) -> Retriever:
     retriever: Retriever
     if arguments.corpus == "demo":
-        from tspo_trl.demo import make_world  # imports torch, which nothing else here needs
+        from tspo_trl.demo import make_world
 
         retriever = BM25Retriever(make_world(arguments.demo_seed).passages)
     else:

@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,14 +45,15 @@ from tspo_trl import (
     load_questions,
     question_splits,
 )
-from tspo_trl.checkpoints import StopOnSignal, last_checkpoint
-from tspo_trl.curves import plot_curves
 from tspo_trl.demo import World, demonstrate, make_model, make_tokenizer, make_world, supervise, warm_start
 from tspo_trl.demo.world import PROMPT as DEMO_PROMPT
-from tspo_trl.protocol import PROMPT
 from tspo_trl.questions import source_name
 from tspo_trl.retrieval import iter_corpus, open_retriever
-from tspo_trl.search_config import SMALLEST
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.tags import PROMPT
+from tspo_trl.training.checkpoints import last_checkpoint
+from tspo_trl.training.curves import plot_curves
+from tspo_trl.training.signals import StopOnSignal
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 DEMO = "demo"
@@ -234,18 +235,14 @@ def save_demo_model(script_args: SearchArguments, training_args: TSPOConfig, ret
             [f"<search> {row['question']}</search>", f"<answer> {row['golden_answers'][0]}</answer>"]
             for row in prompts.values()
         ]
-        limits = {
-            name: getattr(training_args, name)
-            for name in ("max_searches", "num_passages", "max_turn_tokens", "max_observation_tokens")
-        }
+        limits = SearchLimits.of(training_args)
         demonstrations = demonstrate(tokenizer, retriever, list(prompts), scripts, limits)
         supervise(model, demonstrations, steps=script_args.warm_start_steps, progress="Warm start", batch_size=16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # So that it can be evaluated beside what is trained from it
     template = DEMO_PROMPT if script_args.dataset_name == DEMO else "default"
-    settings = {name: getattr(training_args, name) for name in SMALLEST}
-    SearchConfig(prompt_template=template, **settings).save(folder)
+    SearchConfig(prompt_template=template, **asdict(SearchLimits.of(training_args))).save(folder)
 
 
 def report(before: dict[str, float | None], after: dict[str, float | None], title: str, prefix: str = "eval") -> None:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from tspo_trl import BM25Retriever, Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
-from tspo_trl.rollout import RolloutStats
+from tspo_trl.rollout.stats import RolloutStats
 
 
 class Recorded:
@@ -62,7 +62,7 @@ def main(policy, output, level):
         train_dataset=Dataset.from_list(rows),
         retriever=BM25Retriever([Passage(id="0", title="Paris", text="capital")]),
     )
-    trainer.search_loop = Recorded(trainer)
+    trainer.rollout_func.search_loop = Recorded(trainer)
     trainer.model.train()
     inputs = next(iter(trainer.get_train_dataloader()))
     output_of_step = trainer._generate_and_score_completions(inputs)
@@ -70,9 +70,9 @@ def main(policy, output, level):
         {
             "num_processes": trainer.accelerator.num_processes,
             "advantages": [
-                row[: len(x["trajectories"].completion_ids)].tolist()
+                row[: len(x["trajectory"].completion_ids)].tolist()
                 if row.dim()
-                else [row.item()] * len(x["trajectories"].completion_ids)
+                else [row.item()] * len(x["trajectory"].completion_ids)
                 for row, x in zip(output_of_step["advantages"], inputs, strict=True)
             ],
             "metrics": {k: v for k, v in trainer._metrics["train"].items() if not k.startswith("time/")},

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tspo_trl import BM25Retriever, SearchAgent, SearchConfig, TagProtocol, TSPOConfig, __version__
 from tspo_trl.demo import make_tokenizer
-from tspo_trl.search_config import PROTOCOLS, ProtocolName, find_prompt_template
-from tspo_trl.sharing import keep_from_hub
+from tspo_trl.rollout.search_config import PROTOCOLS, ProtocolName
+from tspo_trl.sharing.mixin import keep_from_hub
+from tspo_trl.training.datasets import find_prompt_template
 
 LIMITS = {"max_searches": 3, "num_passages": 2, "max_turn_tokens": 12, "max_observation_tokens": 48}
 
@@ -146,7 +147,7 @@ def test_settings_are_read_and_overridden(policy_dir, retriever, tmp_path):
     SearchConfig(**LIMITS, prompt_template="Find out: {question}\n").save(tmp_path)
     agent = SearchAgent.from_pretrained(tmp_path, retriever=retriever, max_searches=1)
     assert (agent.config.max_searches, agent.config.num_passages) == (1, 2)
-    assert agent.search_loop.max_searches == 1
+    assert agent.search_loop.limits.max_searches == 1
     assert agent.search_loop.protocol.prompt("Who {x}?") == "Find out: Who {x}?\n"
     trajectory = agent("Who wrote Emma?")
     assert len(trajectory.turns) <= 2

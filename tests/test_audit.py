@@ -11,16 +11,7 @@ from typing import get_args
 import pytest
 
 from tspo_trl import BM25Retriever, Passage, load_corpus
-from tspo_trl.audit import (
-    Curve,
-    Ranks,
-    constant_answers,
-    find_ranks,
-    first_rank,
-    summarize,
-    unusable_reason,
-    verdict,
-)
+from tspo_trl.audit import Curve, Ranks, constant_answers, find_ranks, first_rank, summarize, unusable_reason, verdict
 from tspo_trl.scoring import contains_answer, normalize_answer
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tspo_trl.collapse import WATCHES, CollapseCallback
 from tspo_trl.demo import make_model, supervise
 from tspo_trl.demo.warmup import demonstrate_world
+from tspo_trl.training.collapse import WATCHES, CollapseCallback
 
 WINDOW = 5
 
@@ -90,7 +90,7 @@ def watched(make_trainer, **options):
 @pytest.mark.parametrize("kind", PATHOLOGIES)
 def test_a_run_that_goes_wrong_is_warned_of(make_trainer, able, kind, caplog):
     reward, options = PATHOLOGIES[kind]
-    with caplog.at_level(logging.WARNING, "tspo_trl.collapse"):
+    with caplog.at_level(logging.WARNING, "tspo_trl.training.collapse"):
         _, callback = watched(make_trainer, model=able, reward_funcs=reward, stop_on=[kind], **options)
     (watch,) = [watch for watch in WATCHES if watch.kind == kind]
     assert kind in callback.warned

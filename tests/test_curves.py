@@ -2,7 +2,7 @@
 
 import pytest
 
-from tspo_trl.curves import plot_curves
+from tspo_trl.training.curves import plot_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HISTORY = [

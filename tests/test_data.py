@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from tspo_trl import TagProtocol
-from tspo_trl.data import check_columns, prepare_dataset
 from tspo_trl.demo import make_tokenizer
+from tspo_trl.training.datasets import check_columns, prepare_dataset
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CONVERSATION = [

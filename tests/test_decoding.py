@@ -8,11 +8,11 @@ from forwards import counted
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-import tspo_trl.decoding
-from tspo_trl.decoding import sample
-from tspo_trl.engines import TransformersEngine
-from tspo_trl.kv_cache import SPARE, GrowingLayer, new_cache
-from tspo_trl.protocol import TagProtocol
+import tspo_trl.engines.decoding
+from tspo_trl.engines.decoding import sample
+from tspo_trl.engines.kv_cache import SPARE, GrowingLayer, new_cache
+from tspo_trl.engines.static import TransformersEngine
+from tspo_trl.rollout.tags import TagProtocol
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_what_a_row_samples_does_not_depend_on_who_has_left(policy, tokenizer, w
     contexts = prompts(tokenizer, world, 12)
     results = []
     for bound in ((), (object,)):
-        monkeypatch.setattr(tspo_trl.decoding, "BOUND_TO_ROWS", bound)
+        monkeypatch.setattr(tspo_trl.engines.decoding, "BOUND_TO_ROWS", bound)
         torch.manual_seed(0)
         with counted(policy) as shapes:
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0}
@@ -194,7 +194,7 @@ def test_what_a_row_samples_does_not_depend_on_who_has_left(policy, tokenizer, w
 def test_what_the_loop_leaves_out_is_done_by_generate(policy, tokenizer, world, options, monkeypatch):
     contexts, budgets = prompts(tokenizer, world, 8), [4, 9] * 4
     expected = generate(policy, tokenizer, contexts, budgets)
-    monkeypatch.setattr(tspo_trl.decoding.TurnDecoder, "__call__", None)
+    monkeypatch.setattr(tspo_trl.engines.decoding.TurnDecoder, "__call__", None)
     turns = generate(policy, tokenizer, contexts, budgets, **options)
     assert [turn.token_ids for turn in turns] == [turn.token_ids for turn in expected]
     for turn, other in zip(turns, expected, strict=True):
@@ -203,7 +203,7 @@ def test_what_the_loop_leaves_out_is_done_by_generate(policy, tokenizer, world, 
 
 def test_a_row_that_has_ended_does_not_run_out_of_positions(tokenizer, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(tspo_trl.decoding, "BOUND_TO_ROWS", (object,))  # so that it stays
+    monkeypatch.setattr(tspo_trl.engines.decoding, "BOUND_TO_ROWS", (object,))  # so that it stays
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2)
     model = GPT2LMHeadModel(config).eval()
     contexts = [list(range(20, 48)), [20, 21], [30]]

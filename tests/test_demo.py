@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tspo_trl import BM25Retriever
 from tspo_trl.demo import demonstrate, make_model, make_tokenizer, make_world, supervise
 from tspo_trl.demo.warmup import demonstrate_world, sample
-from tspo_trl.protocol import HINT
+from tspo_trl.rollout.tags import HINT
 
 
 def test_the_tokenizer_knows_every_word_of_any_world(tokenizer):

@@ -18,9 +18,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, ModelConfig
 
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol, TSPOConfig
-from tspo_trl.collapse import WATCHES
-from tspo_trl.metrics import FACTS, retrieval_facts, retrieval_metrics, rollout_metrics
-from tspo_trl.rollout import RolloutStats
+from tspo_trl.rollout.facts import RolloutFacts
+from tspo_trl.rollout.stats import RolloutStats
+from tspo_trl.training.collapse import WATCHES
+from tspo_trl.training.metrics import retrieval_facts, retrieval_metrics, rollout_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -180,7 +181,9 @@ def test_the_hints_of_the_protocols_page_are_those_of_the_code(protocol, module)
 def test_every_metric_and_every_warning_is_documented():
     text = (DOCS / "metrics.md").read_text()
     some = {"num_generations": 1, "success_threshold": 1.0}
-    ours = rollout_metrics(torch.zeros(1, len(FACTS)), torch.zeros(1), torch.ones(1) > 0, torch.zeros(1), **some)
+    ours = rollout_metrics(
+        torch.zeros(1, len(RolloutFacts._fields)), torch.zeros(1), torch.ones(1) > 0, torch.zeros(1), **some
+    )
     ours |= retrieval_metrics(torch.tensor([retrieval_facts(RolloutStats(), cached=0, retries=0, max_calls=1)]))
     assert [name for name in ours if f"`{name}`" not in text] == []
     for watch in WATCHES:

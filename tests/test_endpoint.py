@@ -4,7 +4,7 @@ import pytest
 from fake_endpoint import FakeEndpoint
 
 from tspo_trl import EndpointEngine, SearchAgent, TagProtocol
-from tspo_trl.endpoint import EndpointError, endpoint_agent
+from tspo_trl.engines.endpoint import EndpointError
 
 SETTINGS = {"max_searches": 3, "num_passages": 2, "max_turn_tokens": 12, "max_observation_tokens": 48}
 PROMPT = "Question: {question}\n"
@@ -24,7 +24,7 @@ def serve(policy_dir, retriever):
         server = FakeEndpoint(policy_dir, kind).__enter__()
         servers.append(server)
         options = {"tokenizer": policy_dir, "prompt_template": PROMPT, **SETTINGS, **options}
-        return server, endpoint_agent(server.url, "tiny", retriever=retriever, **options)
+        return server, SearchAgent.from_endpoint(server.url, "tiny", retriever=retriever, **options)
 
     yield start
     for server in servers:

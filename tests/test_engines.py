@@ -10,9 +10,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from tspo_trl.engines import ContinuousBatchingEngine, TransformersEngine
-from tspo_trl.kv_cache import new_cache
-from tspo_trl.protocol import TagProtocol
+from tspo_trl.engines.continuous import ContinuousBatchingEngine
+from tspo_trl.engines.kv_cache import new_cache
+from tspo_trl.engines.static import TransformersEngine
+from tspo_trl.rollout.tags import TagProtocol
 
 
 @pytest.fixture(scope="module")

@@ -28,15 +28,15 @@ from tspo_trl import (
     evaluation,
     read_rollouts,
 )
-from tspo_trl.endpoint import endpoint_agent
-from tspo_trl.engines import BatchEngine, Generation
-from tspo_trl.evaluation import EvaluationStopped
-from tspo_trl.evaluation_folder import model_fingerprint
-from tspo_trl.results import Scores
-from tspo_trl.results_table import comparison_table, results_table
+from tspo_trl.engines.base import BatchEngine, Generation
+from tspo_trl.evaluation.evaluate import EvaluationStopped
+from tspo_trl.evaluation.folder import model_fingerprint
+from tspo_trl.evaluation.intervals import bootstrap_means, interval, mcnemar_test, permutation_test
+from tspo_trl.evaluation.results import Scores
+from tspo_trl.evaluation.tables import comparison_table, results_table
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.log import append_rollouts
 from tspo_trl.scoring import search_r1_exact_match
-from tspo_trl.statistics import bootstrap_means, interval, mcnemar_test, permutation_test
-from tspo_trl.trajectory_log import append_rollouts
 
 SETTINGS = {"max_searches": 3, "num_passages": 2, "max_turn_tokens": 12, "max_observation_tokens": 48}
 PROMPT = "Question: {question}\n"
@@ -83,7 +83,7 @@ def scripted(tokenizer):
             retriever or OneRetriever(),
             TagProtocol(tokenizer, prompt_template=PROMPT),
             eos_token_ids=[tokenizer.eos_token_id],
-            **{**SETTINGS, **options},
+            limits=SearchLimits(**{**SETTINGS, **options}),
         )
         return SearchAgent(loop, batch_size=batch_size)
 
@@ -373,7 +373,9 @@ def test_an_endpoint_that_stops_loses_nothing(tmp_path, policy_dir, retriever, d
 
     def agent(server):
         settings = {"prompt_template": PROMPT, **SETTINGS}
-        agent = endpoint_agent(server.url, "tiny", tokenizer=policy_dir, retriever=retriever, batch_size=12, **settings)
+        agent = SearchAgent.from_endpoint(
+            server.url, "tiny", tokenizer=policy_dir, retriever=retriever, batch_size=12, **settings
+        )
         agent.search_loop.engine._total_timeout = 0.3
         return agent
 

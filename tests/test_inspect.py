@@ -21,8 +21,8 @@ from tspo_trl.inspect.load import Group
 from tspo_trl.inspect.spans import find_answers, in_utf16
 from tspo_trl.inspect.terminal import print_run
 from tspo_trl.inspect.view import FLAGS
+from tspo_trl.rollout.log import append_rollouts
 from tspo_trl.scoring import contains_answer
-from tspo_trl.trajectory_log import append_rollouts
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"advantage_level": "stage", "folr_alpha": 0.5, "success_threshold": 1.0}

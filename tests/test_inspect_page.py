@@ -8,7 +8,7 @@ from test_inspect import SETTINGS, answer, mixed_group, record, rescued_group, s
 
 from tspo_trl import Turn
 from tspo_trl.inspect import load_run, render_page, write_page
-from tspo_trl.trajectory_log import append_rollouts
+from tspo_trl.rollout.log import append_rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:

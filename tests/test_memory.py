@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils
 
-from tspo_trl import memory
-from tspo_trl.memory import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
+from tspo_trl.memory import estimate as memory
+from tspo_trl.memory import formulas
+from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
 
 ROOT = Path(__file__).parent.parent
 QWEN_3B = {
@@ -142,7 +143,7 @@ def test_activations(name, checkpointing, dtype, attention):
     _, kept, loss = allocated(lambda: backbone(**inputs, use_cache=False).last_hidden_state.sum())
     extra, _, _ = allocated(loss.backward)
     types = precision(setting)
-    expected, expected_extra = memory.activation_bytes(shape, setting, types)
+    expected, expected_extra = formulas.activation_bytes(shape, setting, types)
     assert near(kept, expected)
     assert near(kept + extra, expected + expected_extra)
 
@@ -161,7 +162,7 @@ def test_the_lm_head(name, dtype, fused):
         model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum().backward()
 
     top, _, _ = allocated(step)
-    expected = memory.head_bytes(shape, BATCH, COMPLETION, precision(setting), trained=True)
+    expected = formulas.head_bytes(shape, BATCH, COMPLETION, precision(setting), trained=True)
     assert near(top, expected)
 
 
@@ -204,7 +205,7 @@ def test_generation(name, dtype):
     top, _, output = allocated(generate)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     tokens = output.shape[1] - 1  # the last token is not read
-    assert held == memory.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
+    assert held == formulas.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
     rows = estimate(shape, setting)
     expected = sum(row["generation"] for name, row in rows.items() if name not in ("parameters", "optimizer states"))
     assert near(top, expected)
@@ -225,7 +226,7 @@ def test_adapters(checkpointing):
     backbone = model.base_model.model.model
     _, kept, loss = allocated(lambda: backbone(**inputs, use_cache=False).last_hidden_state.sum())
     extra, _, _ = allocated(loss.backward)
-    expected = sum(memory.activation_bytes(shape, setting, precision(setting)))
+    expected = sum(formulas.activation_bytes(shape, setting, precision(setting)))
     print(f"ratio {(kept + extra) / expected:.3f}")
     assert 0.6 * expected < kept + extra < 1.05 * expected
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from tspo_trl import Trajectory, Turn
-from tspo_trl.metrics import FACTS, mean_logprob, retrieval_facts, retrieval_metrics, rollout_facts, rollout_metrics
-from tspo_trl.rollout import RolloutStats
+from tspo_trl.rollout.facts import RolloutFacts, rollout_facts
+from tspo_trl.rollout.stats import RolloutStats
+from tspo_trl.training.metrics import mean_logprob, retrieval_facts, retrieval_metrics, rollout_metrics
 
 NAN = float("nan")
 
 
 def facts_of(trajectory, occurrence=None, credited=None):
-    return dict(zip(FACTS, rollout_facts(trajectory, occurrence, credited), strict=True))
+    return rollout_facts(trajectory, occurrence, credited)._asdict()
 
 
 def search(query, retrieval="ok"):
@@ -63,7 +64,10 @@ def test_facts_of_a_truncated_rollout():
 
 def metrics(rows, outcomes, has_signal, num_generations, success_threshold=1.0, logps=None):
     facts = torch.tensor(
-        [[row.get(name, -1 if name in ("occurrence", "credited") else 0) for name in FACTS] for row in rows]
+        [
+            [row.get(name, -1 if name in ("occurrence", "credited") else 0) for name in RolloutFacts._fields]
+            for row in rows
+        ]
     )
     return rollout_metrics(
         facts,

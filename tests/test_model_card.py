@@ -9,8 +9,8 @@ from peft import LoraConfig
 from trl.trainer.utils import generate_model_card
 
 from tspo_trl import HTTPRetriever, SearchConfig, TSPOConfig
-from tspo_trl.model_card import extend_model_card
-from tspo_trl.training_facts import TrainingFacts, evaluations, hub_id, non_default_options
+from tspo_trl.sharing.model_card import extend_model_card
+from tspo_trl.sharing.training_facts import TrainingFacts, evaluations, hub_id, non_default_options
 
 
 def rows(count, **columns):

@@ -285,7 +285,7 @@ def test_a_cache_changes_nothing_but_the_calls(make_run, undisturbed, retriever,
     first.train()
     assert_same_run(first, undisturbed)
     asked = counting.queries
-    assert asked == first._cache.misses > 0
+    assert asked == first.rollout_func.retrievers.cache.misses > 0
     second = make_run("second", counting, **options)
     second.train()
     assert_same_run(second, undisturbed)

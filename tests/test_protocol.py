@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tspo_trl import Passage, TagProtocol
 from tspo_trl.demo import make_tokenizer
-from tspo_trl.protocol import HINT, NOTHING_FOUND
+from tspo_trl.rollout.protocol import NOTHING_FOUND
+from tspo_trl.rollout.tags import HINT
 from tspo_trl.scoring import extract_answer
 
 WORDS = "Paris is the capital of France and Rome of Italy . short long one two three four five six seven eight nine ten"

@@ -16,8 +16,8 @@ from dataset_hub import DatasetHub
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from tspo_trl import BENCHMARKS, TagProtocol, load_benchmark, load_questions, question_splits
-from tspo_trl.data import prepare_dataset
 from tspo_trl.demo import make_tokenizer
+from tspo_trl.training.datasets import prepare_dataset
 
 GOOD = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"]}
 OURS = ["id", "question", "golden_answers", "data_source"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_strategies import CONFIGS, SCRIPT
 from transformers import TrainerCallback
 
-from tspo_trl.checkpoints import last_checkpoint
+from tspo_trl.training.checkpoints import last_checkpoint
 
 # Rollouts are used in several steps: at most steps, some are left when a checkpoint is saved
 OPTIONS = {

@@ -3,11 +3,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from tspo_trl.engines import BatchEngine, Generation
-from tspo_trl.protocol import TagProtocol
+from tspo_trl.engines.base import BatchEngine, Generation
 from tspo_trl.retrieval import Passage, RetrievalError
 from tspo_trl.retrieval.base import RetrievalLogError
-from tspo_trl.rollout import SearchLoop
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.loop import SearchLoop
+from tspo_trl.rollout.tags import TagProtocol
 
 QUESTION = "Question: Who wrote Silent Harbor?\n"
 PASSAGE = Passage(id="7", title="Silent Harbor", text="Silent Harbor is a novel by Mira Talvek.", score=1.0)
@@ -49,6 +50,12 @@ class RecordingRetriever:
         return [self.passages[:k] for _ in queries]
 
 
+def loop_options(options):
+    """Options by name, with the limits among them as one argument."""
+    limits = {name: value for name, value in options.items() if name in SearchLimits.__dataclass_fields__}
+    return {name: value for name, value in options.items() if name not in limits} | {"limits": SearchLimits(**limits)}
+
+
 @pytest.fixture
 def roll(tokenizer):
     """Roll out scripts (one list of turns for each rollout) and return trajectories, stats, engine and retriever."""
@@ -59,7 +66,9 @@ def roll(tokenizer):
         prompts = [tokenizer(QUESTION + " Doc" * (i + 1) + "\n")["input_ids"] for i in range(len(scripts))]
         engine = ScriptedEngine(tokenizer, {tuple(p): list(s) for p, s in zip(prompts, scripts, strict=True)})
         options = {"max_searches": 2, "max_turn_tokens": 16, "max_observation_tokens": 64, **options}
-        loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **options)
+        loop = SearchLoop(
+            engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **loop_options(options)
+        )
         trajectories, stats = loop.run(prompts)
         return trajectories, stats, engine, retriever
 
@@ -279,7 +288,9 @@ def roll_streaming(tokenizer, scripts, retriever, ready, **options):
     prompts = [tokenizer(QUESTION + " Doc" * (i + 1) + "\n")["input_ids"] for i in range(len(scripts))]
     engine = Streaming(tokenizer, {tuple(p): list(s) for p, s in zip(prompts, scripts, strict=True)}, ready)
     options = {"max_searches": 2, "max_turn_tokens": 16, "max_observation_tokens": 64, **options}
-    loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **options)
+    loop = SearchLoop(
+        engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **loop_options(options)
+    )
     return *loop.run(prompts), engine
 
 

@@ -18,11 +18,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import tspo_trl.shared_prefix
-from tspo_trl.engines import TransformersEngine
-from tspo_trl.kv_cache import new_cache
-from tspo_trl.protocol import TagProtocol
-from tspo_trl.shared_prefix import SHORTEST, attend, attending_to, shared_length
+import tspo_trl.engines.shared_prefix
+from tspo_trl.engines.kv_cache import new_cache
+from tspo_trl.engines.shared_prefix import SHORTEST, attend, attending_to, shared_length
+from tspo_trl.engines.static import TransformersEngine
+from tspo_trl.rollout.tags import TagProtocol
 
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
@@ -87,7 +87,7 @@ def test_turns_are_those_of_contexts_that_are_stored_whole(policy, tokenizer, co
     most = max(len(ids) for ids in kept.contexts) - common
     assert all(keys.shape[2] <= most + 16 for block in kept.blocks for keys, _ in block.layers)
 
-    monkeypatch.setattr(tspo_trl.shared_prefix, "SHORTEST", 10**6)
+    monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)
     expected, whole = converse(make_engine(policy, tokenizer, **options), contexts)
     assert whole.prefix == []
     assert len({tuple(turn.token_ids) for turn in expected[1].values()}) > 3
@@ -164,7 +164,7 @@ def test_an_error_leaves_the_model_as_it_was(policy):
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert inside == [tspo_trl.shared_prefix.NAME]
+    assert inside == [tspo_trl.engines.shared_prefix.NAME]
     assert policy.config._attn_implementation == "sdpa"
 
 
@@ -177,7 +177,7 @@ def test_a_model_that_caches_something_else_than_it_attends_to_stores_contexts_w
     assert shared_length(model, contexts) >= LENGTH
     turns, kept = converse(make_engine(model, tokenizer, **GREEDY), contexts)
     assert kept.prefix == []
-    monkeypatch.setattr(tspo_trl.shared_prefix, "SHORTEST", 10**6)
+    monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)
     expected, _ = converse(make_engine(model, tokenizer, **GREEDY), contexts)
     assert [{n: turn.token_ids for n, turn in t.items()} for t in turns] == [
         {n: turn.token_ids for n, turn in t.items()} for t in expected
@@ -219,5 +219,5 @@ def test_other_models(policy_dir, tokenizer, contexts, monkeypatch, family):
     if family == "dropout":  # which PyTorch applies: what is drawn is another for other shapes
         assert turns != written(model.eval(), tokenizer, contexts, **GREEDY)
         return
-    monkeypatch.setattr(tspo_trl.shared_prefix, "SHORTEST", 10**6)
+    monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)
     assert turns == written(model, tokenizer, contexts, **GREEDY)

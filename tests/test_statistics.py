@@ -7,8 +7,8 @@ from math import comb
 import numpy as np
 import pytest
 
-from tspo_trl import statistics
-from tspo_trl.statistics import bootstrap_means, interval, mcnemar_test, pass_at_k, permutation_test
+from tspo_trl.evaluation import intervals as statistics
+from tspo_trl.evaluation.intervals import bootstrap_means, interval, mcnemar_test, pass_at_k, permutation_test
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])

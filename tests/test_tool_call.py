@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import chat_template_utils as trl_templates
 
 from tspo_trl import Passage, SearchLoop, TagProtocol, ToolCallProtocol
-from tspo_trl.data import prepare_dataset
-from tspo_trl.protocol import NOTHING_FOUND
 from tspo_trl.rewards import exact_match_reward, format_reward
-from tspo_trl.tool_call import HINT, PROMPT, SEARCH_TOOL
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.protocol import NOTHING_FOUND
+from tspo_trl.rollout.tool_call import HINT, PROMPT, SEARCH_TOOL
+from tspo_trl.training.datasets import prepare_dataset
 
 # As Qwen splits text: a line feed belongs to the punctuation before it
 QWEN_SPLIT = (
@@ -412,7 +413,9 @@ def roll(protocol, *scripts, retriever=None, prompts=None, **options):
     prompts = prompts or [render(tokenizer, question, generate=True) for question in questions]
     engine = ScriptedEngine(tokenizer, {tuple(p): list(s) for p, s in zip(prompts, scripts, strict=True)})
     options = {"max_searches": 2, "max_turn_tokens": 100, "max_observation_tokens": 200, **options}
-    loop = SearchLoop(engine, retriever, protocol, eos_token_ids=[tokenizer.eos_token_id], **options)
+    loop = SearchLoop(
+        engine, retriever, protocol, eos_token_ids=[tokenizer.eos_token_id], limits=SearchLimits(**options)
+    )
     trajectories, _ = loop.run(prompts)
     return trajectories, engine, retriever, questions
 
@@ -494,7 +497,13 @@ def test_a_turn_that_ends_by_another_token_gets_the_end_of_its_message():
     prompt = render(tokenizer, protocol.prompt("Where?"), generate=True)
     engine = ScriptedEngine(tokenizer, {tuple(prompt): [CALL % "Rome" + "<|endoftext|>", "Paris<|endoftext|>"]})
     fewest = protocol.min_observation_tokens
-    loop = SearchLoop(engine, RecordingRetriever(ROME), protocol, eos_token_ids=ids, max_observation_tokens=fewest)
+    loop = SearchLoop(
+        engine,
+        RecordingRetriever(ROME),
+        protocol,
+        eos_token_ids=ids,
+        limits=SearchLimits(max_observation_tokens=fewest),
+    )
     ((t,), _) = loop.run([prompt])
     assert t.answer == "Paris"
     assert t.turns[0].observation_ids[0] == tokenizer.eos_token_id

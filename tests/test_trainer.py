@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from tspo_trl import RetrievalError, TSPOConfig, TSPOTrainer
-from tspo_trl.checkpoints import ExactResumeMixin
-from tspo_trl.engines import ContinuousBatchingEngine
-from tspo_trl.generation import GenerationMixin, with_end
+from tspo_trl.engines.continuous import ContinuousBatchingEngine
 from tspo_trl.rewards import exact_match_reward, f1_reward, format_reward
+from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.scoring import contains_answer
-from tspo_trl.sharing import SharingMixin
-from tspo_trl.trajectory_log import read_rollouts
+from tspo_trl.sharing.mixin import SharingMixin
+from tspo_trl.training.checkpoints import ExactResumeMixin
+from tspo_trl.training.generation import with_end
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -35,7 +35,7 @@ def prepared(trainer, seed=0):
     rows = generation_batch(trainer)
     set_seed(seed)
     inputs = trainer._generate_and_score_completions(rows)
-    return inputs, [row["trajectories"] for row in rows]
+    return inputs, [row["trajectory"] for row in rows]
 
 
 def gradients(trainer, inputs):
@@ -580,10 +580,10 @@ def test_few_methods_are_overridden():
             "_calculate_rewards",
             "_generate_and_score_completions",
             "_set_signature_columns_if_needed",
+            "_generate",
             "evaluation_loop",
             "get_eval_dataloader",
         },
-        GenerationMixin: {"_generate"},
         ExactResumeMixin: {
             "_load_from_checkpoint",
             "_load_rng_state",

@@ -8,8 +8,8 @@ import pytest
 from transformers import TrainerCallback
 
 from tspo_trl import Passage, Trajectory, Turn, read_rollouts
-from tspo_trl.metrics import FACTS
-from tspo_trl.trajectory_log import append_rollouts, find_logs, log_files, read_settings, rollout_record
+from tspo_trl.rollout.facts import RolloutFacts
+from tspo_trl.rollout.log import append_rollouts, find_logs, log_files, read_settings, rollout_record
 
 NAN = float("nan")
 
@@ -35,13 +35,13 @@ def make_trajectory(answer="Zoë 東京 \u2028 🙂"):
 
 
 def make_record(trajectory=None, **changes):
-    facts = dict.fromkeys(FACTS, 0) | {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0}
+    facts = dict.fromkeys(RolloutFacts._fields, 0) | {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0}
     facts |= changes.pop("facts", {})
     arguments = {
         "row": {"question": "Who is Zoë?", "golden_answers": ["Zoë", "東京"], "prompt": "unused"},
         "rewards": [0.0, 0.5],
         "outcome": 0.5,
-        "facts": [facts[name] for name in FACTS],
+        "facts": RolloutFacts(**facts),
         "turn_rewards": [1.0, 0.5, 7.0],
         "turn_advantages": [0.25, -0.25, 7.0],
         "reward_names": ["exact", "f1"],

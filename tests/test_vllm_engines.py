@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from tspo_trl import vllm_engines
-from tspo_trl.vllm_engines import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
+from tspo_trl.engines.vllm import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
 
 
 def test_a_run_without_vllm_ends_before_anything_is_loaded(make_trainer, monkeypatch):

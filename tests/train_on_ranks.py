@@ -14,9 +14,9 @@ from peft import LoraConfig
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from tspo_trl import BM25Retriever, Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
-from tspo_trl.checkpoints import StopOnSignal
 from tspo_trl.demo import make_world
-from tspo_trl.rollout import RolloutStats
+from tspo_trl.rollout.stats import RolloutStats
+from tspo_trl.training.signals import StopOnSignal
 
 OPTIONS = {
     "use_cpu": True,
@@ -128,7 +128,7 @@ def main():
     if rank == arguments.broken_rank:
         trainer.search_loop.retriever = Broken()
     if arguments.recorded:
-        trainer.search_loop = Recorded(trainer)
+        trainer.rollout_func.search_loop = Recorded(trainer)
     gathers, generations, turns = count_gathers(), [], []
     run = trainer.search_loop.run
     trainer.search_loop.run = lambda prompts: generations.append(1) or run(prompts)

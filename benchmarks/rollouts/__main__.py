@@ -33,7 +33,7 @@ from transformers import Qwen2ForCausalLM
 from trl import GRPOTrainer
 
 from tspo_trl import TSPOTrainer
-from tspo_trl.shared_prefix import shared_length
+from tspo_trl.engines.shared_prefix import shared_length
 
 from .scripts import MOST_TURNS, ROLLOUTS, TURN_TOKENS, Scripts, force
 from .trainers import PASSAGES, Timed, make_trainers

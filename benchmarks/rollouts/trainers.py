@@ -12,7 +12,7 @@ from trl.chat_template_utils import qwen2_5_chat_template
 
 from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_world
-from tspo_trl.protocol import PROMPT
+from tspo_trl.rollout.tags import PROMPT
 
 from ..tiny_qwen import END, PAD, START, make_model, make_tokenizer
 from .scripts import ROLLOUTS, Scripts

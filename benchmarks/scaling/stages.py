@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from transformers import TrainerCallback
 
-import tspo_trl.trainer
+import tspo_trl.training.trainer
 from tspo_trl import TSPOTrainer
 
 #: Stages in the order of a step, by what they belong to.
@@ -126,7 +126,7 @@ def timed_stages(trainer: TSPOTrainer, watch: Stopwatch) -> Iterator[None]:
         watch ([`Stopwatch`]):
             Gets the times of [`STAGES`].
     """
-    loop, module = trainer.search_loop, tspo_trl.trainer
+    loop, module = trainer.search_loop, tspo_trl.training.trainer
 
     def forward_stage(input_ids: Any = None, *args: Any, **kwargs: Any) -> str:
         if not watch.is_open("sampling"):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import Qwen2ForCausalLM
 
-from tspo_trl.engines import TransformersEngine
-from tspo_trl.protocol import TagProtocol
-from tspo_trl.rollout import SearchLoop
+from tspo_trl.engines.static import TransformersEngine
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.loop import SearchLoop
+from tspo_trl.rollout.tags import TagProtocol
 
 from ..drawn_turns import drawing
 from .task import PASSAGES, Task, check_turns, sampling
@@ -187,11 +188,13 @@ def run_ours(task: Task, model: Qwen2ForCausalLM) -> Count:
         task.retriever,
         protocol,
         eos_token_ids=[tokenizer.eos_token_id],
-        max_searches=task.turns - 1,
-        num_passages=PASSAGES,
-        max_turn_tokens=task.max_response,
-        max_observation_tokens=task.max_observation,
-        max_completion_length=100_000,
+        limits=SearchLimits(
+            max_searches=task.turns - 1,
+            num_passages=PASSAGES,
+            max_turn_tokens=task.max_response,
+            max_observation_tokens=task.max_observation,
+            max_completion_length=100_000,
+        ),
         max_context_length=model.config.max_position_embeddings,
     )
     prompts = task.prompts()

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from tspo_trl import BM25Retriever, Passage
-from tspo_trl.protocol import TagProtocol
+from tspo_trl.rollout.tags import TagProtocol
 
 from .. import tiny_qwen
 from ..drawn_turns import FREE, DrawnTurns

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tspo_trl.statistics import bootstrap_means, interval
+from tspo_trl.evaluation.intervals import bootstrap_means, interval
 
 Floats = NDArray[np.float64]
 Cell = Mapping[str, Any]

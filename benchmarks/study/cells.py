@@ -127,8 +127,9 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
             reward_funcs=list(arm.rewards),
             args=TSPOConfig(
                 output_dir=output,
-                **(LIMITS | {"max_searches": 3}),  # the most that a question needs
-                max_completion_length=512,
+                **(
+                    asdict(LIMITS) | {"max_searches": 3, "max_completion_length": 512}
+                ),  # no question needs more searches
                 **(TSPO_SETTINGS | arm.settings),
                 per_device_train_batch_size=rollouts,
                 per_device_eval_batch_size=128,

@@ -3,17 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__
 
-# name -> the room it lives in; imported on first use, so that `import tspo_trl` is quick and needs no torch
-_ROOMS = {
+# Public name -> the module that defines it, imported on first use: `import tspo_trl` is quick and needs no torch
+_MODULES = {
     "BENCHMARKS": "questions",
     "BM25Retriever": "retrieval",
     "Benchmark": "questions",
     "CachedRetriever": "retrieval",
-    "CollapseCallback": "collapse",
-    "EndpointEngine": "endpoint",
-    "EvaluationResults": "results",
+    "CollapseCallback": "training.collapse",
+    "EndpointEngine": "engines.endpoint",
+    "EvaluationResults": "evaluation.results",
     "HTTPRetriever": "retrieval",
     "LoggedRetriever": "retrieval",
     "LuceneRetriever": "retrieval",
@@ -21,42 +21,39 @@ _ROOMS = {
     "RetrievalError": "retrieval",
     "Retriever": "retrieval",
     "SearchAgent": "agent",
-    "SearchConfig": "search_config",
-    "SearchLoop": "rollout",
-    "TSPOConfig": "config",
-    "TSPOTrainer": "trainer",
-    "TagProtocol": "protocol",
-    "ToolCallProtocol": "tool_call",
-    "Trajectory": "trajectory",
-    "Turn": "trajectory",
-    "TransformersEngine": "engines",
-    "compare_results": "results",
-    "evaluate": "evaluation",
+    "SearchConfig": "rollout.search_config",
+    "SearchLoop": "rollout.loop",
+    "TSPOConfig": "training.config",
+    "TSPOTrainer": "training.trainer",
+    "TagProtocol": "rollout.tags",
+    "ToolCallProtocol": "rollout.tool_call",
+    "Trajectory": "rollout.trajectory",
+    "Turn": "rollout.trajectory",
+    "TransformersEngine": "engines.static",
+    "compare_results": "evaluation.results",
+    "evaluate": "evaluation.evaluate",
     "index_corpus": "retrieval",
     "load_benchmark": "questions",
     "load_corpus": "retrieval",
     "load_questions": "questions",
     "open_retriever": "retrieval",
     "question_splits": "questions",
-    "read_rollouts": "trajectory_log",
+    "read_rollouts": "rollout.log",
 }
-__all__ = ["__version__", *_ROOMS]
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from .agent import SearchAgent as SearchAgent
-    from .collapse import CollapseCallback as CollapseCallback
-    from .config import TSPOConfig as TSPOConfig
-    from .endpoint import EndpointEngine as EndpointEngine
-    from .engines import TransformersEngine as TransformersEngine
-    from .evaluation import evaluate as evaluate
-    from .protocol import TagProtocol as TagProtocol
+    from .engines.endpoint import EndpointEngine as EndpointEngine
+    from .engines.static import TransformersEngine as TransformersEngine
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.results import EvaluationResults as EvaluationResults
+    from .evaluation.results import compare_results as compare_results
     from .questions import BENCHMARKS as BENCHMARKS
     from .questions import Benchmark as Benchmark
     from .questions import load_benchmark as load_benchmark
     from .questions import load_questions as load_questions
     from .questions import question_splits as question_splits
-    from .results import EvaluationResults as EvaluationResults
-    from .results import compare_results as compare_results
     from .retrieval import BM25Retriever as BM25Retriever
     from .retrieval import CachedRetriever as CachedRetriever
     from .retrieval import HTTPRetriever as HTTPRetriever
@@ -68,20 +65,23 @@ if TYPE_CHECKING:
     from .retrieval import index_corpus as index_corpus
     from .retrieval import load_corpus as load_corpus
     from .retrieval import open_retriever as open_retriever
-    from .rollout import SearchLoop as SearchLoop
-    from .search_config import SearchConfig as SearchConfig
-    from .tool_call import ToolCallProtocol as ToolCallProtocol
-    from .trainer import TSPOTrainer as TSPOTrainer
-    from .trajectory import Trajectory as Trajectory
-    from .trajectory import Turn as Turn
-    from .trajectory_log import read_rollouts as read_rollouts
+    from .rollout.log import read_rollouts as read_rollouts
+    from .rollout.loop import SearchLoop as SearchLoop
+    from .rollout.search_config import SearchConfig as SearchConfig
+    from .rollout.tags import TagProtocol as TagProtocol
+    from .rollout.tool_call import ToolCallProtocol as ToolCallProtocol
+    from .rollout.trajectory import Trajectory as Trajectory
+    from .rollout.trajectory import Turn as Turn
+    from .training.collapse import CollapseCallback as CollapseCallback
+    from .training.config import TSPOConfig as TSPOConfig
+    from .training.trainer import TSPOTrainer as TSPOTrainer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOMS])
+    return sorted([*globals(), *_MODULES])

@@ -1,32 +1,26 @@
 """A trained model at work: answers questions by searching, outside the trainer."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
-from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from .engines import TransformersEngine
+from .engines.endpoint import EndpointEngine
+from .engines.static import TransformersEngine
 from .retrieval.base import Retriever
-from .rollout import SearchLoop
-from .search_config import SEARCH_CONFIG_NAME, SearchConfig
-from .trajectory import Trajectory
+from .rollout.limits import SearchLimits
+from .rollout.loop import SearchLoop
+from .rollout.protocol import SearchProtocol
+from .rollout.protocols import make_protocol
+from .rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
+from .rollout.trajectory import Trajectory
+from .sharing.load import ModelPlace, load_model, load_search_config
 
-logger = logging.getLogger(__name__)
 Prompt = str | list[dict[str, str]]
 
 
@@ -137,30 +131,16 @@ class SearchAgent:
             raise ValueError(
                 "`device` and the `device_map` of `model_init_kwargs` exclude one another: set one of them."
             )
-        name = str(model)
-        options = {"revision": revision, "subfolder": subfolder, "token": token}
-        where: dict[str, Any] = {key: value for key, value in options.items() if value not in (None, "")}
-        kwargs = {"dtype": dtype, **(model_init_kwargs or {})}
-        trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-        # Settings first: they are quick to read, and a mistake in them is told before anything large is loaded
-        config = _load_config(name, where, search_settings)
-        adapter = PeftConfig.from_pretrained(name, **where) if _find(name, "adapter_config.json", where) else None
-        base, where_base = _find_base(name, adapter, base_model, token)
-        if processing_class is None:
-            if adapter is not None and _find(name, "tokenizer_config.json", where) is None:
-                processing_class = AutoTokenizer.from_pretrained(base, **where_base, **trust)
-            else:
-                processing_class = AutoTokenizer.from_pretrained(name, **where, **trust)
-        loaded: Any
-        if adapter is None:
-            loaded = AutoModelForCausalLM.from_pretrained(name, **where, **kwargs)
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(base, **where_base, **kwargs)
-            if len(processing_class) > loaded.get_input_embeddings().weight.shape[0]:  # tokens that training has added
-                loaded.resize_token_embeddings(len(processing_class))
-            loaded = PeftModel.from_pretrained(loaded, name, **where)
-        if "device_map" not in kwargs and getattr(loaded, "hf_quantizer", None) is None:  # quantised: already placed
-            loaded.to(device or torch.accelerator.current_accelerator() or "cpu")
+        # Settings first: they are quick to read, and a mistake in them is reported before anything large is loaded
+        place = ModelPlace(str(model), revision=revision, subfolder=subfolder, token=token)
+        config = load_search_config(place, search_settings)
+        loaded, processing_class = load_model(
+            place,
+            processing_class=processing_class,
+            base_model=base_model,
+            device=device,
+            model_init_kwargs={"dtype": dtype, **(model_init_kwargs or {})},
+        )
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else None
         return cls.from_model(
             loaded, processing_class, retriever=retriever, config=config, sampling=sampling, batch_size=batch_size
@@ -218,19 +198,88 @@ class SearchAgent:
             disable_compile=True,
             **({"top_p": 1.0, "top_k": 0, **sampling} if sampling is not None else {}),
         )
-        protocol = config.make_protocol(processing_class, eos_token_ids)
-        loop = config.make_search_loop(
-            TransformersEngine(
-                lambda: _evaluating(model, generation_config),
-                processing_class,
-                generation_config,
-                protocol.stop_strings,
-            ),
+        protocol = _protocol(config, processing_class, eos_token_ids)
+        engine = TransformersEngine(
+            lambda: _evaluating(model, generation_config), processing_class, generation_config, protocol.stop_strings
+        )
+        loop = SearchLoop(
+            engine,
             retriever,
             protocol,
             eos_token_ids=eos_token_ids,
+            limits=SearchLimits.of(config),
             max_context_length=getattr(network.config.get_text_config(), "max_position_embeddings", None),
         )
+        return cls(loop, config=config, batch_size=batch_size)
+
+    @classmethod
+    def from_endpoint(
+        cls,
+        url: str,
+        model: str,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase,
+        retriever: Retriever,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 256,
+        max_requests: int = 32,
+        api_key: str | None = None,
+        **search_settings: Any,
+    ) -> "SearchAgent":
+        """
+        An agent whose model is served, by any server with OpenAI's interface for completions.
+
+        Args:
+            url (`str`):
+                The server, see [`EndpointEngine`].
+            model (`str`):
+                The name of the model on the server.
+            tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`]):
+                Its tokenizer: a folder, a name on the Hub, or the object. If a `search_config.json` is beside it, its
+                settings apply.
+            retriever ([`Retriever`]):
+                Executes the searches.
+            temperature (`float`, *optional*, defaults to `0.0`):
+                Temperature of sampling. `0` takes the most probable token.
+            seed (`int`, *optional*, defaults to `0`):
+                Seed of sampling.
+            batch_size (`int`, *optional*, defaults to `256`):
+                Maximum number of questions that are rolled out together.
+            max_requests (`int`, *optional*, defaults to `32`):
+                Maximum number of requests at the same time.
+            api_key (`str`, *optional*):
+                Sent as a bearer token.
+            search_settings:
+                Values of [`SearchConfig`], for instance `max_searches=2`.
+
+        Raises:
+            [`~engines.endpoint.EndpointError`]: If the server cannot be reached, does not have the model, or refuses
+                completions.
+            `ValueError`: If the tokenizer has no end-of-sequence token.
+        """
+        config = SearchConfig()
+        if isinstance(tokenizer, str):
+            path = cached_file(tokenizer, SEARCH_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+            config = config if path is None else SearchConfig.load(path)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        config = config.replace(**search_settings)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-sequence token. Set its `eos_token`.")
+        eos_token_ids = [tokenizer.eos_token_id]
+        protocol = _protocol(config, tokenizer, eos_token_ids)
+        engine = EndpointEngine(
+            url,
+            model,
+            tokenizer,
+            stop_strings=protocol.stop_strings,
+            eos_token_ids=eos_token_ids,
+            temperature=temperature,
+            seed=seed,
+            max_requests=max_requests,
+            api_key=api_key,
+        )
+        loop = SearchLoop(engine, retriever, protocol, eos_token_ids=eos_token_ids, limits=SearchLimits.of(config))
         return cls(loop, config=config, batch_size=batch_size)
 
     def __call__(self, question: str) -> Trajectory:
@@ -300,6 +349,17 @@ class SearchAgent:
         return trajectories
 
 
+def _protocol(config: SearchConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> SearchProtocol:
+    return make_protocol(
+        config.protocol,
+        tokenizer,
+        config.max_searches,
+        eos_token_ids=eos_token_ids,
+        prompt_template=config.prompt_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+
+
 @contextmanager
 def _evaluating(model: Any, generation_config: GenerationConfig) -> Iterator[Any]:
     """The model in evaluation mode, and with nothing in its generation_config that could fill in what is left open."""
@@ -312,52 +372,3 @@ def _evaluating(model: Any, generation_config: GenerationConfig) -> Iterator[Any
     finally:
         network.generation_config = own
         model.train(training)
-
-
-def _find(name: str, file: str, where: dict[str, Any]) -> str | None:
-    """The path of a file of a model, downloaded if necessary; `None` if the model has none."""
-    return cached_file(
-        name,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        # Offline, what is not in the cache cannot be told from what there is not
-        _raise_exceptions_for_connection_errors=not is_offline_mode(),
-        **where,
-    )
-
-
-def _load_config(name: str, where: dict[str, Any], settings: dict[str, Any]) -> SearchConfig:
-    known = [f.name for f in fields(SearchConfig)]
-    if unknown := [key for key in settings if key not in known]:
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TypeError(f"Unknown settings {unknown}{hint}. The settings of a search loop are {known}.")
-    path = _find(name, SEARCH_CONFIG_NAME, where)
-    if path is None:
-        logger.warning("%s has no %s: the defaults of `SearchConfig` apply.", name, SEARCH_CONFIG_NAME)
-    return (SearchConfig() if path is None else SearchConfig.load(path)).replace(**settings)
-
-
-def _find_base(
-    name: str, adapter: PeftConfig | None, base_model: str | Path | None, token: Any
-) -> tuple[str, dict[str, Any]]:
-    """The base model of an adapter (of a full model, itself) and where on the Hub it is, after a look whether it is there."""
-    if adapter is None:
-        if base_model is not None:
-            raise ValueError(f"`base_model` is for adapters, but {name!r} has no adapter_config.json.")
-        return name, {}
-    base = str(base_model or adapter.base_model_name_or_path or "")
-    if not base:
-        raise ValueError(f"The adapter_config.json of {name!r} names no base model: set `base_model`.")
-    options = {"revision": None if base_model else adapter.revision, "token": token}
-    where = {key: value for key, value in options.items() if value is not None}
-    try:
-        problem = "" if _find(base, "config.json", where) else "It has no config.json."
-    except OSError as error:
-        problem = str(error)
-    if problem:
-        raise ValueError(
-            f"The adapter {name!r} needs its base model {base!r}, which cannot be loaded. Set `base_model` to where it is: "
-            f"a folder or a name on the Hub. {problem}"
-        )
-    return base, where

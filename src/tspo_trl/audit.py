@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from .credit import eligible_golds, first_occurrence
 from .retrieval.base import Passage
+from .rollout.trajectory import Turn
 from .scoring import exact_match, normalize_answer
-from .trajectory import Turn
 
 #: Why FOLR cannot use a gold. The guard "degenerate" leaves out the first three, "strict" all four.
 REASONS = {

@@ -8,6 +8,7 @@ library's reading stands in `docs/algorithm.md`.
 """
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ Placement = Literal["first", "up_to_first"]
 Level = Literal["stage", "turn", "trajectory"]
 Baseline = Literal["turn", "group"]
 Scale = Literal["group", "batch", "none"]
+Composition = Literal["unscored", "all_wrong", "rescued", "mixed", "all_correct"]
 
 _EPS = 1e-4  # TRL's: added to every standard deviation that divides
 _DEGENERATE = frozenset({"", "yes", "no", "noanswer"})
@@ -158,6 +160,50 @@ def uses_turn_level(
         return torch.full_like(outcomes, level == "turn", dtype=torch.bool)
     correct = outcomes >= success_threshold  # NaN compares as False: an unscorable rollout is not correct
     return ~correct.view(-1, num_generations).any(dim=1).repeat_interleave(num_generations)
+
+
+def group_composition(
+    outcomes: Sequence[float | None], *, has_signal: bool, success_threshold: float = 1.0
+) -> Composition:
+    """
+    What a group consists of.
+
+    Args:
+        outcomes (`Sequence[float | None]`):
+            The outcome rewards of the G rollouts, `None` or NaN for unscorable ones.
+        has_signal (`bool`):
+            Whether any turn of the group has an advantage other than 0.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct if its outcome is at least this.
+
+    Returns:
+        `str`: `"unscored"` (no rollout can be scored), `"all_wrong"` (no rollout is correct, and nothing is learned),
+        `"rescued"` (no rollout is correct, but turn rewards give a signal), `"mixed"` or `"all_correct"`. Unscorable rollouts
+        do not count.
+    """
+    scored = [outcome for outcome in outcomes if outcome is not None and not isnan(outcome)]
+    correct = sum(outcome >= success_threshold for outcome in scored)
+    if not scored:
+        return "unscored"
+    if not correct:
+        return "rescued" if has_signal else "all_wrong"
+    return "all_correct" if correct == len(scored) else "mixed"
+
+
+def is_near_miss(outcome: float | None, occurrence: int | None, *, success_threshold: float = 1.0) -> bool:
+    """
+    Whether a rollout found a golden answer and still is not correct.
+
+    Args:
+        outcome (`float` or `None`):
+            The outcome reward; `None` or NaN for an unscorable rollout, which is no near miss.
+        occurrence (`int` or `None`):
+            The 0-based turn whose passages first contain a golden answer; `None` or -1 for none.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout is correct if its outcome is at least this.
+    """
+    found = occurrence is not None and occurrence >= 0
+    return found and outcome is not None and outcome < success_threshold
 
 
 def turn_advantages(

@@ -11,8 +11,8 @@ A reward function of your own may take any of these arguments, and must accept `
 from collections.abc import Sequence
 from typing import Any
 
+from .rollout.trajectory import Trajectory
 from .scoring import exact_match, f1_score
-from .trajectory import Trajectory
 
 
 def exact_match_reward(

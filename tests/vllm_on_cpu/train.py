@@ -13,6 +13,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from tspo_trl import BM25Retriever, TransformersEngine, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_world
+from tspo_trl.training.generation import generation_model
 
 
 def send_by_disk(client, metadata, named_params):
@@ -32,7 +33,9 @@ def greedy(trainer, prompts):
     config.update(
         do_sample=False, eos_token_id=trainer.eos_token_ids, pad_token_id=trainer._tokenizer.pad_token_id, top_k=None
     )
-    loop.engine = TransformersEngine(trainer._generation_model, trainer._tokenizer, config, loop.protocol.stop_strings)
+    loop.engine = TransformersEngine(
+        lambda: generation_model(trainer), trainer._tokenizer, config, loop.protocol.stop_strings
+    )
     trainer.generation_kwargs = {}
     by_transformers, _ = loop.run(prompts)
     return [margin(trainer.model, a, b) for a, b in zip(by_vllm, by_transformers, strict=True)]

@@ -7,7 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..protocol import HINT, NOTHING_FOUND
+from ..rollout.protocol import NOTHING_FOUND
+from ..rollout.tags import HINT
 from . import world as words
 
 _TAGS = ("<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>")

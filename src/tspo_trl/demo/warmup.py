@@ -15,17 +15,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engines import BatchEngine, Generation, TransformersEngine
-from ..protocol import TagProtocol
+from ..engines.base import BatchEngine, Generation
+from ..engines.static import TransformersEngine
 from ..retrieval import BM25Retriever, Retriever
-from ..rollout import SearchLoop
+from ..rollout.limits import SearchLimits
+from ..rollout.loop import SearchLoop
+from ..rollout.tags import TagProtocol
+from ..rollout.trajectory import Trajectory
 from ..scoring import exact_match
-from ..trajectory import Trajectory
 from .model import make_model
 from .world import Question, World, make_world
 
 #: Budgets of the search loop that fit the demo; the recipe's configuration has the same.
-LIMITS = {"max_searches": 4, "num_passages": 2, "max_turn_tokens": 16, "max_observation_tokens": 64}
+LIMITS = SearchLimits(max_searches=4, num_passages=2, max_turn_tokens=16, max_observation_tokens=64)
 
 
 class DemonstrationEngine(BatchEngine):
@@ -59,7 +61,7 @@ def demonstrate(
     retriever: Retriever,
     prompts: Sequence[str],
     scripts: Sequence[Sequence[str]],
-    limits: dict[str, int] = LIMITS,
+    limits: SearchLimits = LIMITS,
 ) -> list[Trajectory]:
     """
     Roll out prepared turns with the real search loop and retriever.
@@ -73,7 +75,7 @@ def demonstrate(
             B prompts as plain text, none twice.
         scripts (`Sequence[Sequence[str]]`):
             The turns to write for each.
-        limits (`dict[str, int]`, *optional*):
+        limits ([`SearchLimits`], *optional*):
             Budgets of the search loop.
 
     Returns:
@@ -83,7 +85,7 @@ def demonstrate(
     script_ids = [[tokenizer(turn)["input_ids"] for turn in script] for script in scripts]
     ends = frozenset(tokenizer(tag)["input_ids"][-1] for tag in TagProtocol.stop_strings)
     engine = DemonstrationEngine(dict(zip(map(tuple, prompt_ids), script_ids, strict=True)), ends)
-    loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], **limits)
+    loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], limits=limits)
     return loop.run(prompt_ids)[0]
 
 
@@ -242,7 +244,9 @@ def sample(
         **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
     )
     engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, protocol.stop_strings)
-    loop = SearchLoop(engine, BM25Retriever(world.passages), protocol, eos_token_ids=[tokenizer.eos_token_id], **LIMITS)
+    loop = SearchLoop(
+        engine, BM25Retriever(world.passages), protocol, eos_token_ids=[tokenizer.eos_token_id], limits=LIMITS
+    )
     prompts = [tokenizer(str(question.row()["prompt"]))["input_ids"] for question in questions]
     return [t for i in range(0, len(prompts), max_batch) for t in loop.run(prompts[i : i + max_batch])[0]]
 

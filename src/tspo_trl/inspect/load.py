@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..trajectory_log import find_logs, parse_rollout, read_settings
+from ..rollout.log import find_logs, parse_rollout, read_settings
 
 _MODE = re.compile(r"(train|eval)-rank(\d+)")
 # How the trainer begins a line: enough to choose by, without reading 100 kB of tokens

@@ -7,7 +7,7 @@ from typing import Any
 from ..scoring import contains_answer
 from .load import Group, Run
 from .spans import find_answers, in_utf16
-from .why import by_turn, composition, explain_group, explain_turn, is_correct, shown_golds
+from .why import by_turn, composition, explain_group, explain_turn, is_correct, near_miss, shown_golds
 
 #: What rollouts can be filtered by; bit i of a rollout's flags is the i-th.
 FLAGS = ("near_miss", "all_wrong", "rescued", "invalid", "failed", "truncated", "correct")
@@ -32,7 +32,7 @@ def rollout_flags(group: Group, record: Mapping[str, Any], settings: Mapping[str
     correct = is_correct(record, settings)
     turns = record["trajectory"].turns
     values = {
-        "near_miss": record["first_occurrence"] is not None and not correct and record["outcome"] is not None,
+        "near_miss": near_miss(record, settings),
         "all_wrong": kind in ("all_wrong", "rescued"),
         "rescued": kind == "rescued",
         "invalid": any(turn.action == "invalid" for turn in turns),
@@ -63,7 +63,7 @@ def step_values(groups: list[Group], settings: Mapping[str, Any]) -> dict[str, f
     return {
         "reward": mean(record["outcome"] for record in scored) if scored else None,
         "hit": len(found) / len(scored) if scored else None,
-        "near_miss": sum(not is_correct(record, settings) for record in found) / len(scored) if scored else None,
+        "near_miss": sum(near_miss(record, settings) for record in found) / len(scored) if scored else None,
         "all_wrong": sum(kind in ("all_wrong", "rescued") for kind in kinds) / len(kinds) if kinds else None,
         "rescued": kinds.count("rescued") / len(kinds) if kinds else None,
         "turns": mean(len(record["trajectory"].turns) for record in records),

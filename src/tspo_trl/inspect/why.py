@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from ..credit import Guard, eligible_golds
+from ..credit import Composition, Guard, eligible_golds, group_composition, is_near_miss
 from ..scoring import contains_answer
 from .load import Group
 
@@ -26,23 +26,25 @@ def is_correct(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return record["outcome"] is not None and record["outcome"] >= settings.get("success_threshold", 1.0)
 
 
+def near_miss(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a rollout found a golden answer and is not correct, see [`~tspo_trl.credit.is_near_miss`]."""
+    threshold = settings.get("success_threshold", 1.0)
+    return is_near_miss(record["outcome"], record["first_occurrence"], success_threshold=threshold)
+
+
 def shown_golds(group: Group, settings: Mapping[str, Any]) -> list[str]:
     """The golden answers whose occurrence says something: those that are highlighted."""
     guard: Guard = "none" if settings.get("folr_guard") == "none" else "degenerate"
     return eligible_golds(group.golden_answers, guard=guard)
 
 
-def composition(group: Group, settings: Mapping[str, Any]) -> str:
-    """`"all_wrong"`, `"rescued"` (all wrong, but some advantage is not 0), `"mixed"`, `"all_correct"` or `"unscored"`."""
-    scored = [record for record in group.rollouts if record["outcome"] is not None]
-    correct = sum(is_correct(record, settings) for record in scored)
-    if not scored:
-        return "unscored"
-    if correct == len(scored):
-        return "all_correct"
-    if correct:
-        return "mixed"
-    return "rescued" if any(any(record["turn_advantages"]) for record in scored) else "all_wrong"
+def composition(group: Group, settings: Mapping[str, Any]) -> Composition:
+    """What a group consists of, see [`~tspo_trl.credit.group_composition`]."""
+    return group_composition(
+        [record["outcome"] for record in group.rollouts],
+        has_signal=any(any(record["turn_advantages"]) for record in group.rollouts if record["outcome"] is not None),
+        success_threshold=settings.get("success_threshold", 1.0),
+    )
 
 
 def by_turn(group: Group, settings: Mapping[str, Any]) -> bool:

@@ -224,7 +224,7 @@ def _open_file(
 
 
 def _load_hub(source: str, name: str | None, split: str | None, streaming: bool) -> Any:
-    from .benchmarks import BENCHMARKS
+    from .catalogue import BENCHMARKS
 
     try:
         return load_dataset(source, name, split=split, streaming=streaming)

@@ -5,11 +5,10 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from uuid import uuid4
 
+from ..support.files import replace_file
 from .base import Passage, RetrievalError, Retriever, check_k
 from .corpus import parse_passage
 
@@ -128,15 +127,11 @@ class CachedRetriever:
         if self.folder is None:
             return
         file = self._file(query, k)
-        unfinished = file.with_suffix(f".{uuid4().hex}")  # renamed when complete: others may read and write meanwhile
         try:
             file.parent.mkdir(exist_ok=True)
             record = {"query": query, "k": k, "passages": [asdict(passage) for passage in passages]}
-            unfinished.write_text(json.dumps(record, default=float))
-            unfinished.replace(file)
+            replace_file(file, json.dumps(record, default=float))
         except OSError as error:  # a full disk must not cost the rollouts
             if not self._warned:
                 logger.warning("Retrieved passages are not kept on disk, %s cannot be written: %r", file, error)
                 self._warned = True
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)

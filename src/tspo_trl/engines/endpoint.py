@@ -1,0 +1,285 @@
+"""Generation by any server with OpenAI's interface for completions: vLLM, SGLang, llama.cpp, a hosted model."""
+
+import queue
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+from transformers import PreTrainedTokenizerBase
+
+from .base import Generation
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.25, 8.0
+_RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
+# What vLLM and SGLang know beyond OpenAI's interface: closing tags are kept, tokens come back as they were sampled, and the
+# model's own generation_config.json does not apply
+_EXTENSIONS = {
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "return_token_ids": True,
+    "top_k": -1,
+    "repetition_penalty": 1.0,
+}
+
+
+class EndpointError(RuntimeError):
+    """
+    A server of completions that could not be reached, or that refused what it was asked.
+
+    Args:
+        message (`str`):
+            What happened, naming the server.
+        refused (`bool`, *optional*, defaults to `False`):
+            Whether the server answered, and asking again would not help.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False):
+        super().__init__(message)
+        self.refused = refused
+
+
+class EndpointEngine:
+    """
+    An [`Engine`] that asks a server for completions (`POST /v1/completions`), one request a turn.
+
+    What the server can do is found out with one token before anything else is asked. Contexts are sent as token ids
+    where it takes them, else as text. Where it gives the sampled tokens back, turns consist of them; else the text is
+    encoded again, and a closing tag that the server has cut off is put back. Such turns are for evaluation, not for
+    training.
+
+    A request that fails is sent again until `total_timeout` is over. A turn that fails for good is not an exception: it
+    is empty, which ends its rollout, and `failures` says why.
+
+    Args:
+        url (`str`):
+            The server, for instance `"http://10.0.0.5:8000"` or `"https://api.example.com/v1"`.
+        model (`str`):
+            The name of the model on the server.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the model.
+        stop_strings (`Collection[str]`):
+            A turn ends with these.
+        eos_token_ids (`Sequence[int]`):
+            Tokens by which the model ends its message, at least one.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of sampling. `0` takes the most probable token.
+        seed (`int`, *optional*, defaults to `0`):
+            Sent along, plus the number of the rollout. Servers that know seeds repeat what they have sampled.
+        max_requests (`int`, *optional*, defaults to `32`):
+            The most requests at the same time.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds to wait for the reply to a request.
+        total_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds from the first failure of a turn after which it is not asked for again.
+        api_key (`str`, *optional*):
+            Sent as a bearer token.
+
+    Attributes:
+        failures (`dict[int, str]`): Why turns failed, by the number of their rollout, since the session was opened.
+
+    Raises:
+        [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
+    """
+
+    in_rounds = False
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_strings: Collection[str],
+        eos_token_ids: Sequence[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_requests: int = 32,
+        timeout: float = 600.0,
+        total_timeout: float = 120.0,
+        api_key: str | None = None,
+    ):
+        self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
+        if httpx2.URL(self.url).scheme not in ("http", "https"):
+            raise ValueError(f"The URL of an endpoint must be like 'http://localhost:8000', got {url!r}.")
+        self.model = model
+        self.failures: dict[int, str] = {}
+        self.max_context_length: int | None = None
+        self._tokenizer = tokenizer
+        self._stop_strings = list(stop_strings)
+        self._eos_token_ids = list(eos_token_ids)
+        self._sampling = {
+            "temperature": temperature,
+            "top_p": 1.0,
+            **({"stop": self._stop_strings} if stop_strings else {}),
+        }
+        self._seed = seed
+        self._max_requests = max_requests
+        self._timeout = httpx2.Timeout(timeout, connect=10.0)
+        self._total_timeout = total_timeout
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._client: Any = None
+        self._executor: Any = None
+        self._closed = threading.Event()
+        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
+        with self._open_client():
+            self._find_model()
+            self._as_text, self._extensions = self._find_form()
+
+    def __repr__(self) -> str:
+        return f"EndpointEngine({self.url!r}, {self.model!r})"
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See [`Engine.session`]."""
+        self._finished = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self.failures = {}
+        with self._open_client():
+            self._executor = ThreadPoolExecutor(self._max_requests, "endpoint")
+            try:
+                yield
+            finally:
+                self._closed.set()
+                self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
+        """See [`Engine.submit`]."""
+        finished = self._finished
+        future = self._executor.submit(self._generate, number, context, max_new_tokens)
+        future.add_done_callback(lambda future: finished.put((number, future)))
+
+    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
+        """See [`Engine.collect`]."""
+        written = []
+        try:
+            number, future = self._finished.get(timeout=None if wait else 0.005)
+            while True:
+                try:
+                    generation = future.result()
+                except EndpointError as error:
+                    self.failures[number] = str(error)
+                    generation = Generation(self._eos_token_ids[:1])
+                written.append((number, generation))
+                number, future = self._finished.get_nowait()
+        except queue.Empty:
+            return written
+
+    @contextmanager
+    def _open_client(self) -> Iterator[None]:
+        limits = httpx2.Limits(max_connections=self._max_requests)
+        with httpx2.Client(headers=self._headers, limits=limits, timeout=self._timeout) as self._client:
+            yield
+
+    def _find_model(self) -> None:
+        """Check that the server has the model, where it says which it has."""
+        try:
+            reply = self._client.get(f"{self.url}/models", timeout=30.0)
+        except httpx2.TransportError as error:
+            raise EndpointError(f"The endpoint {self.url} cannot be reached: {error!r}.") from error
+        if reply.status_code in (401, 403):
+            raise EndpointError(f"The endpoint {self.url} wants another API key. {_said(reply)}")
+        try:
+            models = {model["id"]: model for model in reply.json()["data"]}
+        except (ValueError, LookupError, TypeError):
+            return
+        if self.model not in models:
+            raise EndpointError(f"The endpoint {self.url} has no model {self.model!r}, only {sorted(models)}.")
+        length = models[self.model].get("max_model_len")
+        self.max_context_length = length if isinstance(length, int) else None
+
+    def _find_form(self) -> tuple[bool, dict[str, Any]]:
+        """The first form of request that the server takes: whether contexts are text, and what it knows beyond OpenAI."""
+        context = self._tokenizer("Question:", add_special_tokens=False)["input_ids"]
+        forms: list[tuple[bool, dict[str, Any]]] = [(False, _EXTENSIONS), (False, {}), (True, _EXTENSIONS), (True, {})]
+        for self._as_text, self._extensions in forms:
+            try:
+                self._ask(0, context, 1)
+                return self._as_text, self._extensions
+            except EndpointError as error:
+                if not error.refused:
+                    raise
+                refusal = error
+        raise refusal
+
+    def _generate(self, number: int, context: list[int], max_new_tokens: int) -> Generation:
+        return self._read(self._ask(number, context, max_new_tokens))
+
+    def _ask(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
+        """The only choice of the reply. Asks again after failures that may pass."""
+        body = {
+            **self._sampling,
+            **self._extensions,
+            "model": self.model,
+            "prompt": self._text(context) if self._as_text else context,
+            "max_tokens": max_new_tokens,
+            "seed": self._seed + number,
+        }
+        deadline, delay, attempts = float("inf"), _FIRST_DELAY, 0
+        while True:
+            attempts += 1
+            wanted = 0.0
+            try:
+                reply = self._client.post(f"{self.url}/completions", json=body)
+                if reply.status_code == 200:
+                    (choice,) = reply.json()["choices"]
+                    if not isinstance(choice["text"], str):
+                        raise TypeError(f"expected a string under 'text', found {choice['text']!r}")
+                    return choice
+                failure = _said(reply)
+                if reply.status_code not in _RETRIED_STATUS:
+                    message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
+                    raise EndpointError(message, refused=True)
+                wanted = _seconds(reply.headers.get("retry-after", ""))
+            except httpx2.RequestError as error:
+                failure = repr(error)
+            except (ValueError, LookupError, TypeError) as error:
+                failure = f"Its reply is not a completion: {error!r}"
+            now = time.monotonic()
+            deadline = min(deadline, now + self._total_timeout)
+            wait = max(delay, wanted)
+            if now + wait >= deadline or self._closed.wait(wait):
+                raise EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _text(self, context: list[int]) -> str:
+        if context and context[0] == self._tokenizer.bos_token_id:  # servers write it themselves before a text
+            context = context[1:]
+        return str(self._tokenizer.decode(context, skip_special_tokens=False))
+
+    def _read(self, choice: dict[str, Any]) -> Generation:
+        """The turn, with the closing tag or the end-of-sequence token that the server may have cut off."""
+        text = choice["text"]
+        token_ids = choice.get("token_ids")
+        ends = [text.index(stop) + len(stop) for stop in self._stop_strings if stop in text]
+        if ends and min(ends) < len(text):  # it knows no stop strings
+            text, token_ids = text[: min(ends)], None
+        stopped = bool(ends)
+        if not ends and choice.get("finish_reason") == "stop" and (tag := self._cut_tag(text, choice)):
+            text, token_ids, stopped = text + tag, None, True
+        if not token_ids:
+            token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ended = choice.get("finish_reason") == "stop" and not stopped
+        if not token_ids or (ended and token_ids[-1] not in self._eos_token_ids):
+            token_ids = [*token_ids, self._eos_token_ids[0]]
+        return Generation(list(token_ids))
+
+    def _cut_tag(self, text: str, choice: dict[str, Any]) -> str | None:
+        """The closing tag at which the server has stopped: as it says itself (vLLM, SGLang), or of the last tag left open."""
+        for key in ("stop_reason", "matched_stop"):
+            if choice.get(key) in self._stop_strings:
+                return str(choice[key])
+        opened = {stop: text.rfind(stop.replace("</", "<", 1)) for stop in self._stop_strings}
+        last = max(opened, key=lambda stop: opened[stop], default=None)
+        return last if last is not None and opened[last] >= 0 else None
+
+
+def _said(reply: Any) -> str:
+    return f"HTTP {reply.status_code}: {reply.content[:300].decode(errors='replace')}"
+
+
+def _seconds(retry_after: str) -> float:
+    return float(retry_after) if retry_after.isdecimal() else 0.0

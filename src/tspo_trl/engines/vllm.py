@@ -1,0 +1,321 @@
+"""Generation by vLLM, in the processes that train or on a server. TRL makes the engine and keeps its weights in step."""
+
+import queue
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+import torch
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
+
+from .base import BatchEngine, Engine, Generation
+
+_ATTEMPTS = 6  # of a request to a server: the delays between them add up to half a minute
+_TURN_SECONDS = 600.0
+
+
+def check_vllm() -> None:
+    """
+    Refuse to start without a vLLM that TRL can work with.
+
+    Raises:
+        `ImportError`: If vLLM is missing or of a version that TRL does not support.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # TRL knows which versions it supports, and only warns
+        try:
+            available = is_vllm_available()
+        except UserWarning as warning:
+            raise ImportError(f"`use_vllm=True` needs another version of vLLM. {warning}") from warning
+    if not available:
+        raise ImportError(
+            "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'tspo-trl[vllm]'`, or set "
+            "`use_vllm=False`."
+        )
+
+
+def vllm_engine(
+    generation: VLLMGeneration,
+    stop_strings: Collection[str],
+    eos_token_ids: Sequence[int],
+    wait_for_everyone: Callable[[], None],
+) -> Engine:
+    """
+    The engine for what TRL has set up.
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's connection to vLLM.
+        stop_strings (`Collection[str]`):
+            A turn ends with the token that completes one of these.
+        eos_token_ids (`Sequence[int]`):
+            Tokens by which the model ends its message.
+        wait_for_everyone (`Callable[[], None]`):
+            A barrier of all processes.
+
+    Returns:
+        [`Engine`]: Of this process, or of the server.
+    """
+    sampling = {
+        "temperature": generation.temperature,
+        "top_p": generation.top_p,
+        "top_k": generation.top_k,
+        "min_p": 0.0 if generation.min_p is None else generation.min_p,
+        "repetition_penalty": generation.repetition_penalty,
+        **generation.generation_kwargs,
+        "logprobs": 0,  # of the sampled token alone
+        "stop": list(stop_strings),
+        "stop_token_ids": list(eos_token_ids),
+        "skip_special_tokens": False,  # a tokenizer may have the stop strings as special tokens
+    }
+    if generation.mode == "server":
+        if generation.server_base_url is not None:
+            url = generation.server_base_url.rstrip("/")
+        else:
+            url = f"http://{generation.server_host}:{generation.server_port}"
+        return VLLMServerEngine(url, sampling, wait_for_everyone)
+    if generation.tensor_parallel_size > 1:
+        return VLLMParallelEngine(generation, sampling)
+    return VLLMEngine(generation, sampling)
+
+
+@contextmanager
+def _awake(generation: VLLMGeneration) -> Iterator[None]:
+    """Give vLLM its memory for all turns of a rollout, where it sleeps while the model is trained."""
+    if not generation.enable_sleep_mode:
+        yield
+        return
+    if generation._llm_weights_sleeping:
+        generation.sync_weights()
+    generation.llm.wake_up(tags=["kv_cache"])
+    try:
+        yield
+    finally:
+        generation.llm.sleep(level=2)
+        generation._llm_weights_sleeping = True
+
+
+def _read_output(output: Any) -> Generation:
+    """The only completion of a finished request."""
+    (completion,) = output.outputs
+    token_ids = list(completion.token_ids)
+    logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, token_ids, strict=True)]
+    return Generation(token_ids=token_ids, logprobs=logprobs)
+
+
+class VLLMEngine:
+    """
+    Generation by vLLM in this process (`vllm_mode="colocate"`).
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's connection to vLLM.
+        sampling (`dict[str, Any]`):
+            Arguments of `vllm.SamplingParams` that all turns share.
+    """
+
+    in_rounds = False
+
+    def __init__(self, generation: VLLMGeneration, sampling: dict[str, Any]):
+        self._generation = generation
+        self._sampling = sampling
+        self.max_context_length: int | None = generation.llm.llm_engine.model_config.max_model_len
+        self._engine: Any = generation.llm.llm_engine
+        self._open: dict[str, int] = {}
+        self._count = 0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See [`Engine.session`]."""
+        with _awake(self._generation):
+            try:
+                yield
+            finally:
+                self._engine.abort_request(list(self._open))
+                self._open.clear()
+
+    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
+        """See [`Engine.submit`]."""
+        self._count += 1
+        request_id = f"turn-{self._count}"
+        params = _sampling_params(self._sampling, max_new_tokens)
+        self._engine.add_request(request_id, {"prompt_token_ids": context}, params)
+        self._open[request_id] = number
+
+    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
+        """See [`Engine.collect`]."""
+        written: list[tuple[int, Generation]] = []
+        while not written:
+            for output in self._engine.step():
+                if output.finished and output.request_id in self._open:
+                    written.append((self._open.pop(output.request_id), _read_output(output)))
+            if not wait:
+                break
+        return written
+
+
+class VLLMParallelEngine(BatchEngine):
+    """
+    Generation by vLLM in these processes, each model spread over several of them (`vllm_tensor_parallel_size`). They must
+    generate the same, so they advance in rounds, and a process whose rollouts are done goes on generating for the others.
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's connection to vLLM.
+        sampling (`dict[str, Any]`):
+            Arguments of `vllm.SamplingParams` that all turns share.
+    """
+
+    def __init__(self, generation: VLLMGeneration, sampling: dict[str, Any]):
+        super().__init__()
+        self._generation = generation
+        self._sampling = sampling
+        self.max_context_length = generation.llm.llm_engine.model_config.max_model_len
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See [`Engine.session`]."""
+        with super().session(), _awake(self._generation):
+            yield
+            while self._round([], []) is not None:
+                pass
+
+    def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
+        """Generate one turn for each of B contexts of this process, see [`BatchEngine.generate`]."""
+        generations = self._round(list(contexts), list(max_new_tokens))
+        assert generations is not None
+        return generations
+
+    def _round(self, contexts: list[list[int]], budgets: list[int]) -> list[Generation] | None:
+        """Generate for all processes of the model and return what is ours, or `None` if no process wants anything."""
+        asked: list[Any] = [None] * self._generation.tensor_parallel_size
+        torch.distributed.all_gather_object(asked, (contexts, budgets), group=self._generation.tp_group)
+        prompts = [{"prompt_token_ids": ids} for theirs, _ in asked for ids in theirs]
+        if not prompts:
+            return None
+        params = [_sampling_params(self._sampling, budget) for _, theirs in asked for budget in theirs]
+        outputs = self._generation.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+        rank = torch.distributed.get_rank(group=self._generation.tp_group)
+        start = sum(len(theirs) for theirs, _ in asked[:rank])
+        return [_read_output(output) for output in outputs[start : start + len(contexts)]]
+
+
+def _sampling_params(sampling: dict[str, Any], max_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        **sampling,
+        max_tokens=max_tokens,
+        include_stop_str_in_output=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+class VLLMServerEngine:
+    """
+    Generation by a vLLM server (`vllm_mode="server"`). Every process asks it by itself, one request a turn.
+
+    Args:
+        url (`str`):
+            The server, for instance `"http://10.0.0.5:8000"`.
+        sampling (`dict[str, Any]`):
+            What the requests for turns have in common.
+        wait_for_everyone (`Callable[[], None]`):
+            A barrier of all processes: only one of them sends the weights, and the others must not be ahead of it.
+        max_requests (`int`, *optional*, defaults to `256`):
+            The most requests of this process at the same time.
+
+    Raises:
+        `ConnectionError`: If the server does not answer.
+    """
+
+    in_rounds = False
+
+    def __init__(
+        self, url: str, sampling: dict[str, Any], wait_for_everyone: Callable[[], None], *, max_requests: int = 256
+    ):
+        self.url = url
+        self._sampling = sampling
+        self._wait_for_everyone = wait_for_everyone
+        self._max_requests = max_requests
+        self._client: Any = None
+        self._executor: Any = None
+        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
+        try:
+            reply = httpx2.get(f"{url}/v1/models", timeout=30.0)
+            reply.raise_for_status()
+            model = reply.json()["data"][0]
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise ConnectionError(
+                f"The vLLM server {url} does not answer on this machine: {error!r}. Every process asks it directly: set "
+                "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."
+            ) from error
+        self._model = model["id"]
+        self.max_context_length: int | None = model.get("max_model_len")
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See [`Engine.session`]."""
+        self._wait_for_everyone()
+        self._finished = queue.SimpleQueue()
+        limits = httpx2.Limits(max_connections=self._max_requests)
+        timeout = httpx2.Timeout(_TURN_SECONDS, connect=10.0)
+        with httpx2.Client(limits=limits, timeout=timeout) as self._client:
+            self._executor = ThreadPoolExecutor(self._max_requests, "vllm")
+            try:
+                yield
+            finally:
+                self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
+        """See [`Engine.submit`]."""
+        finished = self._finished
+        future = self._executor.submit(self._ask, context, max_new_tokens)
+        future.add_done_callback(lambda future: finished.put((number, future)))
+
+    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
+        """See [`Engine.collect`]."""
+        written = []
+        try:
+            number, future = self._finished.get(timeout=None if wait else 0.005)
+            while True:
+                written.append((number, future.result()))
+                number, future = self._finished.get_nowait()
+        except queue.Empty:
+            return written
+
+    def _ask(self, context: list[int], max_new_tokens: int) -> Generation:
+        body = {
+            **self._sampling,
+            "model": self._model,
+            "prompt": context,
+            "max_tokens": max_new_tokens,
+            "include_stop_str_in_output": True,
+            "return_token_ids": True,
+        }
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                reply = self._client.post(f"{self.url}/v1/completions", json=body)
+                if reply.status_code < 500:
+                    break
+                failure = f"HTTP {reply.status_code}: {reply.text[:300]}"
+            except httpx2.TransportError as error:
+                failure = repr(error)
+            if attempt == _ATTEMPTS:
+                raise ConnectionError(
+                    f"The vLLM server {self.url} was asked {attempt} times in vain. {failure}. Start it again and resume "
+                    "from the last checkpoint."
+                )
+            time.sleep(2 ** (attempt - 1))
+        if reply.status_code != 200:
+            raise RuntimeError(
+                f"The vLLM server {self.url} refuses a turn. HTTP {reply.status_code}: {reply.text[:300]}"
+            )
+        (choice,) = reply.json()["choices"]
+        return Generation(token_ids=choice["token_ids"], logprobs=choice["logprobs"]["token_logprobs"])

@@ -1,0 +1,382 @@
+"""Evaluation of a model outside the trainer: data sets in, scores with intervals out. It can be killed at any moment."""
+
+import json
+import logging
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from math import nan
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .._version import __version__
+from ..agent import SearchAgent
+from ..credit import first_occurrence, is_near_miss
+from ..retrieval import Retriever
+from ..rollout.facts import rollout_facts
+from ..rollout.log import append_rollouts, rollout_record
+from ..rollout.loop import SearchLoop
+from ..rollout.tags import TagProtocol
+from ..rollout.trajectory import Trajectory
+from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match
+from ..training.datasets import check_columns
+from .folder import REMEDY, TRAJECTORIES, check_settings, keep_batches, read_records
+from .intervals import pass_at_k
+from .results import METRICS, EvaluationResults, Scores
+
+logger = logging.getLogger(__name__)
+Scorer = Literal["tspo", "search_r1"]
+_TOLERATED_FAILURES = 8  # of a batch, whatever its size: a few bad questions do not stop an evaluation
+
+
+class EvaluationStopped(RuntimeError):
+    """Too much failed. What was computed is kept, and the same evaluation goes on from there."""
+
+
+def evaluate(
+    agent: SearchAgent,
+    datasets: Mapping[str, Dataset],
+    output_dir: str | Path,
+    *,
+    retrievers: Mapping[str, Retriever] | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+    scorer: Scorer = "tspo",
+    max_failure_rate: float = 0.5,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EvaluationResults:
+    """
+    Evaluate a model on questions with golden answers.
+
+    Every rollout is written down as soon as its batch is done. Call it again with the same arguments after it was
+    killed, and it goes on from there, to the same results; what has failed is tried again. Questions are rolled out in
+    batches of similar length, and only numbers of them are kept in memory.
+
+    Args:
+        agent ([`SearchAgent`]):
+            The model, with its retriever and its way to sample.
+        datasets (`Mapping[str, Dataset]`):
+            Data sets by name, with the columns `question`, `golden_answers` (a non-empty list of strings), and if they
+            have them, `id` and `prompt` (used as it is, like the trainer does).
+        output_dir (`str` or `Path`):
+            Where to write `results.json`, and for each data set `NAME/trajectories.jsonl` and `NAME/scores.csv`.
+        retrievers (`Mapping[str, Retriever]`, *optional*):
+            Retrievers of data sets that have one of their own.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Rollouts of each question, n. Scores are means over them; with n > 1 there is pass@k too.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampling.
+        scorer (`str`, *optional*, defaults to `"tspo"`):
+            `"search_r1"` adds the exact match as Search-R1 computes it, see [`~scoring.search_r1_exact_match`].
+        max_failure_rate (`float`, *optional*, defaults to `0.5`):
+            If more than this share of a batch (and more than 8 rollouts of it) fail, the evaluation stops.
+        about (`Mapping[str, Any]`, *optional*):
+            What else the results depend on, for instance the name of the model: written to `results.json`, and must be
+            the same when the evaluation goes on.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Returns:
+        [`EvaluationResults`]: The scores.
+
+    Raises:
+        `ValueError`: If an argument or a row is wrong, or the folder holds another evaluation; the message says what
+            differs.
+        [`EvaluationStopped`]: If too much failed.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from tspo_trl import BM25Retriever, SearchAgent, evaluate
+
+    >>> agent = SearchAgent.from_pretrained("my-search-agent", retriever=BM25Retriever.from_jsonl("corpus.jsonl"))
+    >>> questions = load_dataset("json", data_files="questions.jsonl", split="train")
+    >>> results = evaluate(agent, {"mine": questions}, "runs/evaluation")
+    >>> results.summary()["average"]["metrics"]["em"]
+    ```
+    """
+    if not datasets:
+        raise ValueError("`datasets` is empty: there is nothing to evaluate.")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if scorer not in ("tspo", "search_r1"):
+        raise ValueError(f"`scorer` must be 'tspo' or 'search_r1', got {scorer!r}.")
+    loop = agent.search_loop
+    if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
+        raise ValueError("`scorer='search_r1'` reads answers between tags: it needs the protocol 'tags'.")
+    for name in datasets:
+        if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"`datasets`: a name becomes a folder, so it has letters, digits and '_.@+-' only, got {name!r}."
+            )
+    retrievers = retrievers or {}
+    common = {
+        **(about or {}),
+        "search": {"protocol": type(loop.protocol).__name__, **asdict(loop.limits)},
+        "prompt_template": loop.protocol.prompt_template,
+        "num_samples": num_samples,
+        "batch_size": agent.batch_size,
+        "seed": seed,
+        "scorer": scorer,
+    }
+    # Everything is checked before anything is computed
+    has_template = agent.config is None or agent.config.prompt_template is not None
+    plans = {name: _make_plan(name, dataset, has_template=has_template) for name, dataset in datasets.items()}
+    sets = {}
+    for name, plan in plans.items():
+        retriever = retrievers.get(name, loop.retriever)
+        sets[name] = {
+            "questions": len(plan.ids),
+            "fingerprint": plan.fingerprint,
+            "retriever": getattr(retriever, "fingerprint", None) or type(retriever).__name__,
+        }
+        check_settings(Path(output_dir) / name, {**common, "dataset": sets[name]})
+
+    if scorer == "search_r1" and "<answer>" not in loop.protocol.prompt_template:
+        logger.warning(
+            "Search-R1 takes one <answer>…</answer> of a sequence for the example of the prompt. The prompt template here "
+            "has none: an answer alone scores 0."
+        )
+    scores = {}
+    own = loop.retriever
+    try:
+        for name, plan in plans.items():
+            loop.retriever = retrievers.get(name, own)
+            evaluation = _Evaluation(agent, plan, Path(output_dir) / name, num_samples, seed, scorer, max_failure_rate)
+            scores[name] = evaluation.run(progress)
+    finally:
+        loop.retriever = own
+    results = EvaluationResults(scores, {**common, "data": sets, "versions": _versions()})
+    results.save(output_dir)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A data set, and in which order its questions are asked."""
+
+    name: str
+    dataset: Dataset
+    ids: list[str]
+    digests: list[str]
+    order: np.ndarray  # (Q,), longest first: what will not fit into memory fails at once and not at the end
+    fingerprint: str
+
+
+def _make_plan(name: str, dataset: Dataset, *, has_template: bool) -> _Plan:
+    """Read a data set once, checking every row."""
+    check_columns(dataset, name)
+    columns = [c for c in ("id", "question", "golden_answers", "prompt") if c in dataset.column_names]
+    ids, digests, prompts, lengths = [], [], [], []
+    for i, row in enumerate(dataset.select_columns(columns)):
+        golds, prompt, question = row["golden_answers"], row.get("prompt"), row.get("question")
+        if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
+            raise ValueError(
+                f"`{name}`, row {i}: 'golden_answers' must be a non-empty list of strings, found {golds!r}."
+            )
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"`{name}`, row {i}: 'question' must be a non-empty string, found {question!r}.")
+        if prompt is None and not has_template:
+            raise ValueError(
+                f"`{name}`, row {i}: it has no 'prompt', and none can be written from its question: the model was trained "
+                "on prompts of its data set. Set `prompt_template`, a text with '{question}' in it."
+            )
+        ids.append(str(i if row.get("id") is None else row["id"]))
+        digests.append(_hash([question, *golds]))
+        prompts.append("" if prompt is None else _hash([json.dumps(prompt)]))
+        lengths.append(len(question if prompt is None else str(prompt)))
+    order = np.argsort(-np.array(lengths), kind="stable")
+    return _Plan(name, dataset, ids, digests, order, _hash([*ids, *digests, *prompts]))
+
+
+def _hash(texts: Sequence[str]) -> str:
+    state = sha256()
+    for text in texts:
+        data = text.encode(errors="backslashreplace")
+        state.update(len(data).to_bytes(8, "big") + data)
+    return state.hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "trl", "datasets", "numpy")
+    return {"tspo_trl": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+class _Evaluation:
+    """The evaluation of one data set. Batches are fixed by the plan, so that a resumed one computes what is missing and nothing else."""
+
+    def __init__(
+        self,
+        agent: SearchAgent,
+        plan: _Plan,
+        folder: Path,
+        num_samples: int,
+        seed: int,
+        scorer: Scorer,
+        max_failure_rate: float,
+    ):
+        self.loop: SearchLoop = agent.search_loop
+        self.plan = plan
+        self.path = folder / TRAJECTORIES
+        self.num_samples = num_samples
+        self.seed = seed
+        self.max_failure_rate = max_failure_rate
+        self.metrics = [name for name in METRICS if name != "search_r1_em" or scorer == "search_r1"]
+        size = max(1, agent.batch_size // num_samples)
+        self.batches = [plan.order[i : i + size] for i in range(0, len(plan.order), size)]
+        # Everything that is kept of a rollout in memory
+        self.values = np.full((len(plan.ids), num_samples, len(self.metrics)), np.nan)
+        self.failed = np.zeros((len(plan.ids), num_samples), dtype=bool)
+
+    def run(self, progress: bool) -> Scores:
+        """Roll out and score the batches that are not in the file yet, and return the scores of all."""
+        done = self._restore()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("questions, EM {task.fields[em]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not progress,
+        )
+        with bar:
+            task = bar.add_task(self.plan.name, total=len(self.plan.ids), em="-")
+            for number, questions in enumerate(self.batches):
+                if number not in done:
+                    self._roll_out(number, questions)
+                em = np.nanmean(self.values[:, :, self.metrics.index("em")])
+                bar.update(task, advance=len(questions), em=f"{em:.3f}")
+        return self._scores()
+
+    def _roll_out(self, number: int, questions: np.ndarray) -> None:
+        """Roll out a batch and write it down."""
+        rows = [self.plan.dataset[int(i)] for i in questions]
+        protocol = self.loop.protocol
+        prompts = [p if (p := row.get("prompt")) is not None else protocol.prompt(row["question"]) for row in rows]
+        prompt_ids = [ids for prompt in prompts for ids in protocol.encode_prompts([prompt]) * self.num_samples]
+        with _seeded(self.seed + number):
+            trajectories, stats = self.loop.run(prompt_ids)
+        errors: Mapping[int, str] = getattr(self.loop.engine, "failures", {})
+        records = []
+        for place, trajectory in enumerate(trajectories):
+            question, sample = int(questions[place // self.num_samples]), place % self.num_samples
+            failure = (
+                "generation" if place in errors else "retrieval" if trajectory.status == "retrieval_failed" else None
+            )
+            row = rows[place // self.num_samples]
+            record = self._record(trajectory, row, failure, number=question, sample=sample)
+            records.append(record | {"batch": number, "failure": failure})
+            self.values[question, sample] = [record["scores"][name] for name in self.metrics]
+            self.failed[question, sample] = failure is not None
+        failures = Counter(record["failure"] for record in records if record["failure"])
+        if failures.total() > max(self.max_failure_rate * len(records), _TOLERATED_FAILURES):
+            known = int((~np.isnan(self.values[:, 0, 0])).sum()) - len(rows)
+            by_endpoint = failures["generation"] >= failures["retrieval"]
+            source = self.loop.engine if by_endpoint else self.loop.retriever
+            last = list(errors.values())[-1] if by_endpoint else repr(stats.error)
+            raise EvaluationStopped(
+                f"{failures.total()} of {len(records)} rollouts of a batch of {self.plan.name!r} failed, more than "
+                f"`max_failure_rate` ({self.max_failure_rate}) allows. It is {source!r}; its last failure: {last} "
+                f"Nothing is lost: {known} of {len(self.plan.ids)} questions are in {self.path}. When it works again, "
+                "the same evaluation goes on from there."
+            )
+        append_rollouts(self.path, records)
+
+    def _record(
+        self, trajectory: Trajectory, row: Mapping[str, Any], failure: str | None, *, number: int, sample: int
+    ) -> dict[str, Any]:
+        """A line of the trajectories, in the form of those of the training."""
+        golds = row["golden_answers"]
+        occurrence = first_occurrence(trajectory.passage_texts, golds)
+        facts = rollout_facts(trajectory, occurrence, None)
+        em = exact_match(trajectory.answer, golds)
+        outcome = nan if failure else em
+        scores = {
+            "em": em,
+            "f1": f1_score(trajectory.answer, golds),
+            "contains": float(contains_answer(trajectory.answer, golds)),
+            "hit": float(occurrence is not None),
+            "near_miss": float(is_near_miss(outcome, occurrence)),
+            "searches": facts.searches,
+            "invalid": facts.invalid,
+            "truncated": facts.truncated,
+            "retrieval_failed": float(failure == "retrieval"),
+            "generation_failed": float(failure == "generation"),
+            "tokens": sum(len(turn.token_ids) for turn in trajectory.turns),
+            "observation_tokens": sum(len(turn.observation_ids) for turn in trajectory.turns),
+        }
+        if "search_r1_em" in self.metrics:
+            text = self.loop.protocol.tokenizer.decode(trajectory.prompt_ids + trajectory.completion_ids)
+            scores["search_r1_em"] = search_r1_exact_match(str(text), golds) if failure is None else 0.0
+        none = [nan] * len(trajectory.turns)
+        record = rollout_record(
+            trajectory,
+            row,
+            [outcome],
+            outcome,
+            facts,
+            none,
+            none,
+            reward_names=["exact_match"],
+            step=0,
+            group=number,
+            rollout=sample,
+        )
+        return {"id": self.plan.ids[number], **record, "scores": scores}
+
+    def _restore(self) -> set[int]:
+        """Read the batches that are whole and did not fail; remove the rest from the file."""
+        lines: Counter[int] = Counter()
+        failed: set[int] = set()
+        for where, record in read_records(self.path):
+            try:
+                batch, question, sample = record["batch"], record["group"], record["rollout"]
+                scores = [record["scores"][name] for name in self.metrics]
+                if batch not in range(len(self.batches)) or question not in self.batches[batch]:
+                    raise ValueError("it belongs to no batch of this evaluation")
+                self.values[question, sample] = scores
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{where}: not a rollout of this evaluation ({error!r}). {REMEDY}") from error
+            lines[batch] += 1
+            if record["failure"]:
+                failed.add(batch)
+        whole = {n for n, batch in enumerate(self.batches) if lines[n] == len(batch) * self.num_samples} - failed
+        for n, batch in enumerate(self.batches):
+            if n not in whole:
+                self.values[batch] = np.nan
+        keep_batches(self.path, whole)
+        return whole
+
+    def _scores(self) -> Scores:
+        means = self.values.mean(axis=1)
+        values = {name: means[:, i] for i, name in enumerate(self.metrics)}
+        correct = self.values[:, :, self.metrics.index("em")].astype(int).sum(axis=1)
+        k = 2
+        while k < 2 * self.num_samples:
+            k = min(k, self.num_samples)
+            values[f"pass@{k}"] = pass_at_k(correct, self.num_samples, k)
+            k *= 2
+        return Scores(self.plan.ids, self.plan.digests, np.any(self.failed, axis=1), values, self.num_samples)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Sample from a state of its own, so that a batch does not depend on those before it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

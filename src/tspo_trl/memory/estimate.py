@@ -1,0 +1,294 @@
+"""The peak memory of a GPU in training, calculated from the model's shape before anything is trained.
+
+    python -m tspo_trl.memory --config recipes/configs/qwen2.5_3b_nq_hotpotqa.yaml --strategy zero3 --gpus 8
+    python -m tspo_trl.memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
+    python -m tspo_trl.memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
+
+Parameters, gradients, optimizer states and the key-value cache are exact. Activations and buffers are approximate; the
+context of CUDA, fragmentation and the libraries' own workspaces are left out (often 1 to 3 GiB): leave 20 % of a card.
+"""
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
+
+from ..support.markdown import markdown_table
+from .formulas import MemorySetting, ModelShape, activation_bytes, decoding_bytes, head_bytes, kv_cache_bytes, precision
+
+PHASES = ("generation", "loss: LM head", "loss: layers", "optimizer step")
+CARDS = (24, 40, 80, 141)
+HEADROOM = 0.8  # of a card, for what is not calculated
+GIB = 2**30
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements; DeepSpeed's `reduce_bucket_size`, `stage3_max_live_parameters`
+
+
+def load_config(model: str | None, model_type: str = "llama", **numbers: Any) -> PreTrainedConfig:
+    """The configuration of a model (a folder or a name on the Hub), or of an architecture with these numbers."""
+    if (model is None) != bool(numbers):
+        found = "neither" if model is None else f"{model!r} and {sorted(numbers)}"
+        raise ValueError(f"Give either `model` or the numbers of its shape (`hidden_size`, …), got {found}.")
+    if model is None:
+        try:
+            default = AutoConfig.for_model(model_type)
+        except ValueError as error:
+            raise ValueError(f"`model_type` must be an architecture of `transformers`, got {model_type!r}.") from error
+        if unknown := sorted(name for name in numbers if not hasattr(default, name)):
+            raise ValueError(
+                f"Options must be those of the command or of a configuration of {model_type!r}, got {unknown}."
+            )
+        return AutoConfig.for_model(model_type, **numbers)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must be a folder with a config.json, or a name on the Hub that can be reached or was loaded "
+            f"before, got {model!r}. Or give its numbers: `hidden_size`, … ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShape:
+    """Build the model on the `meta` device, which takes no memory, with its adapters; and count."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    base = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    inside = sum(p.numel() for p in blocks.parameters())
+    query_key_norm = any(n.endswith("q_norm") for n, _ in model.named_modules())
+    trainable, adapter_inputs = base, 0
+    if setting.use_peft:
+        model = _add_adapters(model, setting, {n.rsplit(".", 1)[-1] for n in linear})
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        adapted = [m for n, m in model.named_modules() if n.endswith("lora_A.default")]
+        adapter_inputs = sum(m.in_features for m in adapted) // len(blocks)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    experts = getattr(text, "num_experts_per_tok", None)
+    intermediate = getattr(text, "moe_intermediate_size", None) if experts else None
+    return ModelShape(
+        layers=len(blocks),
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        intermediate=(intermediate or getattr(text, "intermediate_size", 4 * text.hidden_size)) * (experts or 1),
+        vocab=text.vocab_size,
+        query_key_norm=query_key_norm,
+        base=base,
+        trainable=trainable,
+        head=head.weight.numel(),
+        outside=base - inside,
+        linear=sum(m.weight.numel() for m in linear.values()),
+        largest=max(m.weight.numel() for m in linear.values()),
+        tied=tied,
+        adapter_inputs=adapter_inputs,
+    )
+
+
+def _add_adapters(model: Any, setting: MemorySetting, names: set[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = setting.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    elif targets and (unknown := sorted({t for t in targets if t.rsplit(".", 1)[-1] not in names})):
+        raise ValueError(
+            f"`lora_target_modules` must name linear layers of the model other than its LM head, {sorted(names)}, or "
+            f"'all-linear', got {unknown}."
+        )
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of `transformers` to PEFT
+        try:
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=setting.lora_r, target_modules=targets))
+        except ValueError as error:
+            raise ValueError(
+                f"`lora_target_modules` must be given where PEFT has no default for an architecture, got {targets}; the "
+                f"model has {sorted(names)}. ({error})"
+            ) from error
+
+
+def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, float]]:
+    """
+    The bytes of each component in each phase, on one GPU.
+
+    Args:
+        shape ([`ModelShape`]):
+            The model, with the adapters of the setting.
+        setting ([`MemorySetting`]):
+            How it is trained.
+
+    Returns:
+        `dict[str, dict[str, float]]`: By component, then by phase (`PHASES`). ZeRO-2 divides gradients and optimizer
+        states by the number of GPUs, ZeRO-3 and FSDP2 also parameters (Rajbhandari et al. 2020, figure 1).
+    """
+    types, strategy, gpus = precision(setting), setting.strategy, setting.gpus
+    zero3, sharded = strategy.startswith("zero3"), strategy in ("zero3", "zero3_offload", "fsdp2")
+    offloaded = strategy == "zero3_offload"
+    frozen = shape.base if setting.use_peft else 0
+    quantised = shape.linear * setting.load_in_4bit
+    # NF4 (Dettmers et al. 2023): 4 bits, and for each 64 parameters a constant in fp32, or in 8 bits twice quantised
+    four_bits = 0.5 + (1 / 64 + 4 / (64 * 256) if setting.use_bnb_nested_quant else 4 / 64)
+    base = (frozen - quantised) * types.frozen + quantised * four_bits
+    model = base + shape.trainable * types.trained
+    reference = 0.0 if setting.use_peft or not setting.beta else shape.base * types.frozen
+    share = 0 if offloaded else 1 / gpus
+    parts = share if sharded else 1
+    states = share if strategy in ("zero2", "zero3", "zero3_offload", "fsdp2") else 1
+    gradients = shape.trainable * types.gradient * states
+
+    every = shape.base + (shape.trainable if setting.use_peft else 0)
+    layer = (every - shape.outside) / shape.layers
+    # What a forward needs whole: ZeRO-3 up to its limit; FSDP2 a layer, the next one, and what is outside the layers
+    live = {"fsdp2": shape.outside + 2 * layer}.get(strategy, min(every, LIVE) if zero3 else 0.0) * types.compute
+    if strategy == "fsdp2":
+        backward = live + 2 * layer * types.compute * (shape.trainable / every)
+    elif strategy in ("single", "ddp") and types.stream > types.compute:
+        live = backward = shape.linear * types.compute  # autocast keeps casted weights until the forward ends
+    else:
+        backward = live
+    gathered = every * types.compute if zero3 and setting.ds3_gather_for_generation else live * sharded
+    # DDP's buckets are a second copy of the gradients; DeepSpeed has one bucket, ZeRO-2 in the backward pass only
+    bucket = BUCKET * types.compute
+    buffers = {"ddp": shape.trainable * types.gradient, "zero3": bucket, "zero3_offload": bucket}.get(strategy, 0)
+    training_buffers = bucket if strategy == "zero2" else buffers
+    copies = min(shape.trainable * share, LIVE if zero3 else float("inf")) * 4 if strategy.startswith("zero") else 0
+    copies *= not offloaded
+
+    # ZeRO-3 keeps the gradients' buffer; others free gradients before a generation, unless it is within a step
+    within = setting.rollouts < setting.per_device_train_batch_size * setting.gradient_accumulation_steps
+    kept, layer_extra = activation_bytes(shape, setting, types)
+    batch, completion = setting.per_device_train_batch_size, setting.max_completion_length
+    head = head_bytes(shape, batch, completion, types, trained=not setting.use_peft)
+    # The gradient of a tied LM head waits for that of the embedding
+    waiting = shape.head * types.trained * (shape.tied and not setting.use_peft)
+    prefill, scores = decoding_bytes(shape, setting, types)
+    cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.stream)
+    rows: dict[str, tuple[float, float, float, float]] = {
+        "parameters": (model * parts,) * 4,
+        "reference model": (reference * parts,) * 4,
+        "whole copies of parameters": (gathered, live, backward, 0),
+        "gradients": (gradients * (zero3 or within), gradients, gradients, gradients),
+        "optimizer states": (shape.trainable * types.states * states,) * 4,
+        "buckets, fp32 gradients": (buffers, training_buffers, training_buffers, buffers + copies),
+        "key-value cache": (cache, 0, 0, 0),
+        "activations": (prefill, kept, kept + layer_extra, 0),
+        "logits, LM head": (scores, head, waiting, 0),
+    }
+    return {name: dict(zip(PHASES, values, strict=True)) for name, values in rows.items() if any(values)}
+
+
+def peak(rows: dict[str, dict[str, float]]) -> tuple[float, str]:
+    """The bytes of the phase that needs most, and its name."""
+    totals = {phase: sum(row[phase] for row in rows.values()) for phase in PHASES}
+    phase = max(totals, key=lambda name: totals[name])
+    return totals[phase], phase
+
+
+def levers(setting: MemorySetting) -> Iterator[tuple[bool, str, MemorySetting]]:
+    """Settings that may need less: whether they train something else, what to change, and the setting."""
+    size, steps = setting.per_device_train_batch_size, setting.gradient_accumulation_steps
+    half = (setting.steps_per_generation or steps) // 2
+    length = setting.max_completion_length // 2
+    stage = {"ddp": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}.get(setting.strategy)
+    smaller = {
+        "per_device_train_batch_size": size // 2,
+        "gradient_accumulation_steps": 2 * steps,
+        "steps_per_generation": 2 * (setting.steps_per_generation or steps),
+    }
+    changes: list[tuple[bool, str, dict[str, Any]]] = [
+        (False, "turn on gradient_checkpointing", {"gradient_checkpointing": True}),
+        (False, f"reduce steps_per_generation to {half}", {"steps_per_generation": half}),
+        (False, f"reduce per_device_train_batch_size to {size // 2}, gradient_accumulation_steps {2 * steps}", smaller),
+        (False, "use attn_implementation flash_attention_2", {"attn_implementation": "flash_attention_2"}),
+        (False, f"change strategy to {stage}", {"strategy": stage}),
+        (True, "use optim adamw_8bit", {"optim": "adamw_8bit"}),
+        (True, "set beta to 0", {"beta": 0.0}),
+        (True, "train adapters (use_peft)", {"use_peft": True}),
+        (True, "train adapters of a 4-bit model (load_in_4bit)", {"use_peft": True, "load_in_4bit": True}),
+        (True, f"reduce max_completion_length to {length}", {"max_completion_length": length}),
+    ]
+    for other, text, change in changes:
+        try:
+            yield other, text, replace(setting, **change)
+        except ValueError:  # a change that this setting does not allow
+            continue
+
+
+def advice(config: PreTrainedConfig, setting: MemorySetting) -> str | None:
+    """The change that saves most, in one line; `None` if the setting fits its card with head room."""
+    shape = measure_shape(config, setting)
+    before, phase = peak(estimate(shape, setting))
+    room = setting.gpu_memory * GIB * HEADROOM
+    if before <= room:
+        return None
+    found = []
+    for other, text, changed in levers(setting):
+        try:
+            same = changed.use_peft == setting.use_peft
+            after, _ = peak(estimate(shape if same else measure_shape(config, changed), changed))
+        except ValueError:  # PEFT has no default for this architecture
+            continue
+        # What fits and trains the same comes first, then what fits, then what saves most
+        found.append((after > room, other and after <= room, after, text))
+    *_, after, text = min(found)
+    return f"Biggest lever (the peak is in {phase}): {text}: {before / GIB:.1f} → {after / GIB:.1f} GiB."
+
+
+def render(rows: dict[str, dict[str, float]]) -> str:
+    """The estimate as a Markdown table in GiB, and which cards it fits."""
+    total, phase = peak(rows)
+    lines = [[name, *(f"{row[p] / GIB:.2f}" if row[p] else "–" for p in PHASES)] for name, row in rows.items()]
+    lines.append(["**sum**", *(f"{sum(row[p] for row in rows.values()) / GIB:.2f}" for p in PHASES)])
+    table = markdown_table(["GiB per GPU", *PHASES], lines)
+    fits = [
+        f"{card} GB: {'yes' if total <= card * GIB * HEADROOM else 'tight' if total <= card * GIB else 'no'}"
+        for card in CARDS
+    ]
+    return "\n".join([table, "", f"Peak: {total / GIB:.1f} GiB ({phase}). Fits {', '.join(fits)}."])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the estimate of a command line; `--config` reads the YAML file of a run first."""
+    parser = HfArgumentParser(
+        MemorySetting,  # type: ignore[arg-type]
+        prog="python -m tspo_trl.memory",
+        description=f"{__doc__}\n{MemorySetting.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="A YAML file of a run; options replace its values.")
+    parser.add_argument("--model", help="A folder or a name on the Hub: only its configuration is loaded.")
+    parser.add_argument("--model_type", default="llama", help="Instead of a model: an architecture, with its numbers.")
+    options, others = parser.parse_known_args(arguments)
+    try:
+        if options.config is not None:
+            values = yaml.safe_load(Path(options.config).read_text())
+            names = {f.name for f in fields(MemorySetting)}
+            parser.set_defaults(model=values.get("model_name_or_path"), **{k: values[k] for k in values.keys() & names})
+            options, others = parser.parse_known_args(arguments)
+        keys = [name.removeprefix("--") for name in others[::2]]
+        if len(others) % 2 or not all(name.startswith("--") for name in others[::2]):
+            raise ValueError(f"Options must be pairs of `--name value`, got {others}.")
+        numbers = {k: yaml.safe_load(value) for k, value in zip(keys, others[1::2], strict=True)}
+        config = load_config(options.model, options.model_type, **numbers)
+        setting = MemorySetting(**{f.name: getattr(options, f.name) for f in fields(MemorySetting)})
+        shape = measure_shape(config, setting)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(f"{shape.base:,} parameters, {shape.trainable:,} trained; {setting.rollouts} rollouts at once.\n")
+    print(render(estimate(shape, setting)))
+    if line := advice(config, setting):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Rollouts on disk: JSONL, one line a rollout, a row of files for each process that stays within a bound."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from math import isnan
+from os import SEEK_END
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .._version import __version__
+from ..support.files import replace_file
+from .facts import RolloutFacts
+from .trajectory import Trajectory
+
+# What one must know of the configuration to say why a turn was rewarded
+_SETTINGS = (
+    "advantage_level",
+    "turn_baseline",
+    "scale_rewards",
+    "folr_alpha",
+    "folr_placement",
+    "folr_guard",
+    "success_threshold",
+    "num_generations",
+    "num_generations_eval",
+    "max_searches",
+    "mask_truncated_completions",
+)
+_PARTS = 32  # a bound is spent on at most this many files, half of them recent
+_NUMBER = re.compile(r"\.(\d{5,})$")  # of a file, before its ".jsonl"; the first has none
+
+
+def rollout_record(
+    trajectory: Trajectory,
+    row: Mapping[str, Any],
+    rewards: Sequence[float],
+    outcome: float,
+    facts: RolloutFacts,
+    turn_rewards: Sequence[float],
+    turn_advantages: Sequence[float],
+    *,
+    reward_names: Sequence[str],
+    step: int,
+    group: int,
+    rollout: int,
+) -> dict[str, Any]:
+    """
+    One line of the log: a rollout and why its turns were rewarded.
+
+    Args:
+        trajectory ([`Trajectory`]):
+            The rollout, of K turns.
+        row (`Mapping`):
+            The row of the data set, with `question` and `golden_answers`.
+        rewards (`Sequence[float]`):
+            What the reward functions gave, NaN for none.
+        outcome (`float`):
+            Their weighted sum, NaN if unscorable.
+        facts ([`RolloutFacts`]):
+            The facts of the rollout.
+        turn_rewards (`Sequence[float]`):
+            At least K values; those after the K-th are left out.
+        turn_advantages (`Sequence[float]`):
+            Likewise.
+        reward_names (`Sequence[str]`):
+            The names of the reward functions.
+        step (`int`):
+            The optimizer steps made before the rollout was sampled.
+        group (`int`):
+            Which group of the step it belongs to.
+        rollout (`int`):
+            Its place in the group.
+
+    Returns:
+        `dict`: The record. NaN becomes `None`: JSON has no NaN.
+    """
+    num_turns = len(trajectory.turns)
+    return {
+        "step": step,
+        "group": group,
+        "rollout": rollout,
+        "question": row["question"],
+        "golden_answers": list(row["golden_answers"]),
+        "rewards": dict(zip(reward_names, _known(rewards), strict=True)),
+        "outcome": _known([outcome])[0],
+        "first_occurrence": facts.occurrence if facts.occurrence >= 0 else None,
+        "credited_turn": facts.credited if facts.credited >= 0 else None,
+        "turn_rewards": _known(turn_rewards[:num_turns]),
+        "turn_advantages": _known(turn_advantages[:num_turns]),
+        "trajectory": trajectory,
+    }
+
+
+def _known(values: Sequence[float]) -> list[float | None]:
+    return [None if isnan(value) else value for value in values]
+
+
+def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_bytes: int | None = None) -> None:
+    """
+    Append rollouts to a log, in one write, so that a killed run leaves at most one incomplete line.
+
+    With a bound, the log goes on in another file (`train.jsonl`, `train.00001.jsonl`, `train.00002.jsonl`, …) whenever
+    one is 1/32 of it. When there are too many, the recent half of the bound stays complete and what is before is thinned
+    evenly: every 2nd file, every 4th, every 8th … So one sees what the policy does now and how it came there from the
+    first step, where dropping the oldest would lose the beginning. Which files stay depends on their numbers alone, so a
+    run that was killed and resumed ends with the same files as one that was not (unless it writes more than half of the
+    bound between two checkpoints, or more than 1/32 of it at once).
+
+    Args:
+        path (`str` or `Path`):
+            The first file; its folder is made.
+        records (`Iterable[dict]`):
+            What to write: the trajectory under `"trajectory"` and anything else that JSON can hold.
+        max_bytes (`int`, *optional*):
+            The most that the files of the log take. The newest file stays even if it alone is larger. `None` keeps all
+            in one file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False, default=_fields) + "\n" for record in records]
+    # A lone surrogate (JSON allows it, UTF-8 does not) stays an escape
+    data = "".join(lines).encode("utf-8", errors="backslashreplace")
+    newest = next(reversed(log_files(path)), path)
+    if max_bytes is not None and newest.is_file():
+        size = newest.stat().st_size
+        if size and size + len(data) > max_bytes // _PARTS:
+            newest = path.with_name(f"{path.stem}.{_number(newest) + 1:05d}.jsonl")
+    with newest.open("ab") as file:
+        if file.tell() and not _ends_with_newline(newest):  # a run that was killed may have left half a line
+            file.write(b"\n")
+        file.write(data)
+    if max_bytes is not None:
+        _drop_files(path, max_bytes)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A trajectory, a turn or a passage; `asdict` would copy every token of it."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def log_files(path: str | Path) -> list[Path]:
+    """
+    The files of a log that [`append_rollouts`] has written, oldest first.
+
+    Args:
+        path (`str` or `Path`):
+            Its first file, which need not be there.
+
+    Returns:
+        `list[Path]`: Those that are there.
+    """
+    path = Path(path)
+    return [file for file in _in_order(path.parent.glob("*.jsonl")) if _first_file(file) == path]
+
+
+def _first_file(path: Path) -> Path:
+    return path.with_name(f"{_NUMBER.sub('', path.stem)}.jsonl")
+
+
+def _number(path: Path) -> int:
+    found = _NUMBER.search(path.stem)
+    return int(found[1]) if found else 0
+
+
+def _in_order(files: Iterable[Path]) -> list[Path]:
+    return sorted(files, key=lambda path: (_first_file(path).name, _number(path)))
+
+
+def _drop_files(path: Path, max_bytes: int) -> None:
+    sizes = {_number(file): (file, file.stat().st_size) for file in log_files(path)}
+    newest = max(sizes)
+    half = _PARTS // 2
+    while True:
+        recent, stride = newest - half, 1
+        while recent >= half * stride:  # the multiples of the stride from 0 to `recent` must be `half` at most
+            stride *= 2
+        kept = {number for number in sizes if number > recent or number % stride == 0}
+        if half == 1 or sum(sizes[number][1] for number in kept) <= max_bytes:
+            break
+        half //= 2  # only where single writes are larger than 1/32 of the bound
+    if sum(sizes[number][1] for number in kept) > max_bytes:
+        kept = {newest}
+    for number in sizes.keys() - kept:
+        sizes[number][0].unlink()
+
+
+def find_logs(folder: str | Path) -> list[Path]:
+    """
+    The files with rollouts of a run.
+
+    Args:
+        folder (`str` or `Path`):
+            The `output_dir` of the run, or its folder `trajectories`.
+
+    Returns:
+        `list[Path]`: They by process, oldest first.
+
+    Raises:
+        `FileNotFoundError`: If there are none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
+    for place in (folder / "trajectories", folder):
+        if files := _in_order(place.glob("*.jsonl")):
+            return files
+    raise FileNotFoundError(
+        f"There are no rollouts in {str(folder)!r}: neither trajectories/*.jsonl nor *.jsonl. They are written by a "
+        "`TSPOTrainer` with `log_trajectories=True`, from its first step on."
+    )
+
+
+def write_settings(folder: str | Path, args: Any) -> None:
+    """
+    Write beside the rollouts, as `settings.json`, how their turns were rewarded.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder `trajectories` of the run; it is made.
+        args ([`TSPOConfig`]):
+            The configuration.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"tspo_trl": __version__, **{name: getattr(args, name) for name in _SETTINGS}}
+    replace_file(folder / "settings.json", json.dumps(settings, indent=1))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """
+    Read what [`write_settings`] wrote.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder `trajectories` of the run.
+
+    Returns:
+        `dict`: The settings, empty if there are none: older versions wrote none.
+
+    Raises:
+        `ValueError`: If the file cannot be read.
+    """
+    file = Path(folder) / "settings.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} cannot be read: it must be a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
+    """
+    Read rollouts back. Lines that are none are passed over and reported.
+
+    Args:
+        path (`str` or `Path`):
+            A file that [`append_rollouts`] wrote, the folder `trajectories` of a run, or the folder of the run.
+        on_problem (`Callable[[str], None]`, *optional*):
+            Gets a message with file, line number and reason for each line that cannot be read. By default it is a
+            warning.
+
+    Yields:
+        `dict`: The records, with a [`Trajectory`] under `"trajectory"`.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file, or no rollouts in the folder.
+    """
+    path = Path(path)
+    report = on_problem or (lambda message: warnings.warn(message, stacklevel=3))
+    for file_path in find_logs(path) if path.is_dir() else [path]:
+        with file_path.open("rb") as file:
+            yield from _read_lines(file, str(file_path), report)
+
+
+def _read_lines(file: BinaryIO, name: str, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        try:
+            yield parse_rollout(line)
+        except ValueError as error:
+            report(f"{name}, line {number}: {error}")
+
+
+def parse_rollout(line: bytes) -> dict[str, Any]:
+    """
+    Read one line of a log.
+
+    Args:
+        line (`bytes`):
+            The line, in UTF-8.
+
+    Returns:
+        `dict`: The record, with a [`Trajectory`] under `"trajectory"`.
+
+    Raises:
+        `ValueError`: If it is not a rollout; the message says why.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            raise ValueError("half a line: the run is writing it, or was killed") from error
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(record, dict) or "trajectory" not in record:
+        raise ValueError("not a rollout (JSON, but no object with a 'trajectory')")
+    try:
+        record["trajectory"] = Trajectory.from_dict(record["trajectory"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a rollout (its trajectory cannot be read: {error!r})") from error
+    return record

@@ -1,0 +1,280 @@
+"""The search loop: turns prompts into trajectories over an engine, a protocol and a retriever."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from ..engines.base import Engine
+from ..retrieval.base import Passage, RetrievalError, RetrievalLogError, Retriever, failure_kind
+from .limits import SearchLimits
+from .protocol import SearchProtocol
+from .stats import RolloutStats
+from .trajectory import Trajectory, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A trajectory under way."""
+
+    number: int
+    trajectory: Trajectory
+    limit: int  # completion tokens it may have
+    completion: list[int] = field(default_factory=list)
+
+    @property
+    def room(self) -> int:
+        return self.limit - len(self.completion)
+
+    @property
+    def query(self) -> str:
+        return self.trajectory.turns[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """What a call of the retriever brought."""
+
+    results: list[list[Passage]]
+    error: Exception | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A call of the retriever under way."""
+
+    items: list[_Open]
+    queries: list[str]
+    reply: Future[_Reply]
+
+
+class SearchLoop:
+    """
+    Turns prompts into trajectories: the model writes a turn, its search is executed, the passages are appended, and so
+    on until it answers.
+
+    With an engine that generates in rounds, all trajectories advance together: one batched generation, one batched
+    retrieval. With any other, nobody waits for all: a trajectory goes on as soon as it has its passages, and the
+    retriever works beside the engine, in a thread of its own, one call at a time for all queries that have come up
+    meanwhile. Of a trajectory with N = `max_searches`, the first N turns may search (an invalid action costs a turn
+    too); the turn after them is final, and a search in it is not executed. Tokens are appended as they were sampled:
+    nothing is decoded and encoded again.
+
+    Args:
+        engine ([`Engine`]):
+            Generates the turns.
+        retriever ([`Retriever`]):
+            Executes the searches.
+        protocol ([`SearchProtocol`]):
+            Reads actions and writes observations.
+        eos_token_ids (`Sequence[int]`):
+            Tokens by which the model ends its message.
+        limits ([`SearchLimits`], *optional*):
+            The limits of turns, queries, observations and completions. Defaults to those of a new [`SearchLimits`].
+        max_context_length (`int`, *optional*):
+            The most tokens of prompt and completion together, usually the model's largest number of positions.
+
+    Raises:
+        `ValueError`: If `max_observation_tokens` is less than an observation of this protocol needs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        protocol: SearchProtocol,
+        *,
+        eos_token_ids: Sequence[int],
+        limits: SearchLimits | None = None,
+        max_context_length: int | None = None,
+    ):
+        limits = limits or SearchLimits()
+        if limits.max_searches and limits.max_observation_tokens < protocol.min_observation_tokens:
+            raise ValueError(
+                f"`max_observation_tokens` must be at least {protocol.min_observation_tokens}, got "
+                f"{limits.max_observation_tokens}: what opens and closes an observation counts too."
+            )
+        self.engine = engine
+        self.retriever = retriever
+        self.protocol = protocol
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.limits = limits
+        self.max_context_length = max_context_length
+
+    def run(self, prompt_ids: Sequence[list[int]]) -> tuple[list[Trajectory], RolloutStats]:
+        """
+        Roll out one trajectory for each prompt.
+
+        Args:
+            prompt_ids (`Sequence[list[int]]`):
+                B prompts of token ids. Repeat a prompt to get several trajectories of it.
+
+        Returns:
+            `tuple[list[Trajectory], RolloutStats]`: B trajectories in the order of the prompts, and what they cost.
+
+        Raises:
+            `ValueError`: If a prompt leaves no room for a completion within `max_context_length`.
+        """
+        stats = RolloutStats()
+        items = [_Open(i, Trajectory(prompt_ids=list(ids)), self._limit(ids)) for i, ids in enumerate(prompt_ids)]
+        found: dict[str, list[Passage]] = {}  # what was already searched for in this rollout
+        waiting: list[_Open] = []  # for passages
+        search: _Search | None = None
+        with self.engine.session(), self._searcher() as call:
+            generating = len(items)
+            for item in items:
+                self._submit(item)
+            while generating or waiting or search:
+                ready = [item for item in waiting if item.query in found]
+                waiting = [item for item in waiting if item.query not in found]
+                for item in ready:
+                    self._observe(item, found[item.query])
+                    self._submit(item)
+                generating += len(ready)
+                if waiting and search is None:
+                    queries = list(dict.fromkeys(item.query for item in waiting))
+                    search = _Search(waiting, queries, call(self._retrieve, queries))
+                    waiting = []
+                if search and (search.reply.done() or not generating or self.engine.in_rounds):
+                    waiting += self._finish(search, found, stats)
+                    search = None
+                elif generating:
+                    written = self._collect(items, stats, wait=search is None)
+                    generating -= len(written)
+                    for item in written:
+                        if self._advance(item):
+                            stats.searches += 1
+                            waiting.append(item)
+                        elif item.trajectory.turns[-1].observation_ids:  # a hint
+                            self._submit(item)
+                            generating += 1
+        return [item.trajectory for item in items], stats
+
+    def _limit(self, prompt_ids: list[int]) -> int:
+        lengths = [length for length in (self.max_context_length, self.engine.max_context_length) if length is not None]
+        if not lengths:
+            return self.limits.max_completion_length
+        room = min(lengths) - len(prompt_ids)
+        if room < 1:
+            raise ValueError(
+                f"A prompt has {len(prompt_ids)} tokens, but the model takes at most {min(lengths)} tokens of prompt and "
+                "completion together. Shorten the prompts or leave out long questions."
+            )
+        return min(self.limits.max_completion_length, room)
+
+    @contextmanager
+    def _searcher(self) -> Iterator[Callable[..., Future[_Reply]]]:
+        """Calls of the retriever: in this thread, or in one of their own where the engine goes on meanwhile."""
+        if self.engine.in_rounds:
+            yield _call
+            return
+        executor = ThreadPoolExecutor(1, "search")
+        try:
+            yield executor.submit
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, item: _Open) -> None:
+        context = item.trajectory.prompt_ids + item.completion
+        self.engine.submit(item.number, context, min(self.limits.max_turn_tokens, item.room))
+
+    def _collect(self, items: list[_Open], stats: RolloutStats, *, wait: bool) -> list[_Open]:
+        """The trajectories that have a new turn."""
+        start = time.perf_counter()
+        written = self.engine.collect(wait=wait)
+        stats.generate_seconds += time.perf_counter() - start
+        if not written:
+            return []
+        texts = self.protocol.tokenizer.batch_decode([g.token_ids for _, g in written], skip_special_tokens=True)
+        for (number, generation), text in zip(written, texts, strict=True):
+            item = items[number]
+            ended = generation.token_ids[-1] in self.eos_token_ids
+            action, content = self.protocol.parse(text, ended=ended)
+            item.trajectory.turns.append(
+                Turn(
+                    token_ids=generation.token_ids,
+                    logprobs=generation.logprobs,
+                    text=text,
+                    action=action,
+                    content=content,
+                )
+            )
+            item.completion += generation.token_ids
+        return [items[number] for number, _ in written]
+
+    def _advance(self, item: _Open) -> bool:
+        """End the trajectory, append a hint, or return `True` if its search is to be executed."""
+        trajectory = item.trajectory
+        turn = trajectory.turns[-1]
+        final = len(trajectory.turns) > self.limits.max_searches
+        closing = self.protocol.closing_ids(turn.token_ids)
+        if turn.action == "answer":
+            trajectory.status = "answered"
+        elif turn.action == "invalid" and item.room == 0:
+            trajectory.status = "truncated"
+        elif turn.action == "none" or final:
+            trajectory.status = "no_answer"
+        elif turn.action == "search" and item.room > self.protocol.min_observation_tokens:
+            turn.content = self.protocol.cut_query(turn.content, self.limits.max_query_tokens)
+            return True
+        elif turn.action == "invalid" and item.room > len(hint := closing + self.protocol.hint_ids):
+            turn.observation_ids = hint
+            item.completion += hint
+        else:
+            trajectory.status = "truncated"
+        return False
+
+    def _retrieve(self, queries: list[str]) -> _Reply:
+        start = time.perf_counter()
+        results: list[list[Passage]] = []
+        failure: Exception | None = None
+        try:
+            found = self.retriever.search(queries, self.limits.num_passages)
+            if len(found) != len(queries):
+                raise RetrievalError(f"asked for {len(queries)} queries, got {len(found)} results", "reply")
+            # A score of another type (NumPy's) would not be the same after it was written down and read
+            results = [
+                [replace(p, score=float(p.score)) for p in passages[: self.limits.num_passages]] for passages in found
+            ]
+        except RetrievalLogError:
+            raise
+        except Exception as error:  # whatever a retriever raises must not lose the rollouts of this step
+            failure = error
+            logger.warning("%r failed to search: %r", self.retriever, error)
+        return _Reply(results, failure, time.perf_counter() - start)
+
+    def _finish(self, search: _Search, found: dict[str, list[Passage]], stats: RolloutStats) -> list[_Open]:
+        """Wait for a search and keep what it found; return the trajectories that go on."""
+        reply = search.reply.result()
+        stats.latencies.append(reply.seconds)
+        stats.queries += len(search.queries)
+        if reply.error is None:
+            found.update(zip(search.queries, reply.results, strict=True))
+            return search.items
+        stats.error = reply.error
+        failure = failure_kind(reply.error)
+        stats.failed_searches[failure] += len(search.items)
+        for item in search.items:
+            item.trajectory.turns[-1].retrieval = "timeout" if failure == "timeout" else "error"
+            item.trajectory.status = "retrieval_failed"
+        return []
+
+    def _observe(self, item: _Open, passages: list[Passage]) -> None:
+        turn = item.trajectory.turns[-1]
+        budget = min(self.limits.max_observation_tokens, item.room - 1)  # the next turn has at least one token
+        closing = self.protocol.closing_ids(turn.token_ids)
+        observation = self.protocol.observe(passages, budget - len(closing))
+        turn.observation_ids, turn.passages = closing + observation.token_ids, observation.passages
+        turn.retrieval = "ok" if passages else "empty"
+        item.completion += turn.observation_ids
+
+
+def _call(function: Callable[..., _Reply], *args: object) -> Future[_Reply]:
+    reply: Future[_Reply] = Future()
+    reply.set_result(function(*args))
+    return reply

@@ -1,0 +1,102 @@
+"""Actions as tags: `<search>query</search>` and `<answer>…</answer>`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .protocol import SearchProtocol
+from .trajectory import Action
+
+_ACTION = re.compile(r"<(search|answer)>((?:(?!</?(?:search|answer|information)>).)*)</\1>", re.DOTALL)
+_ATTEMPT = re.compile(r"</?(?:search|answer)>")
+
+PROMPT = (
+    "Answer the question below. Before every action, reason between <think> and </think>. If you lack some knowledge, "
+    "call the search engine with <search> query </search>: the best passages come back between <information> and "
+    "</information>. You can search at most {max_searches} times. When you know enough, give the answer between <answer> "
+    "and </answer>, in as few words as possible and without an explanation, for example <answer> Beijing </answer>.\n\n"
+    "Question: {question}\n"
+)
+HINT = (
+    "My last action was not valid. To search, I write the query between <search> and </search>; to answer, I write the "
+    "answer between <answer> and </answer>."
+)
+
+
+class TagProtocol(SearchProtocol):
+    """
+    Actions as tags: `<search>query</search>` and `<answer>…</answer>`, passages between `<information>` and
+    `</information>`, as in Search-R1 (arXiv 2503.09516).
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the model.
+        max_searches (`int`, *optional*, defaults to `4`):
+            Told to the model in the prompt.
+        prompt_template (`str`, *optional*):
+            What prompts are written from, with `{question}` and, if wanted, `{max_searches}` in it. Defaults to `PROMPT`.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            What else the chat template gets, for instance `{"enable_thinking": False}`.
+    """
+
+    stop_strings = ("</search>", "</answer>")
+    default_prompt_template = PROMPT
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_searches: int = 4,
+        *,
+        prompt_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(
+            tokenizer,
+            max_searches,
+            opening="\n\n<information>",
+            closing="</information>\n\n",
+            tags=("search", "answer", "information", "think"),
+            prompt_template=prompt_template,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        self._hint = self._encode(f"\n\n{HINT}\n\n")
+
+    def prompt(self, question: str) -> str | list[dict[str, str]]:
+        """
+        The prompt for a question: a conversation of one user message if the tokenizer has a chat template, else a text.
+
+        Args:
+            question (`str`):
+                The question.
+        """
+        text = self._write_prompt(question)
+        return [{"role": "user", "content": text}] if self.tokenizer.chat_template is not None else text
+
+    def parse(self, text: str, *, ended: bool = False) -> tuple[Action, str]:
+        """
+        Read the action of a turn: the first well-formed pair of tags in it.
+
+        Args:
+            text (`str`):
+                The model-written text of one turn.
+            ended (`bool`, *optional*, defaults to `False`):
+                Whether the model ended its message (sampled an end-of-sequence token).
+
+        Returns:
+            `tuple[str, str]`: The action and its stripped content. `"invalid"` for malformed tags, an empty query, or a
+            turn that was cut before it acted; `"none"` if the model ended its message without trying to act.
+        """
+        match = _ACTION.search(text)
+        if match is None:
+            return ("none" if ended and not _ATTEMPT.search(text) else "invalid"), ""
+        content = match.group(2).strip()
+        if match.group(1) == "search":
+            return ("search", content) if content else ("invalid", "")
+        return "answer", content
+
+    @property
+    def hint_ids(self) -> list[int]:
+        """The observation after an invalid action."""
+        return list(self._hint)

@@ -1,0 +1,185 @@
+"""What a trainer writes for those who use its model: `search_config.json` beside the weights, and the model card."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from trl.trainer.utils import get_config_model_id
+
+from ..retrieval import CachedRetriever, LoggedRetriever
+from ..rollout.search_config import SearchConfig
+from .model_card import extend_model_card
+from .training_facts import TrainingFacts
+
+logger = logging.getLogger(__name__)
+
+
+class SharingMixin:
+    """
+    For a [`~trl.GRPOTrainer`]: what is saved and pushed can be used by others.
+
+    The only changes with respect to its saving are that `search_config.json` is written beside the weights, that the
+    model card says what makes a search agent, that rollouts are not pushed to the Hub, and that a push which fails loses
+    nothing and is heard of.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    is_in_train: bool
+    hub_model_id: Any
+    search_config: SearchConfig
+    rollout_func: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the model, its tokenizer and `search_config.json`, see [`~transformers.Trainer.save_model`].
+
+        Args:
+            output_dir (`str`, *optional*):
+                The folder. Defaults to `output_dir` of the configuration.
+        """
+        if self.args.should_save:
+            run = Path(self.args.output_dir)
+            # Into the run's folder too: at a checkpoint that is what is pushed, with the files that transformers knows
+            for folder in {Path(output_dir or run), run}:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.search_config.save(folder)
+            beside = (self.args.retrieval_log, self.args.retrieval_cache_dir)
+            keep_from_hub(run, [run / "trajectories", *(path for path in beside if path is not None)])
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save the model and push the folder of the run, see [`~transformers.Trainer.push_to_hub`]. Whatever the Hub answers,
+        the model is saved.
+
+        Raises:
+            `RuntimeError`: If the Hub refuses or fails; the message says where the model is, and how to push it again.
+        """
+        try:
+            if self.hub_model_id is None:
+                self.init_hf_repo(token=token, private=private)  # type: ignore[attr-defined]
+        except Exception as error:  # before transformers has saved anything
+            self.save_model(_internal_call=True)
+            name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
+            self.create_model_card(name, kwargs.get("dataset_name"), kwargs.get("tags"))
+            raise self._push_error(error) from error
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            raise self._push_error(error) from error
+
+    def _push_error(self, error: Exception) -> RuntimeError:
+        folder, repository = str(self.args.output_dir), self.hub_model_id or self.args.hub_model_id or "<user>/<name>"
+        return RuntimeError(
+            f"The model is saved in {folder!r}, but pushing it to the Hub failed: {error}\n`trainer.push_to_hub()` tries "
+            f"again; without the trainer, `hf upload {repository} {folder} . --exclude 'checkpoint-*'` does."
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        earlier = self._push_jobs()
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        for job in self._push_jobs():
+            if job not in earlier:
+                job.add_done_callback(_warn_of_failure)  # training goes on, and nobody would hear of it
+
+    def _push_jobs(self) -> list[Any]:
+        return list(getattr(getattr(self, "push_in_progress", None), "jobs", []))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write the model card `README.md`, see [`~transformers.Trainer.create_model_card`].
+
+        Args:
+            model_name (`str`, *optional*):
+                The name of the model.
+            dataset_name (`str` or `list[str]`, *optional*):
+                The name of the training data, or several: on the Hub, or any other.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or [])
+        # Of the names, only those of the Hub may be in the metadata, and TRL knows but one
+        super().create_model_card(model_name=model_name, dataset_name=None, tags=tags)  # type: ignore[misc]
+        file = Path(self.args.output_dir) / "README.md"
+        try:
+            card = ModelCard.load(file)
+            extend_model_card(card, self._facts_to_share(names))
+            card.save(file)
+        except Exception:  # a page must not end a run: what it says comes from data and retrievers of all kinds
+            logger.warning("The model card %s is that of TRL, without what this library adds.", file, exc_info=True)
+
+    def _facts_to_share(self, dataset_names: list[str]) -> TrainingFacts:
+        args, state = self.args, self.state
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        retriever = self.rollout_func.search_loop.retriever
+        while isinstance(retriever, (CachedRetriever, LoggedRetriever)) and retriever.retriever is not None:
+            retriever = retriever.retriever
+        best_step = state.best_global_step if args.load_best_model_at_end and not self.is_in_train else None
+        processes = f"{args.world_size} processes ({self.accelerator.distributed_type.value})"
+        return TrainingFacts(
+            model=self.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
+            base_model=get_config_model_id(model.config) if adapter is None else adapter.base_model_name_or_path,
+            adapter=adapter,
+            args=args,
+            search_config=self.search_config,
+            retriever=retriever,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            dataset_names=dataset_names,
+            log_history=state.log_history,
+            step=best_step or state.global_step,
+            processes="one process" if args.world_size == 1 else processes,
+        )
+
+
+def _warn_of_failure(job: "Future[Any]") -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning("A checkpoint could not be pushed to the Hub; it is saved, and training goes on. %s", error)
+
+
+def keep_from_hub(run: str | Path, folders: Sequence[str | Path]) -> None:
+    """
+    List what a run writes beside its model in a `.gitignore`, which the Hub obeys when the folder of the run is pushed:
+    rollouts hold passages and questions that may not be meant for publication, and they are large; `training_args.bin`
+    is a pickle of all options, paths and `hub_token` included, that nothing needs. A `.gitignore` that is there is left
+    as it is.
+
+    Args:
+        run (`str` or `Path`):
+            The folder of the run.
+        folders (`Sequence[str | Path]`):
+            Folders. Those that are not in the folder of the run are left out.
+    """
+    root = Path(run).resolve()
+    paths = [Path(folder).resolve() for folder in folders]
+    lines = [f"/{path.relative_to(root).as_posix()}/" for path in paths if path.is_relative_to(root) and path != root]
+    file = root / ".gitignore"
+    if not file.exists():
+        file.write_text(
+            "\n".join(["# Not pushed to the Hub. Remove a line to publish it.", "training_args.bin", *lines]) + "\n"
+        )

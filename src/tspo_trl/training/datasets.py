@@ -1,0 +1,199 @@
+"""Question-answer data sets into the rows that the trainer reads."""
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any, TypeVar
+
+from datasets import Dataset, IterableDataset
+
+from ..rollout.protocol import SearchProtocol
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
+    """
+    Check that a data set has rows, and the columns `golden_answers` and `question` or `prompt`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            How error messages call it.
+
+    Raises:
+        `TypeError`: If it is no such data set.
+        `ValueError`: If it is empty or a column is missing.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+    columns = dataset.column_names
+    if columns is None:  # a stream without known features
+        columns = list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"`{name}` is empty.")
+    if "golden_answers" not in columns:
+        raise ValueError(
+            f"`{name}` has no column 'golden_answers' (a list of strings a row). Found the columns: {sorted(columns)}. "
+            "Say where yours are: `load_questions(dataset, columns={'golden_answers': ...})`."
+        )
+    if "question" not in columns and "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}."
+        )
+
+
+def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "train_dataset") -> AnyDataset:
+    """
+    Check a data set and give it a `prompt` column.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a string or
+            a conversation). A `prompt` is used as it is; without one, the protocol writes it from the `question`.
+            Other columns are kept and reach the reward functions.
+        protocol ([`SearchProtocol`]):
+            Writes the prompts.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            How error messages call the data set.
+
+    Returns:
+        The same kind of data set, with the columns `prompt`, `question` and `golden_answers`.
+
+    Raises:
+        `ValueError`: If the data set is empty, a column is missing, or a value is not as described; the message names
+            the row, the column and what was found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
+    """
+    check_columns(dataset, name)
+
+    def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
+        _check_row(row, f"`{name}`, row {index}", protocol)
+        return {
+            "prompt": row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"]),
+            "question": row["question"] if row.get("question") is not None else _last_user_text(row["prompt"]),
+        }
+
+    if isinstance(dataset, Dataset):
+        return dataset.map(prepare, with_indices=True, desc=f"Preparing {name}")
+    return dataset.map(prepare, with_indices=True)
+
+
+def map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """
+    Apply a function to the training set and to every evaluation set.
+
+    Args:
+        function (`Callable[[Any, str], Any]`):
+            Gets a data set, and how error messages call it.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Returns:
+        `tuple`: What it returned, in the same form.
+    """
+    if isinstance(eval_dataset, dict):
+        evaluated: Any = {k: function(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
+    else:
+        evaluated = None if eval_dataset is None else function(eval_dataset, "eval_dataset")
+    return function(train_dataset, "train_dataset"), evaluated
+
+
+def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
+    """
+    Check that the metric that decides which model is best is of one of the data sets, if there are several.
+
+    Args:
+        metric (`str`, *optional*):
+            `metric_for_best_model`, with or without `eval_`.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Raises:
+        `ValueError`: If it is of none of them.
+    """
+    if metric is None or not isinstance(eval_dataset, dict):
+        return
+    prefixes = [f"eval_{name}_" for name in eval_dataset]
+    if not f"eval_{metric.removeprefix('eval_')}".startswith(tuple(prefixes)):
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but with a `dict` of evaluation data sets the metrics begin with "
+            f"one of {prefixes}: for instance {prefixes[0] + 'reward'!r}."
+        )
+
+
+def _check_row(row: Mapping[str, Any], where: str, protocol: SearchProtocol) -> None:
+    golds = row["golden_answers"]
+    if not isinstance(golds, (list, tuple)) or not golds or not all(isinstance(gold, str) for gold in golds):
+        raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.")
+    question, prompt = row.get("question"), row.get("prompt")
+    if question is not None and not isinstance(question, str):
+        raise ValueError(f"{where}: 'question' must be a string, found {question!r}.")
+    if prompt is None:
+        if not question or not question.strip():
+            raise ValueError(f"{where}: 'question' must be a non-empty string, found {question!r}.")
+    elif isinstance(prompt, list):
+        if not prompt or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):
+            raise ValueError(
+                f"{where}: a conversational 'prompt' must be a list of messages with 'role' and 'content', found "
+                f"{prompt!r}."
+            )
+        if protocol.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{where}: 'prompt' is conversational, but the tokenizer has no chat template. Set "
+                "`tokenizer.chat_template`, pass prompts as plain text, or give a 'question' column without 'prompt'."
+            )
+    elif not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"{where}: 'prompt' must be a non-empty string or a conversation, found {prompt!r}.")
+    elif protocol.tools:
+        raise ValueError(
+            f"{where}: with `protocol='tool_call'`, 'prompt' must be a conversation (a list of messages with 'role' and "
+            f"'content'), found {prompt!r}."
+        )
+
+
+def _last_user_text(prompt: str | list[dict[str, Any]]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    contents = [m["content"] for m in prompt if m["role"] == "user" and isinstance(m["content"], str)]
+    return contents[-1] if contents else ""
+
+
+def find_prompt_template(dataset: Any, protocol: SearchProtocol) -> str | None:
+    """
+    The template that the prompts of a data set were written from, so that prompts can be written from other questions.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `question`, `prompt`, or both.
+        protocol ([`SearchProtocol`]):
+            Writes the prompts of rows without one, from its own template.
+
+    Returns:
+        `str` or `None`: The template; `None` if some of the first 1000 prompts differ from it in more than the question.
+    """
+    conversational = not isinstance(protocol.prompt("?"), str)
+    template = None
+    for row in islice(dataset, 1000):
+        prompt, question = row.get("prompt"), row.get("question")
+        if prompt is None:
+            found: str | None = protocol.prompt_template
+            if "prompt" not in row:
+                return found
+        elif question and conversational and isinstance(prompt, list) and [m["role"] for m in prompt] == ["user"]:
+            found = _template(str(prompt[0]["content"]), question, template)
+        elif question and not conversational and isinstance(prompt, str):
+            found = _template(prompt, question, template)
+        else:
+            return None
+        if found is None or template not in (None, found):
+            return None
+        template = found
+    return template
+
+
+def _template(text: str, question: str, known: str | None) -> str | None:
+    if known is not None and known.replace("{question}", question) == text:
+        return known
+    return text.replace(question, "{question}", 1) if question in text else None

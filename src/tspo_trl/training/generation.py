@@ -1,0 +1,249 @@
+"""How a trainer generates: its engine, and rollouts in the form that TRL reads."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from transformers import PreTrainedModel
+from trl.models import unwrap_model_for_generation
+
+from ..engines.base import Engine
+from ..engines.continuous import ContinuousBatchingEngine
+from ..engines.static import TransformersEngine
+from ..engines.vllm import vllm_engine
+from ..retrieval import CachedRetriever, LoggedRetriever, RetrievalError, Retriever
+from ..rollout.loop import SearchLoop
+from ..rollout.protocol import SearchProtocol
+from ..rollout.stats import RolloutStats
+from ..rollout.trajectory import Trajectory
+from .checkpoints import get_rng_state, set_rng_state
+from .config import TSPOConfig
+from .metrics import retrieval_facts, retrieval_metrics
+from .sharding import gathered_fsdp2
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieverStack:
+    """
+    A retriever with its cache and its log.
+
+    Args:
+        retriever ([`Retriever`]):
+            The outermost one, which the search loop calls.
+        cache ([`CachedRetriever`], *optional*):
+            The cache in it.
+        log ([`LoggedRetriever`], *optional*):
+            The log in it.
+    """
+
+    retriever: Retriever
+    cache: CachedRetriever | None = None
+    log: LoggedRetriever | None = None
+
+    @classmethod
+    def build(cls, retriever: Retriever | None, args: TSPOConfig) -> "RetrieverStack":
+        """
+        Add the cache and the log that a configuration asks for.
+
+        Args:
+            retriever ([`Retriever`], *optional*):
+                The retriever. Only a run that is repeated from its `retrieval_log` needs none.
+            args ([`TSPOConfig`]):
+                The configuration.
+        """
+        stack, cache, log = retriever, None, None
+        if stack is not None:
+            stack = cache = CachedRetriever(stack, args.retrieval_cache_size, args.retrieval_cache_dir)
+        if args.retrieval_log is not None:
+            stack = log = LoggedRetriever(stack, args.retrieval_log, rank=args.process_index)
+        assert stack is not None
+        return cls(stack, cache, log)
+
+    def counters(self) -> tuple[int, int]:
+        """Queries that the cache has answered, and requests that the retriever has sent again, so far."""
+        return (self.cache.hits, self.cache.retries) if self.cache else (0, 0)
+
+
+class SearchRollouts:
+    """
+    The rollouts of a [`TSPOTrainer`], as a rollout function of TRL: called with the local prompts and the trainer, it runs
+    the search loop and returns what TRL trains on. It logs what retrieval cost. If too many searches of a step fail, it
+    ends the run with a checkpoint, and nothing is trained on that step.
+
+    Args:
+        search_loop ([`SearchLoop`]):
+            Turns prompts into trajectories.
+        retrievers ([`RetrieverStack`]):
+            The retriever of the loop, with its cache and its log.
+    """
+
+    def __init__(self, search_loop: SearchLoop, retrievers: RetrieverStack):
+        self.search_loop = search_loop
+        self.retrievers = retrievers
+        self._rng_state: list[torch.Tensor] = []  # before the first rollout of the step
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """
+        Roll out the local prompts.
+
+        Args:
+            prompts (`list`):
+                B prompts, texts or conversations. Those of a group are adjacent.
+            trainer ([`TSPOTrainer`]):
+                The trainer.
+
+        Returns:
+            `dict[str, Any]`: For each of the B rollouts `prompt_ids`, `completion_ids`, `env_mask` (1 on tokens that the
+            model sampled, 0 on observations), `logprobs` where the engine's differ from the model's (vLLM), and the
+            `trajectory`, which becomes a column of the rows.
+
+        Raises:
+            [`RetrievalError`]: If more than `max_retrieval_failure_rate` of the searches failed.
+        """
+        mode = "train" if trainer.model.training else "eval"
+        if mode == "eval" or trainer._step % trainer.args.gradient_accumulation_steps == 0:
+            self._rng_state = get_rng_state(trainer.accelerator.device)
+        if self.retrievers.log is not None:
+            self.retrievers.log.begin(f"{mode} {trainer.state.global_step}")
+
+        prompt_ids = self._encode(prompts)
+        counters = self.retrievers.counters()
+        trajectories, stats = self.search_loop.run(prompt_ids)
+        self._check_retrieval(trainer, stats, counters, len(trajectories))
+
+        eos, ends = trainer._tokenizer.eos_token_id, trainer.eos_token_ids
+        logprobs = None
+        if trainer.use_vllm:  # its model differs slightly from the one that is trained: TRL corrects for the difference
+            logprobs = [with_end(t, t.logprobs or [], 0.0, ends) for t in trajectories]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [with_end(t, t.completion_ids, eos, ends) for t in trajectories],
+            "env_mask": [with_end(t, t.loss_mask, 0, ends) for t in trajectories],
+            "logprobs": logprobs,
+            "trajectory": trajectories,
+        }
+
+    def _encode(self, prompts: list[Any]) -> list[list[int]]:
+        """The tokens of the prompts. The rollouts of a group share one prompt, which is rendered and encoded once."""
+        groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
+        encoded = self.search_loop.protocol.encode_prompts([prompt for prompt, _ in groups])
+        return [list(ids) for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
+
+    def _check_retrieval(self, trainer: Any, stats: RolloutStats, counters: tuple[int, int], num_rollouts: int) -> None:
+        """Log what retrieval cost, and end the run if too many searches failed."""
+        args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
+        cached, retries = (now - then for now, then in zip(self.retrievers.counters(), counters, strict=True))
+        max_calls = num_rollouts * args.max_searches
+        facts = retrieval_facts(stats, cached=cached, retries=retries, max_calls=max_calls)
+        metrics = retrieval_metrics(gather(torch.tensor([facts], device=accelerator.device)))
+        for name, value in metrics.items():
+            trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+
+        searches = metrics["retrieval/searches"]
+        failed = sum(value for name, value in metrics.items() if name.startswith("retrieval/failed_"))
+        if failed <= args.max_retrieval_failure_rate * searches:
+            return
+        advice = "Start again when it works."  # nothing has been trained yet, or this is an evaluation
+        if trainer.is_in_train and state.global_step > 0:
+            # The resumed run samples again what this step has sampled
+            set_rng_state(accelerator.device, self._rng_state)
+            trainer._save_checkpoint(trainer.model, trial=None)
+            advice = "When it works again, `trainer.train(resume_from_checkpoint=True)` continues from here."
+        raise RetrievalError(
+            f"{failed:.0f} of the {searches:.0f} searches of step {state.global_step + 1} failed, more than "
+            f"`max_retrieval_failure_rate` ({args.max_retrieval_failure_rate}) allows. The retriever is "
+            f"{self.search_loop.retriever!r}; its last failure on this rank: {stats.error!r}. "
+            f"Nothing was trained on these rollouts. {advice}"
+        ) from stats.error
+
+
+def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
+    """
+    The engine that the configuration of a trainer asks for.
+
+    Args:
+        trainer ([`TSPOTrainer`]):
+            The trainer, after TRL has set it up.
+        stop_strings (`Collection[str]`):
+            A turn ends with the token that completes one of these.
+    """
+    if trainer.use_vllm:
+        barrier = trainer.accelerator.wait_for_everyone
+        return vllm_engine(trainer.vllm_generation, stop_strings, trainer.eos_token_ids, barrier)
+    tokenizer, config = trainer._tokenizer, trainer.generation_config
+    batching_config = trainer.continuous_batching_config
+    if batching_config is not None:
+        return ContinuousBatchingEngine(
+            lambda: generation_model(trainer), tokenizer, config, batching_config, stop_strings
+        )
+    return TransformersEngine(lambda: generation_model(trainer), tokenizer, config, stop_strings)
+
+
+@contextmanager
+def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
+    """
+    The model of a trainer, to generate with. Sharded parameters are gathered once, for all turns of a rollout.
+
+    Args:
+        trainer ([`TSPOTrainer`]):
+            The trainer.
+    """
+    args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    with (
+        unwrap_model_for_generation(
+            model,
+            accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            generation_kwargs=trainer.generation_kwargs,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as unwrapped,
+        trainer._dist.summon_full_params(model, recurse=False),
+        gathered_fsdp2(model, reshard_after_forward=getattr(fsdp, "reshard_after_forward", True)),
+    ):
+        yield unwrapped
+
+
+def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_ids: Collection[int]) -> list[Any]:
+    """
+    End a rollout with an end-of-sequence token that is not trained on. A rollout that ends at a closing tag has none, and
+    TRL counts completions without it as truncated (`mask_truncated_completions`, `clipped_ratio`).
+
+    Args:
+        trajectory ([`Trajectory`]):
+            The rollout.
+        values (`list`):
+            One value for each of its completion tokens.
+        end (`int` or `float`):
+            The value of the token that ends it.
+        eos_token_ids (`Collection[int]`):
+            Tokens that end a completion.
+
+    Returns:
+        `list`: The values, with `end` unless the rollout was truncated or the model has ended it.
+    """
+    ended = trajectory.turns[-1].token_ids[-1] in eos_token_ids
+    return values if ended or trajectory.status == "truncated" else [*values, end]
+
+
+def as_messages(trajectory: Trajectory, protocol: SearchProtocol) -> list[dict[str, str]]:
+    """
+    A rollout as a conversation: the turns of the model, and the observations as messages of the tool `search`.
+
+    Args:
+        trajectory ([`Trajectory`]):
+            The rollout.
+        protocol ([`SearchProtocol`]):
+            Its protocol, which reads observations.
+    """
+    messages = []
+    for turn in trajectory.turns:
+        messages.append({"role": "assistant", "content": turn.text})
+        if turn.observation_ids:
+            content = protocol.observation_text(turn.observation_ids)
+            messages.append({"role": "tool", "name": "search", "content": content})
+    return messages

@@ -1,0 +1,441 @@
+"""The trainer: rollouts, evaluation and the credit of turns. Only it and its two mixins override methods of TRL."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id
+
+from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
+from ..engines.vllm import check_vllm
+from ..retrieval import Retriever
+from ..rewards import exact_match_reward
+from ..rollout.facts import RolloutFacts, rollout_facts
+from ..rollout.limits import SearchLimits
+from ..rollout.log import append_rollouts, log_files, rollout_record, write_settings
+from ..rollout.loop import SearchLoop
+from ..rollout.protocols import make_protocol
+from ..rollout.search_config import SearchConfig
+from ..rollout.trajectory import Trajectory
+from ..sharing.mixin import SharingMixin
+from .checkpoints import ExactResumeMixin
+from .collapse import CollapseCallback
+from .config import TSPOConfig
+from .datasets import check_best_metric, check_columns, find_prompt_template, map_datasets, prepare_dataset
+from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
+from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
+from .sharding import check_processes
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callable[..., list[float]]
+
+
+# The ignored error: `create_model_card` is as in TRL, which differs from transformers
+class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]
+    """
+    Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
+    Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
+
+    The only changes with respect to [`~trl.GRPOTrainer`] are that a completion is a search rollout (the model writes
+    queries, reads passages, writes an answer) and that the advantage of a token is that of its turn: in groups without
+    any correct rollout, the turn whose passages first contain a golden answer earns a partial reward.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, see [`~trl.GRPOTrainer`]. Only causal language models for text are supported.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Outcome rewards, see [`~trl.GRPOTrainer`] and `tspo_trl.rewards`. They get the rollouts as `trajectories`.
+            Defaults to the exact match of the answer.
+        args ([`TSPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a text or a
+            conversation, used as it is; a conversation with `protocol="tool_call"`).
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Data sets to use for evaluation, of the same form. With a `dict`, every metric is logged for each by its
+            name, for instance `eval_nq_reward`, with `eval_nq_em` and `eval_nq_hit` for short.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, it is loaded from the model's name.
+        reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
+            Tokenizers of reward models, see [`~trl.GRPOTrainer`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks that customise the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            The optimizer and the scheduler to use, see [`~trl.GRPOTrainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantisation of a model that is loaded by its name, see [`~trl.GRPOTrainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model. If `None`, the model is not wrapped.
+        retriever ([`Retriever`], *optional*):
+            Executes the searches, for instance a [`BM25Retriever`]. Only a run that is repeated from the `retrieval_log`
+            of its configuration needs none.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
+
+    >>> trainer = TSPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=TSPOConfig(output_dir="my-search-agent"),
+    ...     train_dataset=Dataset.from_list([{"question": "Who wrote Emma?", "golden_answers": ["Jane Austen"]}]),
+    ...     retriever=BM25Retriever.from_jsonl("corpus.jsonl"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    # What `Trainer` leaves open and this trainer knows
+    args: TSPOConfig
+    rollout_func: Any
+    chat_template_kwargs: Any
+    model: Any
+    _signature_columns: Any
+    num_generations: int
+    scale_rewards: Scale
+    num_generations_eval: int
+
+    _tag_names = ["trl", "tspo"]
+    _name = "TSPO"
+    _paper = {
+        "title": "TSPO: Breaking the Double Homogenization Dilemma in Multi-turn Search Policy Optimization",
+        "id": "2601.22776",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ma2026tspo,
+                title        = {{TSPO: Breaking the Double Homogenization Dilemma in Multi-turn Search Policy Optimization}},
+                author       = {Shichao Ma and Zhiyuan Ma and Ming Yang and Xiaofan Li and Xing Wu and Jintao Du and Yu Cheng and Weiqiang Wang and Qiliang Liu and Zhengyang Zhou and Yang Wang},
+                year         = 2026,
+                eprint       = {arXiv:2601.22776},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: TSPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        retriever: Retriever | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
+        # Everything that can be checked is checked before anything large is loaded
+        check_arguments(args, retriever, train_dataset, eval_dataset)
+        retrievers = RetrieverStack.build(retriever, args)
+
+        super().__init__(
+            model=model,
+            reward_funcs=exact_match_reward if reward_funcs is None else reward_funcs,  # type: ignore[arg-type]
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`processing_class` must be a tokenizer, got `{type(self.processing_class).__name__}`: the search "
+                "loop is for text only."
+            )
+        check_processes(self.accelerator, args, self.train_dataset)
+
+        protocol = make_protocol(
+            args.protocol,
+            self.processing_class,
+            args.max_searches,
+            eos_token_ids=self.eos_token_ids,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        self.search_config = SearchConfig(
+            protocol=args.protocol,
+            prompt_template=find_prompt_template(train_dataset, protocol),
+            chat_template_kwargs=self.chat_template_kwargs,
+            **asdict(SearchLimits.of(args)),
+        )
+        self.train_dataset, self.eval_dataset = map_datasets(
+            lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
+        )
+        search_loop = SearchLoop(
+            make_engine(self, protocol.stop_strings),
+            retrievers.retriever,
+            protocol,
+            eos_token_ids=self.eos_token_ids,
+            limits=SearchLimits.of(args),
+            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+        )
+        # TRL's own seam for custom rollouts. Set here and not passed, because TRL warns users who pass one.
+        self.rollout_func = SearchRollouts(search_loop, retrievers)
+        if args.warn_on_collapse:
+            self.add_callback(CollapseCallback(stop_on=args.stop_on_collapse))
+
+    @property
+    def search_loop(self) -> SearchLoop:
+        """The search loop that rolls out the prompts."""
+        return self.rollout_func.search_loop
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # one that `evaluate` was given
+            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]; with several data sets, each logs under its own name."""
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        # TRL would log every data set of a `dict` under the same keys
+        if metric_key_prefix.startswith("eval_"):
+            metrics = self._metrics["eval"]
+            metrics.update({alias: metrics[name] for alias, name in EVAL_ALIASES.items() if name in metrics})
+            for name in list(metrics):
+                metrics[f"{metric_key_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
+        return output
+
+    def _generate(self, prompts):
+        (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
+            super()._generate(prompts)
+        )
+        # TRL decodes completions whole, but what reward functions read as model-written must not hold passages
+        trajectories: list[Trajectory] = extra_fields["trajectory"]
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [as_messages(trajectory, self.search_loop.protocol) for trajectory in trajectories]
+        else:
+            completions = ["".join(turn.text for turn in trajectory.turns) for trajectory in trajectories]
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # TRL names the arguments of reward functions after columns; this one gets a list, like `prompts`
+        renamed = [{"trajectories" if key == "trajectory" else key: row[key] for key in row} for row in inputs]
+        rewards_per_func = super()._calculate_rewards(renamed, prompts, completions, completion_ids_list)
+        failed = [row["trajectory"].status == "retrieval_failed" for row in inputs]
+        rewards_per_func[gather(torch.tensor(failed, device=rewards_per_func.device))] = torch.nan
+        self._rewards_per_func = rewards_per_func  # of all ranks, for the credit of turns
+        return rewards_per_func
+
+    def compute_turn_advantages(
+        self,
+        outcomes: torch.Tensor,
+        first_occurrence: torch.Tensor,
+        num_turns: torch.Tensor,
+        *,
+        num_generations: int,
+        success_threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        The credit of every turn, by the options of the configuration. Override it to try another.
+
+        Args:
+            outcomes (`torch.Tensor`):
+                Outcome rewards of the N rollouts of all ranks, shape (N,), NaN for unscorable ones. The G rollouts of a
+                question are adjacent.
+            first_occurrence (`torch.Tensor`):
+                The 0-based turn whose passages first contain a golden answer that the guard lets pass, integers of shape
+                (N,), -1 for none.
+            num_turns (`torch.Tensor`):
+                The number of turns of each rollout, integers of shape (N,).
+            num_generations (`int`):
+                The size of a group, G.
+            success_threshold (`float`):
+                A rollout is correct if its outcome is at least this.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Turn rewards of shape (N, K), NaN where a rollout has no
+            k-th turn, which are logged; turn advantages of shape (N, K); and which rollouts are trained with them,
+            booleans of shape (N,): the others are trained with TRL's own advantage of the whole rollout.
+        """
+        args = self.args
+        rewards = folr_rewards(
+            outcomes,
+            first_occurrence,
+            num_turns,
+            alpha=args.folr_alpha,
+            placement=args.folr_placement,
+            success_threshold=success_threshold,
+        )
+        stage: Any = {
+            "num_generations": num_generations,
+            "level": args.advantage_level,
+            "success_threshold": success_threshold,
+        }
+        advantages = turn_advantages(
+            rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
+        )
+        return rewards, advantages, uses_turn_level(outcomes, **stage)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # TRL generates, rewards and computes the advantages of whole rollouts; the rows now hold their trajectory
+        output = super()._generate_and_score_completions(inputs)
+        trajectory_advantages = output["advantages"]
+        mode = "train" if self.model.training else "eval"
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        groups: Any = {"num_generations": num_generations, "success_threshold": self.args.success_threshold}
+        start = self.accelerator.process_index * len(inputs)
+        local = slice(start, start + len(inputs))
+
+        # Credit of turns, over the rollouts of all ranks: a group may span several
+        outcomes = self._outcomes()
+        facts = gather(torch.tensor([self._facts(row) for row in inputs], device=outcomes.device))
+        columns: Any = RolloutFacts(*facts.unbind(dim=1))
+        turn_rewards, advantages, by_turn = self.compute_turn_advantages(
+            outcomes, columns.credited, columns.turns, **groups
+        )
+
+        # Metrics
+        logps = [mean_logprob(row["trajectory"]) for row in inputs]
+        logps = gather(torch.tensor(logps, device=outcomes.device))
+        has_signal = (advantages != 0).any(dim=1)
+        for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
+            self._metrics[mode][name].append(value)
+
+        # Where the advantage of the rollout applies it is TRL's own, so that every option about it keeps its meaning
+        local_advantages = torch.where(by_turn[local, None], advantages[local], trajectory_advantages[:, None])
+        local_advantages = local_advantages.masked_fill(turn_rewards[local].isnan(), 0.0)
+        if self.args.advantage_level != "trajectory" or by_turn.any():
+            turn_index = self._turn_index(inputs, output["completion_ids"])
+            output["advantages"] = token_advantages(local_advantages, turn_index)
+
+        if self.args.log_trajectories:
+            of_rollouts = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
+            self._log_rollouts(inputs, [*of_rollouts, local_advantages], num_generations)
+        return output
+
+    def _outcomes(self) -> torch.Tensor:
+        """The outcome rewards of the N rollouts of all ranks, shape (N,), NaN where no reward function gave a value."""
+        rewards = self._rewards_per_func
+        outcomes = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return outcomes.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+    def _facts(self, row: dict[str, Any]) -> RolloutFacts:
+        trajectory: Trajectory = row["trajectory"]
+        # Metrics keep one meaning whatever the guard is, so that runs can be compared
+        occurrence, credited = (
+            first_occurrence(
+                trajectory.passage_texts,
+                row["golden_answers"],
+                question=row["question"],
+                queries=trajectory.queries,
+                guard=guard,
+            )
+            for guard in ("degenerate", self.args.folr_guard)
+        )
+        return rollout_facts(trajectory, occurrence, credited)
+
+    def _turn_index(self, rows: list[dict[str, Any]], completion_ids: torch.Tensor) -> torch.Tensor:
+        """The 0-based turn of each completion token of the local rollouts, shape (B, L), -1 on observations and padding."""
+        turn_index = torch.full(completion_ids.shape, -1, device=completion_ids.device)
+        for i, row in enumerate(rows):
+            index = row["trajectory"].turn_index
+            turn_index[i, : len(index)] = torch.tensor(index)
+        return turn_index
+
+    def _log_rollouts(self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int) -> None:
+        """Append the local rollouts to the log, each with its row of every column, see [`rollout_record`]."""
+        file = self._log_file("train" if self.model.training else "eval")
+        rewards, outcomes, facts, turn_rewards, advantages = (column.tolist() for column in columns)
+        first = self.accelerator.process_index * len(rows)
+        records = [
+            rollout_record(
+                row["trajectory"],
+                row,
+                rewards[i],
+                outcomes[i],
+                RolloutFacts(*facts[i]),
+                turn_rewards[i],
+                advantages[i],
+                reward_names=self.reward_func_names,
+                step=self.state.global_step,
+                group=(first + i) // num_generations,
+                rollout=(first + i) % num_generations,
+            )
+            for i, row in enumerate(rows)
+        ]
+        if self.accelerator.is_main_process:
+            write_settings(file.parent, self.args)
+        max_gib = self.args.log_trajectories_max_gib
+        share = None if max_gib is None else int(max_gib * 2**30 / (2 * self.accelerator.num_processes))
+        append_rollouts(file, records, max_bytes=share)
+
+    def _growing_files(self) -> list[Path]:
+        return [*log_files(self._log_file("train")), *log_files(self._log_file("eval"))]
+
+    def _log_file(self, mode: str) -> Path:
+        name = f"{mode}-rank{self.accelerator.process_index:03d}.jsonl"
+        return Path(str(self.args.output_dir)) / "trajectories" / name
+
+
+def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Check the arguments of a [`TSPOTrainer`], as far as that needs no model.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        retriever ([`Retriever`], *optional*):
+            The retriever.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Raises:
+        `TypeError`: If an argument is of another type.
+        `ValueError`: If an argument is missing, a column is missing, or an option cannot be used.
+        `ImportError`: If vLLM is asked for and cannot be used.
+    """
+    if not isinstance(args, TSPOConfig):
+        raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
+    if not isinstance(retriever, Retriever) and (retriever is not None or args.retrieval_log is None):
+        raise ValueError(
+            "`retriever` must be an object with a method `search(queries, k)`, for instance "
+            f"`BM25Retriever.from_jsonl('corpus.jsonl')`, got {retriever!r}. Only a run that is repeated from its "
+            "`retrieval_log` needs none."
+        )
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
+    map_datasets(check_columns, train_dataset, eval_dataset)
+    check_best_metric(args.metric_for_best_model, eval_dataset)
+    if args.use_vllm:
+        check_vllm()
