@@ -50,11 +50,19 @@ class SearchLimits:
                 raise ValueError(f"`{limit.name}` must be a whole number, got {value!r}.")
             if value < minimum:
                 raise ValueError(f"`{limit.name}` must be at least {minimum}, got {value}.")
+
+    def check_room(self) -> None:
+        """
+        Check that a rollout has room for an answer after an observation.
+
+        Raises:
+            `ValueError`: If `max_completion_length` is not larger than `max_observation_tokens`.
+        """
         if self.max_completion_length <= self.max_observation_tokens:
             raise ValueError(
                 f"`max_completion_length` ({self.max_completion_length}) counts all turns and observations of a "
-                f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): otherwise a "
-                "single observation leaves no token for an answer."
+                f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "
+                "single observation would leave no token for an answer."
             )
 
     @classmethod

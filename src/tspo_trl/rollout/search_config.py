@@ -43,6 +43,7 @@ class SearchConfig(SearchLimits):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"`protocol` must be one of {list(PROTOCOLS)}, got {self.protocol!r}.")
         super().__post_init__()
+        self.check_room()
         if self.prompt_template == "default":
             object.__setattr__(self, "prompt_template", PROTOCOLS[self.protocol].default_prompt_template)
         template = self.prompt_template

@@ -222,7 +222,7 @@ class TSPOConfig(GRPOConfig):
         for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}.")
-        SearchLimits.of(self)
+        SearchLimits.of(self).check_room()
         if not self.folr_alpha >= 0:
             raise ValueError(f"`folr_alpha` must not be negative, got {self.folr_alpha}.")
         if self.success_threshold != self.success_threshold:
