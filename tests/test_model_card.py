@@ -1,5 +1,6 @@
 """What the model card says of a run, and what it keeps to itself."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,11 @@ def make_card(**values):
     return ModelCard(str(card))
 
 
+def collapsed(text):
+    """The text with runs of spaces as one: the cells of tables are padded."""
+    return re.sub(" +", " ", text)
+
+
 EVALUATED = [
     {"step": 0, "eval_nq_em": 0.1, "eval_nq_hit": 0.3, "eval_nq_reward": 0.1},
     {"step": 0, "eval_nq_dev_em": 0.2, "eval_nq_dev_hit": 0.4, "eval_nq_dev_reward": 0.7},
@@ -80,8 +86,8 @@ def test_the_last_results_of_every_set_are_in_the_model_index():
     }
     assert card.data.metrics == ["exact_match"]
     assert "### nq\n" in card.text
-    assert "|  | before training | step 90 |" in card.text
-    assert "| Exact match | 0.100 | 0.350 |" in card.text
+    assert "| | before training | step 90 |" in collapsed(card.text)
+    assert "| Exact match | 0.100 | 0.350 |" in collapsed(card.text)
 
 
 def test_one_set_is_reported_under_its_keys():
@@ -103,7 +109,7 @@ def test_without_evaluation_the_training_metrics_are_called_so():
     card = make_card(log_history=log)
     assert card.data.eval_results is None
     assert "No evaluation was run. On the training questions, the mean of the last 10 times" in card.text
-    assert "| Reward | 0.955 |" in card.text
+    assert "| Reward | 0.955 |" in collapsed(card.text)
     assert "## Results" not in make_card().text
 
 
@@ -140,22 +146,24 @@ def test_options_that_differ_from_their_defaults_are_listed():
     assert {"folr_alpha": 0.25, "advantage_level": "turn", "beta": 0.04, "num_generations": 4}.items() <= found.items()
     assert not {"max_searches", "logging_steps", "output_dir", "use_cpu", "steps_per_generation"} & set(found)
     card = make_card(args=args, search_config=SearchConfig(max_searches=2))
-    assert "| `folr_alpha` | `0.25` |" in card.text
-    assert "| `max_searches` | 2 |" in card.text
+    assert "| `folr_alpha` | `0.25` |" in collapsed(card.text)
+    assert "| `max_searches` | 2 |" in collapsed(card.text)
     assert set(non_default_options(make_args())) <= {"bf16"}
 
 
 def test_data_is_named_and_counted(tmp_path):
     mixed = Dataset.from_list([{"data_source": source} for source in ["nq", "nq", "hotpotqa"]])
     text = make_card(train_dataset=mixed, eval_dataset={"nq": rows(2, data_source="nq")}).text
-    assert "| training | `nq` 2, `hotpotqa` 1 | 3 |" in text
-    assert "| evaluation `nq` | `nq` | 2 |" in text
-    assert "| training | not named | streamed |" in make_card(train_dataset=rows(2).to_iterable_dataset()).text
+    assert "| training | `nq` 2, `hotpotqa` 1 | 3 |" in collapsed(text)
+    assert "| evaluation `nq` | `nq` | 2 |" in collapsed(text)
+    assert "| training | not named | streamed |" in collapsed(
+        make_card(train_dataset=rows(2).to_iterable_dataset()).text
+    )
     # As `load_dataset` keeps what it has downloaded
     rows(1200).save_to_disk(tmp_path / "PeterJinGo___nq_hotpotqa_train" / "default")
     card = make_card(train_dataset=load_from_disk(tmp_path / "PeterJinGo___nq_hotpotqa_train" / "default"))
     assert card.data.datasets == ["PeterJinGo/nq_hotpotqa_train"]
-    assert "https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train) | 1,200 |" in card.text
+    assert "https://huggingface.co/datasets/PeterJinGo/nq_hotpotqa_train) | 1,200 |" in collapsed(card.text)
 
 
 @pytest.mark.parametrize(("base", "argument"), [("Qwen/Qwen2.5-3B", ""), ("/home/ann/base", ", base_model=")])
