@@ -163,7 +163,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], ranks: Sequence[Ranks], *, top_
         ranks (`Sequence[Ranks]`):
             What [`find_ranks`] returned for each.
         top_k (`int`):
-            The most passages that the searches asked for.
+            Maximum number of passages that the searches asked for.
         num_passages (`int`):
             The passages of a search in training, at most `top_k`.
     """

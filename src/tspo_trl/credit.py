@@ -1,6 +1,6 @@
 """Turn rewards and advantages: pure functions of numbers and strings, no model, no I/O.
 
-Notation: N rollouts of all groups, group-major (the G rollouts of one question are adjacent), K the most turns of any of
+Notation: N rollouts of all groups, group-major (the G rollouts of one question are adjacent), K the largest number of turns of any of
 them. Rollout i has turns k = 1…K_i and the outcome R_i. Tensors of shape (N, K) are NaN where a rollout has no k-th turn.
 
 The method is Turn-level Stage-aware Policy Optimization (TSPO, arXiv 2601.22776). What the paper fixes and what is this

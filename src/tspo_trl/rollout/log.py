@@ -15,7 +15,7 @@ from ..support.files import replace_file
 from .facts import RolloutFacts
 from .trajectory import Trajectory
 
-# What one must know of the configuration to say why a turn was rewarded
+# The options that explain why a turn was rewarded
 _SETTINGS = (
     "advantage_level",
     "turn_baseline",
@@ -84,17 +84,17 @@ def rollout_record(
         "rollout": rollout,
         "question": row["question"],
         "golden_answers": list(row["golden_answers"]),
-        "rewards": dict(zip(reward_names, _known(rewards), strict=True)),
-        "outcome": _known([outcome])[0],
+        "rewards": dict(zip(reward_names, _nan_to_none(rewards), strict=True)),
+        "outcome": _nan_to_none([outcome])[0],
         "first_occurrence": facts.occurrence if facts.occurrence >= 0 else None,
         "credited_turn": facts.credited if facts.credited >= 0 else None,
-        "turn_rewards": _known(turn_rewards[:num_turns]),
-        "turn_advantages": _known(turn_advantages[:num_turns]),
+        "turn_rewards": _nan_to_none(turn_rewards[:num_turns]),
+        "turn_advantages": _nan_to_none(turn_advantages[:num_turns]),
         "trajectory": trajectory,
     }
 
 
-def _known(values: Sequence[float]) -> list[float | None]:
+def _nan_to_none(values: Sequence[float]) -> list[float | None]:
     return [None if isnan(value) else value for value in values]
 
 
@@ -102,7 +102,7 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
     """
     Append rollouts to a log, in one write, so that a killed run leaves at most one incomplete line.
 
-    With a bound, the log goes on in another file (`train.jsonl`, `train.00001.jsonl`, `train.00002.jsonl`, …) whenever
+    With a bound, the log continues in another file (`train.jsonl`, `train.00001.jsonl`, `train.00002.jsonl`, …) whenever
     one is 1/32 of it. When there are too many, the recent half of the bound stays complete and what is before is thinned
     evenly: every 2nd file, every 4th, every 8th … So one sees what the policy does now and how it came there from the
     first step, where dropping the oldest would lose the beginning. Which files stay depends on their numbers alone, so a
@@ -115,19 +115,21 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
         records (`Iterable[dict]`):
             What to write: the trajectory under `"trajectory"` and anything else that JSON can hold.
         max_bytes (`int`, *optional*):
-            The most that the files of the log take. The newest file stays even if it alone is larger. `None` keeps all
+            Maximum size of the files of the log together. The newest file stays even if it alone is larger. `None` keeps all
             in one file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False, default=_fields) + "\n" for record in records]
+    lines = [json.dumps(record, ensure_ascii=False, default=_dataclass_fields) + "\n" for record in records]
     # A lone surrogate (JSON allows it, UTF-8 does not) stays an escape
     data = "".join(lines).encode("utf-8", errors="backslashreplace")
+    # Choose the file: the newest one, or the next number where that one is full
     newest = next(reversed(log_files(path)), path)
     if max_bytes is not None and newest.is_file():
         size = newest.stat().st_size
         if size and size + len(data) > max_bytes // _PARTS:
             newest = path.with_name(f"{path.stem}.{_number(newest) + 1:05d}.jsonl")
+    # Append in one write
     with newest.open("ab") as file:
         if file.tell() and not _ends_with_newline(newest):  # a run that was killed may have left half a line
             file.write(b"\n")
@@ -136,7 +138,7 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
         _drop_files(path, max_bytes)
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _dataclass_fields(value: Any) -> dict[str, Any]:
     """A trajectory, a turn or a passage; `asdict` would copy every token of it."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
@@ -202,7 +204,7 @@ def find_logs(folder: str | Path) -> list[Path]:
             The `output_dir` of the run, or its folder `trajectories`.
 
     Returns:
-        `list[Path]`: They by process, oldest first.
+        `list[Path]`: The files, grouped by process, oldest first.
 
     Raises:
         `FileNotFoundError`: If there are none.
@@ -263,7 +265,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """
-    Read rollouts back. Lines that are none are passed over and reported.
+    Read rollouts back. Lines that are not rollouts are skipped and reported.
 
     Args:
         path (`str` or `Path`):

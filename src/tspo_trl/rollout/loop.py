@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenRollout:
     """A trajectory under way."""
 
     number: int
     trajectory: Trajectory
-    limit: int  # completion tokens it may have
+    limit: int  # maximum number of completion tokens
     completion: list[int] = field(default_factory=list)
 
     @property
@@ -36,8 +36,8 @@ class _Open:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
-    """What a call of the retriever brought."""
+class _SearchReply:
+    """The result of a call of the retriever."""
 
     results: list[list[Passage]]
     error: Exception | None
@@ -48,9 +48,9 @@ class _Reply:
 class _Search:
     """A call of the retriever under way."""
 
-    items: list[_Open]
+    items: list[_OpenRollout]
     queries: list[str]
-    reply: Future[_Reply]
+    reply: Future[_SearchReply]
 
 
 class SearchLoop:
@@ -59,9 +59,8 @@ class SearchLoop:
     on until it answers.
 
     With an engine that generates in rounds, all trajectories advance together: one batched generation, one batched
-    retrieval. With any other, nobody waits for all: a trajectory goes on as soon as it has its passages, and the
-    retriever works beside the engine, in a thread of its own, one call at a time for all queries that have come up
-    meanwhile. Of a trajectory with N = `max_searches`, the first N turns may search (an invalid action costs a turn
+    retrieval. With any other engine, a trajectory continues as soon as it has its passages. The retriever then runs in
+    a thread of its own, in parallel to the engine; each call takes all queries that are waiting. Of a trajectory with N = `max_searches`, the first N turns may search (an invalid action costs a turn
     too); the turn after them is final, and a search in it is not executed. Tokens are appended as they were sampled:
     nothing is decoded and encoded again.
 
@@ -77,7 +76,7 @@ class SearchLoop:
         limits ([`SearchLimits`], *optional*):
             The limits of turns, queries, observations and completions. Defaults to those of a new [`SearchLimits`].
         max_context_length (`int`, *optional*):
-            The most tokens of prompt and completion together, usually the model's largest number of positions.
+            Maximum number of tokens of prompt and completion together, usually the model's largest number of positions.
 
     Raises:
         `ValueError`: If `max_observation_tokens` is less than an observation of this protocol needs.
@@ -121,25 +120,31 @@ class SearchLoop:
             `ValueError`: If a prompt leaves no room for a completion within `max_context_length`.
         """
         stats = RolloutStats()
-        items = [_Open(i, Trajectory(prompt_ids=list(ids)), self._limit(ids)) for i, ids in enumerate(prompt_ids)]
-        found: dict[str, list[Passage]] = {}  # what was already searched for in this rollout
-        waiting: list[_Open] = []  # for passages
+        items = [
+            _OpenRollout(i, Trajectory(prompt_ids=list(ids)), self._limit(ids)) for i, ids in enumerate(prompt_ids)
+        ]
+        found: dict[str, list[Passage]] = {}  # passages by query, for all trajectories of this call
+        waiting: list[_OpenRollout] = []  # for passages
         search: _Search | None = None
         with self.engine.session(), self._searcher() as call:
+            # Submit the first turns
             generating = len(items)
             for item in items:
                 self._submit(item)
             while generating or waiting or search:
+                # Observe: append the passages found, and submit the next turn
                 ready = [item for item in waiting if item.query in found]
                 waiting = [item for item in waiting if item.query not in found]
                 for item in ready:
                     self._observe(item, found[item.query])
                     self._submit(item)
                 generating += len(ready)
+                # Start a search for all trajectories that wait
                 if waiting and search is None:
                     queries = list(dict.fromkeys(item.query for item in waiting))
                     search = _Search(waiting, queries, call(self._retrieve, queries))
                     waiting = []
+                # Finish the search, or collect the turns that the engine has written
                 if search and (search.reply.done() or not generating or self.engine.in_rounds):
                     waiting += self._finish(search, found, stats)
                     search = None
@@ -168,8 +173,8 @@ class SearchLoop:
         return min(self.limits.max_completion_length, room)
 
     @contextmanager
-    def _searcher(self) -> Iterator[Callable[..., Future[_Reply]]]:
-        """Calls of the retriever: in this thread, or in one of their own where the engine goes on meanwhile."""
+    def _searcher(self) -> Iterator[Callable[..., Future[_SearchReply]]]:
+        """Calls of the retriever: in this thread, or in a separate one where the engine runs in parallel."""
         if self.engine.in_rounds:
             yield _call
             return
@@ -179,11 +184,11 @@ class SearchLoop:
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, item: _Open) -> None:
+    def _submit(self, item: _OpenRollout) -> None:
         context = item.trajectory.prompt_ids + item.completion
         self.engine.submit(item.number, context, min(self.limits.max_turn_tokens, item.room))
 
-    def _collect(self, items: list[_Open], stats: RolloutStats, *, wait: bool) -> list[_Open]:
+    def _collect(self, items: list[_OpenRollout], stats: RolloutStats, *, wait: bool) -> list[_OpenRollout]:
         """The trajectories that have a new turn."""
         start = time.perf_counter()
         written = self.engine.collect(wait=wait)
@@ -207,7 +212,7 @@ class SearchLoop:
             item.completion += generation.token_ids
         return [items[number] for number, _ in written]
 
-    def _advance(self, item: _Open) -> bool:
+    def _advance(self, item: _OpenRollout) -> bool:
         """End the trajectory, append a hint, or return `True` if its search is to be executed."""
         trajectory = item.trajectory
         turn = trajectory.turns[-1]
@@ -229,7 +234,7 @@ class SearchLoop:
             trajectory.status = "truncated"
         return False
 
-    def _retrieve(self, queries: list[str]) -> _Reply:
+    def _retrieve(self, queries: list[str]) -> _SearchReply:
         start = time.perf_counter()
         results: list[list[Passage]] = []
         failure: Exception | None = None
@@ -246,10 +251,10 @@ class SearchLoop:
         except Exception as error:  # whatever a retriever raises must not lose the rollouts of this step
             failure = error
             logger.warning("%r failed to search: %r", self.retriever, error)
-        return _Reply(results, failure, time.perf_counter() - start)
+        return _SearchReply(results, failure, time.perf_counter() - start)
 
-    def _finish(self, search: _Search, found: dict[str, list[Passage]], stats: RolloutStats) -> list[_Open]:
-        """Wait for a search and keep what it found; return the trajectories that go on."""
+    def _finish(self, search: _Search, found: dict[str, list[Passage]], stats: RolloutStats) -> list[_OpenRollout]:
+        """Wait for a search and keep the passages found; return the trajectories that continue."""
         reply = search.reply.result()
         stats.latencies.append(reply.seconds)
         stats.queries += len(search.queries)
@@ -264,7 +269,7 @@ class SearchLoop:
             item.trajectory.status = "retrieval_failed"
         return []
 
-    def _observe(self, item: _Open, passages: list[Passage]) -> None:
+    def _observe(self, item: _OpenRollout, passages: list[Passage]) -> None:
         turn = item.trajectory.turns[-1]
         budget = min(self.limits.max_observation_tokens, item.room - 1)  # the next turn has at least one token
         closing = self.protocol.closing_ids(turn.token_ids)
@@ -274,7 +279,7 @@ class SearchLoop:
         item.completion += turn.observation_ids
 
 
-def _call(function: Callable[..., _Reply], *args: object) -> Future[_Reply]:
-    reply: Future[_Reply] = Future()
+def _call(function: Callable[..., _SearchReply], *args: object) -> Future[_SearchReply]:
+    reply: Future[_SearchReply] = Future()
     reply.set_result(function(*args))
     return reply

@@ -172,7 +172,7 @@ class SearchProtocol(ABC):
 
     @property
     def min_observation_tokens(self) -> int:
-        """The fewest tokens of an observation that says anything: its opening, its closing and one token."""
+        """Minimum number of tokens of an observation with content: its opening, its closing and one token."""
         return len(self._open) + 1 + len(self._close_cut)
 
     def observation_text(self, observation_ids: Sequence[int]) -> str:
@@ -210,6 +210,7 @@ class SearchProtocol(ABC):
             whole = len(self._nothing_found) <= budget
             close = self._close if whole else self._close_cut
             return Observation(self._open + self._nothing_found[:budget] + close, [])
+        # Encode the passages, split the budget over them, and cut each to its share
         encoded = [
             self._encode_passage(number, passage.title, passage.text, budget)
             for number, passage in enumerate(passages, start=1)
@@ -231,7 +232,7 @@ class SearchProtocol(ABC):
             query (`str`):
                 The query as the model wrote it.
             max_tokens (`int`):
-                The largest number of tokens.
+                Maximum number of tokens.
         """
         ids = self._encode(query[: max_tokens * _CHARS_PER_TOKEN])
         if len(ids) <= max_tokens:

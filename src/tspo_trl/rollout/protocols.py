@@ -31,7 +31,7 @@ def make_protocol(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         max_searches (`int`):
-            Told to the model in the prompt.
+            Maximum number of searches, as stated in the prompt.
         eos_token_ids (`Collection[int]`):
             Tokens by which the model ends its message.
         prompt_template (`str`, *optional*):

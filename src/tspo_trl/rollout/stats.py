@@ -1,4 +1,4 @@
-"""What a call of the search loop cost."""
+"""The cost of a call of the search loop."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class RolloutStats:
 
     Args:
         generate_seconds (`float`, *optional*, defaults to `0.0`):
-            Time in the engine. Searches that run beside generation are not left out.
+            Time in the engine. Includes time in which searches ran in parallel.
         searches (`int`, *optional*, defaults to `0`):
             Searches that turns asked for.
         failed_searches (`Counter[str]`, *optional*):

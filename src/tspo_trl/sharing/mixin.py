@@ -23,8 +23,8 @@ class SharingMixin:
     For a [`~trl.GRPOTrainer`]: what is saved and pushed can be used by others.
 
     The only changes with respect to its saving are that `search_config.json` is written beside the weights, that the
-    model card says what makes a search agent, that rollouts are not pushed to the Hub, and that a push which fails loses
-    nothing and is heard of.
+    model card says what makes a search agent, that rollouts are not pushed to the Hub, and that a failed push loses
+    nothing and is reported.
     """
 
     args: Any
@@ -97,7 +97,7 @@ class SharingMixin:
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
         for job in self._push_jobs():
             if job not in earlier:
-                job.add_done_callback(_warn_of_failure)  # training goes on, and nobody would hear of it
+                job.add_done_callback(_warn_of_failure)  # a failure would not be reported otherwise
 
     def _push_jobs(self) -> list[Any]:
         return list(getattr(getattr(self, "push_in_progress", None), "jobs", []))
