@@ -172,10 +172,10 @@ def test_the_rollouts_of_the_protocols_page_are_what_the_model_reads():
     assert f"</tool_call><|im_end|>{observation}Steventon<|im_end|>" in calls.replace("<|im_end|>\n\n", "<|im_end|>\n")
 
 
-@pytest.mark.parametrize(("protocol", "module"), [("tags", "protocol"), ("tool calls", "tool_call")])
+@pytest.mark.parametrize(("protocol", "module"), [("tags", "tags"), ("tool calls", "tool_call")])
 def test_the_hints_of_the_protocols_page_are_those_of_the_code(protocol, module):
     page = " ".join((DOCS / "protocols.md").read_text().replace("\n│ ", " ").split())
-    assert import_module(f"tspo_trl.{module}").HINT in page
+    assert import_module(f"tspo_trl.rollout.{module}").HINT in page
 
 
 def test_every_metric_and_every_warning_is_documented():
