@@ -185,10 +185,9 @@ def audit(*arguments):
 
 
 @pytest.fixture
-def recipe(monkeypatch):
+def recipe():
     """The recipe as a module."""
-    monkeypatch.syspath_prepend(str(RECIPE.parent))
-    return importlib.import_module("audit")
+    return importlib.import_module("tspo_trl.commands.audit")
 
 
 def test_real_questions_and_passages(tmp_path):
@@ -323,7 +322,7 @@ def test_the_demo_needs_nothing(recipe, monkeypatch, tmp_path):
         (["--dataset", "demo", "--corpus", "CORPUS"], "--dataset demo brings its own passages, got --corpus"),
         (
             ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--backend", "grep"],
-            "argument --backend: invalid choice: 'grep'",
+            "argument --retriever_backend/--backend: invalid choice: 'grep'",
         ),
         (["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--num_passages", "21"], "--num_passages must be from 1 to"),
         (

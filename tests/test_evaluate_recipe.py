@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 from fake_endpoint import FakeEndpoint
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = ["--max_searches", "3", "--num_passages", "2", "--max_turn_tokens", "12", "--max_observation_tokens", "48"]
 PROMPT = ["--prompt_template", "Question: {question}\n"]
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return importlib.import_module("evaluate")
+def recipe():
+    return importlib.import_module("tspo_trl.commands.evaluate")
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def test_models_are_evaluated_compared_and_compared_again(recipe, tmp_path, poli
         f"rest={files['other']}",
     ]
     arguments += ["--corpus", files["corpus"], "--output_dir", str(out), *SETTINGS, *PROMPT]
-    recipe.main(recipe.parse_arguments(arguments))
+    recipe.main(arguments)
     printed = capsys.readouterr().out
     results = json.loads((out / "base" / "results.json").read_text())
     assert set(results["datasets"]) == {"mixed-people", "mixed-places", "rest"}
@@ -66,18 +64,18 @@ def test_models_are_evaluated_compared_and_compared_again(recipe, tmp_path, poli
     assert (out / "results.md").read_text().strip() in printed
     assert (out / "base-same.json").is_file()
 
-    recipe.main(recipe.parse_arguments(["--compare", str(out / "base"), str(out / "same" / "results.json")]))
+    recipe.main(["--compare", str(out / "base"), str(out / "same" / "results.json")])
     again = capsys.readouterr().out
     assert again.strip() in printed
     with pytest.raises(FileNotFoundError, match="Did you mean one of"):
-        recipe.main(recipe.parse_arguments(["--compare", str(out), str(out / "same")]))
+        recipe.main(["--compare", str(out), str(out / "same")])
 
 
 def test_a_subset_is_drawn_with_a_seed(recipe, tmp_path, policy_dir, files):
     arguments = ["--model", policy_dir, "--dataset", f"few={files['mixed']}", "--max_questions", "10"]
     arguments += ["--corpus", files["corpus"], *SETTINGS, *PROMPT]
     for out in ("one", "two"):
-        recipe.main(recipe.parse_arguments([*arguments, "--output_dir", str(tmp_path / out)]))
+        recipe.main([*arguments, "--output_dir", str(tmp_path / out)])
     model = Path(policy_dir).name
     found = [json.loads((tmp_path / out / model / "results.json").read_text()) for out in ("one", "two")]
     assert found[0] == found[1]
@@ -100,7 +98,7 @@ def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
             files["other"],
         ]
         arguments += ["--corpus", files["corpus"], "--output_dir", str(tmp_path / "out"), *SETTINGS, *PROMPT]
-        recipe.main(recipe.parse_arguments(arguments))
+        recipe.main(arguments)
     assert "| other (6)" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     assert about["endpoint"] == server.url
@@ -141,6 +139,6 @@ def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, file
     known = {"CORPUS": files["corpus"], "OTHER": files["other"]}
     for name, path in known.items():
         arguments = [a.replace(name, path) for a in arguments]
-    options = recipe.parse_arguments(["--model", "nowhere", *arguments, "--output_dir", str(tmp_path / "out")])
+    options = ["--model", "nowhere", *arguments, "--output_dir", str(tmp_path / "out")]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         recipe.main(options)

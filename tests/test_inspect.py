@@ -385,7 +385,7 @@ def test_values_of_another_type_are_noted(run_dir, path, value):
     assert describe(run)
 
 
-@pytest.mark.parametrize("command", [["recipes/inspect.py"], ["-m", "tspo_trl.inspect"]])
+@pytest.mark.parametrize("command", [["recipes/inspect_rollouts.py"], ["-m", "tspo_trl.inspect"]])
 def test_the_recipe_writes_a_page(run_dir, tmp_path, command):
     output = tmp_path / "new" / "page.html"
     result = subprocess.run(

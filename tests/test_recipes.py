@@ -110,10 +110,9 @@ def test_the_recipe_with_a_server_gives_the_rollouts_of_the_embedded_retriever(t
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    """The recipe as a module."""
-    monkeypatch.syspath_prepend(str(TRAIN.parent))
-    return importlib.import_module("train")
+def recipe():
+    """The command as a module."""
+    return importlib.import_module("tspo_trl.commands.train")
 
 
 def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
@@ -229,6 +228,10 @@ def test_every_data_set_is_reported(tmp_path, policy_dir, world):
     assert shown == [(name, f"{start[name][f'eval_{name}_hit']:.3f}") for name in ("near", "far")]
     best = max(e["eval_far_hit"] for e in state["log_history"] if "eval_far_hit" in e and e["step"] > 0)
     assert state["best_metric"] >= best - 1e-9
+
+
+def test_the_demo_of_the_package_is_that_of_the_recipes(recipe):
+    assert recipe.DEMO_CONFIG.read_text() == (ROOT / "recipes" / "configs" / "demo.yaml").read_text()
 
 
 def test_the_paper_configurations_are_valid(recipe):

@@ -84,7 +84,7 @@ class TSPOConfig(GRPOConfig):
 
         log_trajectories (`bool`, *optional*, defaults to `True`):
             Whether to write every rollout, with the rewards and advantages of its turns, to
-            `output_dir/trajectories/*.jsonl`, one line a rollout, in files for each process. `recipes/inspect.py` shows
+            `output_dir/trajectories/*.jsonl`, one line a rollout, in files for each process. `tspo inspect` shows
             them.
         log_trajectories_max_gib (`float`, *optional*, defaults to `10.0`):
             The most disk, in GiB, that these files take. Every process has an equal share, half of it for training and

@@ -1,0 +1,1 @@
+"""The subcommands of `tspo`, one module each."""

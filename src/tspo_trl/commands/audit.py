@@ -1,0 +1,233 @@
+"""Can this retriever and corpus support training on these questions, and which golds can FOLR use?
+
+Run it before you spend GPU hours. It prints tables and a verdict, and writes OUT/audit.json and OUT/audit.png.
+
+    tspo audit --dataset questions.jsonl --corpus passages.jsonl
+    tspo audit --dataset questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
+    tspo audit --dataset demo
+
+Questions are rows of `question` and `golden_answers` (a list of strings). With `supporting_titles` (a list of strings) the
+ideal queries are tried too, with `supporting_ids` (a list of strings) the retriever itself is judged.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from datasets import Dataset
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from .. import BENCHMARKS, load_benchmark, load_questions
+from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
+from ..retrieval import BM25Retriever, Passage, Retriever
+from ..retrieval.open import open_retriever
+from ..training.datasets import check_columns
+
+matplotlib.use("Agg")
+DEMO = "demo"
+QUERIES = 256  # in one call of the retriever
+SEED = 0  # of the pairs of questions that the chance level is measured on
+CURVES = {  # field of the audit -> its name, its colour
+    "ideal": ("ideal queries", "#3a9d5d"),
+    "supporting": ("supporting recall", "#8d80c4"),
+    "plain": ("plain question", "#1b6ca8"),
+    "chance": ("chance", "#c0504d"),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", required=True, help="a file or folder, a name on the Hub, a benchmark (nq, ...), or 'demo'")
+    add("--dataset_config", help="configuration of a data set on the Hub")
+    add("--columns", type=json.loads, metavar="JSON", help='where columns are found: \'{"question": "query"}\'')
+    add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
+    add("--max_questions", type=int, metavar="N", help="audit the first N questions (default: all)")
+    add("--corpus", help="a JSONL file of passages")
+    add("--index", help="a saved index instead of, or of, the corpus")
+    add("--retriever_url", metavar="URL", help="a retrieval server instead of a corpus")
+    add(
+        "--retriever_backend",
+        "--backend",
+        default="bm25",
+        choices=("bm25", "bm25s", "rank_bm25", "lucene"),
+        help="(default: %(default)s)",
+    )
+    add("--top_k", type=int, default=20, help="most passages of a search (default: %(default)s)")
+    add("--num_passages", type=int, default=3, help="passages of a search in training (default: %(default)s)")
+    add("--output_dir", default="runs/audit", metavar="OUT", help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.max_questions is not None and args.max_questions < 1:
+        parser.error(f"--max_questions must be at least 1, got {args.max_questions}")
+    if not 1 <= args.num_passages <= args.top_k:
+        parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
+    sources = [f"--{name}" for name in ("corpus", "index", "retriever_url") if getattr(args, name) is not None]
+    if args.dataset == DEMO and sources:
+        parser.error(f"--dataset demo brings its own passages, got {' and '.join(sources)} too")
+    if args.dataset != DEMO and not sources:
+        parser.error("nothing to search in: give --corpus, --index or --retriever_url")
+    return args
+
+
+def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Passage]]:
+    """The questions, and the passages that a data set brings along."""
+    passages: list[Passage] = []
+    if args.dataset == DEMO:
+        from ..demo import make_world
+
+        world = make_world(0)
+        passages, splits = world.passages, {"train": world.train_questions, "heldout": world.heldout_questions}
+        if args.split not in splits:
+            raise ValueError(f"--split: the demo has no split {args.split!r}, only {sorted(splits)}.")
+        dataset = Dataset.from_list(
+            [question.row() | {"supporting_titles": list(question.queries)} for question in splits[args.split]]
+        )
+    elif args.dataset in BENCHMARKS:
+        dataset = load_benchmark(args.dataset)
+    else:
+        dataset = load_questions(args.dataset, name=args.dataset_config, split=args.split, columns=args.columns)
+    check_columns(dataset, args.dataset)
+    if args.max_questions is not None:
+        dataset = dataset.select(range(min(args.max_questions, len(dataset))))
+    return [check_row(row, f"`{args.dataset}`, row {i}") for i, row in enumerate(dataset)], passages
+
+
+def check_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an audit reads of a row. It refuses what the trainer refuses."""
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{where}: 'question' must be a non-empty string, found {question!r}.")
+    checked: dict[str, Any] = {"question": question}
+    for column in ("golden_answers", "supporting_titles", "supporting_ids"):
+        value, required = row.get(column), column == "golden_answers"
+        values = [] if value is None and not required else value
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values) or (required and not values):
+            expected = f"a {'non-empty ' if required else ''}list of strings"
+            raise ValueError(f"{where}: {column!r} must be {expected}, found {value!r}.")
+        checked[column] = values if required else list(dict.fromkeys(v for v in values if v.strip()))
+    return checked
+
+
+def search_all(rows: Sequence[Mapping[str, Any]], retriever: Retriever, top_k: int) -> list[Ranks]:
+    """Search for every question once, and keep the ranks alone."""
+    order = random.Random(SEED).sample(range(len(rows)), len(rows))
+    queries = [[row["question"], *row["supporting_titles"]] for row in rows]
+    size = max(1, QUERIES // max(map(len, queries)))
+    # The chance level of a question is measured on the passages of the one before it, in random order
+    before = retriever.search(queries[order[-1]][:1], top_k)[0] if len(rows) > 1 else []
+    ranks: dict[int, Ranks] = {}
+    console = Console(stderr=True)
+    for start in track(range(0, len(rows), size), "Searching", console=console, transient=True):
+        batch = order[start : start + size]
+        unique = list(dict.fromkeys(query for i in batch for query in queries[i]))
+        found = dict(zip(unique, retriever.search(unique, top_k), strict=True))
+        for i in batch:
+            results = [found[query][:top_k] for query in queries[i]]
+            ranks[i] = find_ranks(rows[i], results, others=before[:top_k])
+            before = results[0]
+    return [ranks[i] for i in range(len(rows))]
+
+
+def report(audit: Audit) -> None:
+    """Print the audit."""
+    console = Console()
+    curves = {name: curve for name in CURVES if (curve := getattr(audit, name)) is not None}
+    if curves:
+        last = max(len(curve.rates) for curve in curves.values())
+        shown = sorted({k for k in (1, 2, 3, 5, 10, 20, audit.num_passages, last) if k <= last})
+        table = Table("", "questions", *(f"k={k}" for k in shown), title="Found in the first k passages")
+        for name, curve in curves.items():
+            table.add_row(CURVES[name][0], str(curve.questions), *(f"{curve.rates[k - 1]:.3f}" for k in shown))
+        console.print(table)
+    table = Table("", "questions", "share", "examples", title="Golds that FOLR cannot use, or that say little")
+    for reason, name in {**REASONS, "chance": f"in {audit.num_passages} passages of another question"}.items():
+        entry = audit.unusable[reason]
+        examples = " | ".join(escape(short(example["gold"], 30)) for example in entry["examples"])
+        table.add_row(name, str(entry["questions"]), f"{entry['share']:.1%}", examples)
+    console.print(table)
+    table = Table("always answering", "exact match", title="Constant answers")
+    for answer, score in audit.constant_answers.items():
+        table.add_row(escape(short(answer, 60)), f"{score:.3f}")
+    console.print(table)
+    for line in verdict(audit):
+        console.print(Text(f"- {line}", style="yellow" if line.startswith("Warning") else ""))
+
+
+def plot(audit: Audit, path: Path, title: str) -> None:
+    """Draw the curves, the golds that FOLR cannot use, and the constant answers."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", width_ratios=(1, 0.85))
+    k = audit.num_passages
+    present = [(name, curve) for name in reversed(CURVES) if (curve := getattr(audit, name)) is not None]
+    curves = [(*CURVES[name], curve.rates) for name, curve in present]
+    height = -1.0
+    for i, (name, color, rates) in enumerate(sorted(curves, key=lambda curve: curve[2][-1])):
+        left.plot(range(1, len(rates) + 1), rates, color=color, linewidth=2.2, clip_on=False)
+        left.plot(k, rates[k - 1], "o", color=color, markersize=7, markeredgecolor="white", clip_on=False)
+        # Labels at the ends of the lines, pushed apart
+        height = min(max(rates[-1], height + 0.06), 1 - 0.06 * (len(curves) - 1 - i))
+        label = f"  {name} ({rates[k - 1]:.2f})"
+        left.text(len(rates), height, label, color=color, va="center")
+        left.set_xlim(0, len(rates))
+    left.set(title=f"Found in k passages (dots, numbers: k = {k})", ylim=(0, 1))
+    left.set(xlabel="k: passages of a search", ylabel="share of questions (recall: of passages)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+
+    constant = dict(list(audit.constant_answers.items())[:5])
+    names = [*REASONS.values(), *(f"“{short(answer, 28)}”" for answer in constant)]
+    rows = [*range(len(REASONS)), *(i + 0.5 for i in range(len(REASONS), len(names)))]
+    shares = [*(audit.unusable[reason]["share"] for reason in REASONS), *constant.values()]
+    bars = right.barh(rows, [100 * s for s in shares], color=["#e0a030"] * len(REASONS) + ["#8a8a8a"] * len(constant))
+    right.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4)
+    right.set_yticks(rows, names, parse_math=False)
+    right.invert_yaxis()
+    right.set(title="Golds FOLR cannot use, and constant answers", xlabel="share of questions (%)")
+    right.set_xlim(0, max(5.0, 115 * max(shares)))
+    labels = ("questions with such a gold", "exact match of this answer to all")
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "frameon": False, "fontsize": 9}
+    right.legend([bars[0], bars[-1]], labels, **place)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, axis="y" if axis is left else "x")
+        axis.set_axisbelow(True)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def short(text: str, width: int) -> str:
+    """The text in one line, cut where it is longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Audit the questions and the retriever of a command line."""
+    args = parse_arguments(arguments)
+    rows, passages = load_rows(args)
+    retriever: Retriever
+    if args.dataset == DEMO:
+        retriever = BM25Retriever(
+            passages, backend="bm25s" if args.retriever_backend == "bm25" else args.retriever_backend
+        )
+    else:
+        retriever = open_retriever(
+            corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend
+        )
+    audit = summarize(rows, search_all(rows, retriever, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
+    audit = replace(audit, about=vars(args))
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
+    plot(audit, folder / "audit.png", title=f"Audit of {len(rows)} questions: {Path(args.dataset).name}")
+    report(audit)
+    print(f"Written: {folder / 'audit.json'}, {folder / 'audit.png'}")

@@ -1,0 +1,316 @@
+"""Evaluate models on questions with golden answers: exact match, F1, what was found, and how sure all that is.
+
+    tspo evaluate --model my-search-agent --dataset benchmarks --retriever_url http://localhost:8000
+    tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset questions.jsonl --corpus passages.jsonl
+    tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset hotpotqa ...
+    tspo evaluate --compare runs/evaluation/base runs/evaluation/trained
+
+A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with OpenAI's
+interface. A data set is one of the seven benchmarks (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle; all
+of them: benchmarks), a file with 'question' and 'golden_answers' (JSONL, JSON, CSV, parquet), or a data set on the Hub. Both may
+be given as NAME=WHERE. Kill it at any moment: the same command goes on where it was.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
+
+from .. import (
+    BENCHMARKS,
+    CachedRetriever,
+    EvaluationResults,
+    Retriever,
+    SearchAgent,
+    compare_results,
+    evaluate,
+    load_benchmark,
+    load_questions,
+    open_retriever,
+)
+from ..engines.endpoint import EndpointError
+from ..evaluation.evaluate import EvaluationStopped
+from ..evaluation.folder import model_fingerprint
+from ..evaluation.tables import comparison_table, results_table
+from ..rollout.limits import SearchLimits
+
+ALL = "benchmarks"
+API_KEY = "OPENAI_API_KEY"
+SEARCH_LIMITS = tuple(limit.name for limit in fields(SearchLimits))
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what is evaluated")
+    add = group.add_argument
+    add(
+        "--model",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="one or several models; the others are compared with the first",
+    )
+    add("--endpoint", metavar="URL", help=f"a server that has the models; its API key is read from {API_KEY}")
+    add(
+        "--tokenizer",
+        help="tokenizer of the endpoint's model: a folder or a name on the Hub (default: the model's name)",
+    )
+    add("--base_model", help="base model of an adapter (default: the one that it names)")
+    add("--dtype", default="auto", help="type of the weights (default: %(default)s)")
+    add("--device", help="(default: the accelerator if there is one)")
+    group = parser.add_argument_group("questions")
+    add = group.add_argument
+    add("--dataset", nargs="+", metavar="[NAME=]DATASET", help=f"one or several data sets, or '{ALL}': all seven")
+    add("--split", help="split of data sets that have several")
+    add(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="columns of other names: golden_answers=answers.text",
+    )
+    add("--max_questions", type=int, metavar="N", help="draw N questions of each data set (default: all)")
+    group = parser.add_argument_group("what is searched in: one for all data sets, or one for each in their order")
+    add = group.add_argument
+    add("--corpus", nargs="+", help="a JSONL file of passages")
+    add("--index", nargs="+", help="a saved index instead of, or of, the corpus")
+    add("--retriever_url", nargs="+", metavar="URL", help="a retrieval server instead")
+    add("--retriever_backend", default="bm25", help="bm25, rank_bm25 or lucene (default: %(default)s)")
+    group = parser.add_argument_group("rollouts (search settings default to the model's search_config.json)")
+    add = group.add_argument
+    for limit in fields(SearchLimits):
+        add(f"--{limit.name}", type=int, metavar="N", help=limit.metadata["help"])
+    add("--protocol", choices=("tags", "tool_call"), help="how actions are written")
+    add("--prompt_template", help="what prompts are written from, with '{question}' in it")
+    add("--num_samples", type=int, default=1, metavar="N", help="rollouts of a question (default: %(default)s)")
+    add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 1 for several)")
+    add("--batch_size", type=int, help="rollouts at a time (default: 64, at an endpoint 256)")
+    add("--max_requests", type=int, default=64, help="requests to an endpoint at a time (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of drawing questions and of sampling (default: %(default)s)")
+    group = parser.add_argument_group("results")
+    add = group.add_argument
+    add("--scorer", default="tspo", choices=("tspo", "search_r1"), help="search_r1: also score as Search-R1 does")
+    add("--output_dir", default="runs/evaluation", metavar="OUT", help="(default: %(default)s)")
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two evaluations instead: folders of models in OUT")
+    args = parser.parse_args(arguments)
+    if args.compare:
+        if args.model or args.dataset:
+            parser.error("--compare reads what was evaluated: it goes without --model and --dataset")
+        return args
+    for name in ("model", "dataset"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is required")
+    for name in ("num_samples", "batch_size", "max_questions", "max_requests"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.num_samples == 1 else 1.0
+    if args.temperature < 0:
+        parser.error(f"--temperature must not be negative, got {args.temperature}")
+    if args.temperature == 0 and args.num_samples > 1:
+        parser.error(f"--num_samples {args.num_samples} at --temperature 0 would be the same rollout each time")
+    if args.endpoint and args.base_model:
+        parser.error("--base_model is of adapters that are loaded here, not of an --endpoint")
+    args.batch_size = args.batch_size or (256 if args.endpoint else 64)
+    try:
+        args.model = dict(_named(spec) for spec in args.model)
+        args.columns = dict(_pair(spec, "--columns") for spec in args.columns)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _pair(spec: str, option: str) -> tuple[str, str]:
+    ours, separator, theirs = spec.partition("=")
+    if not (ours and separator and theirs):
+        raise ValueError(f"{option} must be like OURS=THEIRS, got {spec!r}")
+    return ours, theirs
+
+
+def _named(spec: str) -> tuple[str, str]:
+    """A name, which becomes a folder, and what has it."""
+    name, separator, where = spec.partition("=")
+    if not separator or "/" in name or "\\" in name:
+        name, where = Path(spec.rstrip("/")).name, spec
+        if Path(where).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            name = Path(where).stem
+    return re.sub(r"[^\w.@+-]", "_", name).lstrip(".") or "model", where
+
+
+def load_datasets(args: argparse.Namespace) -> tuple[dict[str, Dataset], dict[str, int], dict[str, str]]:
+    """The data sets by name, which of the options each comes from, and what is to be said about it."""
+    specs = [name for spec in args.dataset for name in (BENCHMARKS if spec == ALL else [spec])]
+    datasets: dict[str, Dataset] = {}
+    places: dict[str, int] = {}
+    notes: dict[str, str] = {}
+    options: dict[str, Any] = {"max_questions": args.max_questions, "seed": args.seed}
+    for place, spec in enumerate(specs):
+        name, where = _named(spec)
+        if Path(where).exists() or "/" in where or Path(where).suffix:
+            dataset = load_questions(where, split=args.split, columns=args.columns or None, **options)
+        else:
+            dataset = load_benchmark(where, **options)
+            if BENCHMARKS[where.lower()].note:
+                notes[name] = BENCHMARKS[where.lower()].note
+        parts = by_source(name, dataset)
+        if taken := [part for part in parts if part in datasets]:
+            raise ValueError(f"--dataset: two are called {taken[0]!r}. Name them: NAME={where}.")
+        datasets |= parts
+        places |= dict.fromkeys(parts, place)
+    return datasets, places, notes
+
+
+def by_source(name: str, dataset: Dataset) -> dict[str, Dataset]:
+    """The parts of a mixed data set, each a data set of its own."""
+    rows: dict[str, list[int]] = {}
+    for i, source in enumerate(dataset["data_source"]):
+        rows.setdefault(str(source), []).append(i)
+    if len(rows) == 1:
+        return {name: dataset}
+    return {re.sub(r"[^\w.@+-]", "_", f"{name}-{source}"): dataset.select(part) for source, part in rows.items()}
+
+
+def open_retrievers(args: argparse.Namespace, places: dict[str, int]) -> dict[str, Retriever]:
+    """The retriever of each data set."""
+    count = len(set(places.values()))
+    given: list[dict[str, str | None]] = [{} for _ in range(count)]
+    for option, key in (("corpus", "corpus"), ("index", "index"), ("retriever_url", "url")):
+        values = getattr(args, option) or [None]
+        if len(values) not in (1, count):
+            raise ValueError(
+                f"--{option}: give one for all data sets, or one for each of the {count}, got {len(values)}."
+            )
+        for i in range(count):
+            given[i][key] = values[i] if len(values) == count else values[0]
+    opened: dict[tuple[str | None, ...], Retriever] = {}
+    for options in given:
+        if not any(options.values()):
+            raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
+        if (which := tuple(options.values())) not in opened:
+            retriever = CachedRetriever(open_retriever(**options, backend=args.retriever_backend))
+            retriever.search(["test"], k=1)  # a server that does not answer is an error now
+            opened[which] = retriever
+    return {name: opened[tuple(given[place].values())] for name, place in places.items()}
+
+
+def load_agent(args: argparse.Namespace, where: str, retriever: Retriever) -> tuple[SearchAgent, dict[str, Any]]:
+    """A model, and what is written down about it."""
+    names = (*SEARCH_LIMITS, "protocol", "prompt_template")
+    settings = {name: value for name in names if (value := getattr(args, name)) is not None}
+    sampling = {"do_sample": args.temperature > 0, "temperature": args.temperature or 1.0}
+    about: dict[str, Any] = {"model": where, "temperature": args.temperature}
+    if args.endpoint:
+        agent = SearchAgent.from_endpoint(
+            args.endpoint,
+            where,
+            tokenizer=args.tokenizer or where,
+            retriever=retriever,
+            temperature=args.temperature,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            max_requests=args.max_requests,
+            api_key=os.environ.get(API_KEY),
+            **settings,
+        )
+        return agent, about | {"endpoint": args.endpoint, "tokenizer": args.tokenizer or where}
+    agent = SearchAgent.from_pretrained(
+        where,
+        retriever=retriever,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        base_model=args.base_model,
+        **sampling,
+        **settings,
+    )
+    about |= {"fingerprint": model_fingerprint(where), "dtype": args.dtype}
+    return agent, about | ({"base_model": args.base_model} if args.base_model else {})
+
+
+def evaluate_model(
+    args: argparse.Namespace,
+    where: str,
+    datasets: dict[str, Dataset],
+    retrievers: dict[str, Retriever],
+    output_dir: Path,
+    about: dict[str, Any],
+) -> EvaluationResults:
+    """Evaluate a model and let it go."""
+    agent, of_model = load_agent(args, where, next(iter(retrievers.values())))
+    return evaluate(
+        agent,
+        datasets,
+        output_dir,
+        retrievers=retrievers,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        scorer=args.scorer,
+        about=of_model | about,
+    )
+
+
+def compare_models(
+    first: EvaluationResults, second: EvaluationResults, names: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    comparison = compare_results(first, second)
+    return comparison, comparison_table(comparison, *names)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate the models of a command line, or compare two evaluations."""
+    try:
+        run(parse_arguments(arguments))
+    except (EvaluationStopped, EndpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and compare as asked."""
+    if args.compare:
+        names = [str(Path(path).parent.name if Path(path).is_file() else Path(path).name) for path in args.compare]
+        if names[0] == names[1]:
+            names = list(args.compare)
+        first, second = (EvaluationResults.load(path) for path in args.compare)
+        _, text = compare_models(first, second, names)
+        print(text)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "It runs as one process. For several GPUs, serve the model on all of them and give its --endpoint."
+        )
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    output_dir = Path(args.output_dir)
+    datasets, places, notes = load_datasets(args)
+    retrievers = open_retrievers(args, places)
+    about = {"notes": notes} if notes else {}
+    results: dict[str, EvaluationResults] = {}
+    for name, where in args.model.items():
+        if len(args.model) > 1:
+            print(f"Model {name}: {where}", file=sys.stderr)
+        results[name] = evaluate_model(args, where, datasets, retrievers, output_dir / name, about)
+        gc.collect()  # the next model needs the room
+        torch.cuda.empty_cache()
+    parts = [results_table({name: result.summary() for name, result in results.items()})]
+    for note in dict.fromkeys(notes.values()):
+        parts.append(f"{', '.join(name for name in notes if notes[name] == note)}: {note}")
+    base = next(iter(results))
+    for name in list(results)[1:]:
+        comparison, text = compare_models(results[base], results[name], (base, name))
+        parts.append(f"{name} compared with {base}:\n\n{text}")
+        file = output_dir / f"{base}-{name}.json"
+        file.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = "\n\n".join(parts)
+    (output_dir / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(f"\nWritten: {output_dir / 'results.md'}, and for each model results.json, scores and trajectories beside it")
