@@ -1,12 +1,13 @@
-"""Write docs/configuration.md from the docstring of `TSPOConfig`. `make docs` runs it; a test says if it was forgotten."""
+"""Write docs/configuration.md from the docstrings of `TSPOConfig` and `SearchLimits`. `make docs` runs it."""
 
 import ast
 import re
 from inspect import cleandoc
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parent.parent
-SOURCE, PAGE = ROOT / "src" / "tspo_trl" / "training" / "config.py", ROOT / "docs" / "configuration.md"
+PACKAGE, PAGE = ROOT / "src" / "tspo_trl", ROOT / "docs" / "configuration.md"
 HEADER = """\
 # Configuration
 
@@ -14,24 +15,32 @@ Every option that `TSPOConfig` adds to TRL's `GRPOConfig`. All of `GRPOConfig` a
 types, KL, LoRA, vLLM, checkpoints, `push_to_hub`. In Python, `TSPOConfig(max_searches=2)`; with `recipes/train.py`, the flag
 `--max_searches 2` or the line `max_searches: 2` of a YAML file.
 
-This page is written by `docs/write_configuration.py` from the docstring of `TSPOConfig`.
+This page is written by `docs/write_configuration.py` from the docstrings of `TSPOConfig` and `SearchLimits`.
 """
 OPTION = re.compile(r"^(\w+) \((.*)\):$")
+LIMITS = re.compile(
+    r"^[\w, ]+:\n +The limits of the search loop.*\n", re.MULTILINE
+)  # where those of `SearchLimits` belong
 
 
-def write_page(source: str) -> str:
+def write_page(config_source: str, limits_source: str) -> str:
     """
     The page as Markdown.
 
     Args:
-        source (`str`):
-            The code of config.py. It is parsed and not imported, so that the site needs no torch.
+        config_source (`str`):
+            The code of training/config.py. It is parsed and not imported, so that the site needs no torch.
+        limits_source (`str`):
+            The code of rollout/limits.py.
     """
-    (config,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TSPOConfig")
-    _, _, parameters = cleandoc(ast.get_docstring(config) or "").partition("Parameters:\n")
+    _, _, parameters = _docstring(config_source, "TSPOConfig").partition("Parameters:\n")
     parameters, _, note = parameters.partition("\n> [!NOTE]\n")
+    _, _, limits = _docstring(limits_source, "SearchLimits").partition("Args:\n")
+    limits, _, _ = limits.partition("\nRaises:")
+    parameters, count = LIMITS.subn(lambda _: dedent(limits), dedent(parameters))
+    assert count == 1, "the docstring of `TSPOConfig` does not say where the limits belong"
     lines = [HEADER]
-    for line in cleandoc(parameters).splitlines():
+    for line in parameters.splitlines():
         if line.startswith("> Parameters that control "):
             lines += ["## " + line.removeprefix("> Parameters that control ").capitalize(), ""]
         elif option := OPTION.match(line):
@@ -50,5 +59,16 @@ def write_page(source: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def _docstring(source: str, name: str) -> str:
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return cleandoc(ast.get_docstring(found) or "")
+
+
+def write_current_page() -> str:
+    """The page of the code as it is."""
+    sources = (PACKAGE / "training" / "config.py", PACKAGE / "rollout" / "limits.py")
+    return write_page(*(source.read_text(encoding="utf-8") for source in sources))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(write_page(SOURCE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(write_current_page(), encoding="utf-8")

@@ -6,6 +6,7 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 from tspo_trl import TSPOConfig
+from tspo_trl.rollout.limits import SearchLimits
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def test_every_option_has_a_help_text_and_a_place_in_the_docstring():
     assert len(own) > 10
     for option in own:
         assert option.metadata.get("help")
-        assert f"{option.name} (`" in TSPOConfig.__doc__
+        described = SearchLimits if option.name in SearchLimits.__dataclass_fields__ else TSPOConfig
+        assert f"{option.name} (`" in described.__doc__
+        assert option.name in TSPOConfig.__doc__
 
 
 def test_options_of_grpo_keep_their_defaults(make, tmp_path):
