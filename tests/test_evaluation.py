@@ -25,7 +25,6 @@ from tspo_trl import (
     Trajectory,
     compare_results,
     evaluate,
-    evaluation,
     read_rollouts,
 )
 from tspo_trl.engines.base import BatchEngine, Generation
@@ -414,7 +413,7 @@ def test_trajectories_of_one_batch_are_in_memory_at_a_time(tmp_path, scripted, m
         gc.collect()
         alive.append(sum(isinstance(thing, Trajectory) for thing in gc.get_objects()))
 
-    monkeypatch.setattr(evaluation, "append_rollouts", append_and_count)
+    monkeypatch.setattr("tspo_trl.evaluation.evaluate.append_rollouts", append_and_count)
     data = Dataset.from_list([{"question": "Who wrote Distant?", "golden_answers": ["x"]}] * 20)
     gc.collect()  # what other tests have left
     before = sum(isinstance(thing, Trajectory) for thing in gc.get_objects())

@@ -166,7 +166,7 @@ def test_resuming_with_accumulated_generations(make_run, retriever, options):
     down = Down()
     down.down = True
     stopped = make_run("stopped", down, **options)
-    with pytest.raises(RetrievalError, match="goes on from here"):
+    with pytest.raises(RetrievalError, match="continues from here"):
         stopped.train()
     assert 0 < stopped.state.global_step < 6
     resumed = make_run("stopped", retriever, **options)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tspo_trl import vllm_engines
+from tspo_trl.engines import vllm as vllm_engines
 from tspo_trl.engines.vllm import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
 
 
@@ -229,7 +229,7 @@ WORKER = """
 import sys
 from types import SimpleNamespace
 import torch.distributed as dist
-from tspo_trl import vllm_engines
+from tspo_trl.engines import vllm as vllm_engines
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -270,7 +270,7 @@ def test_processes_that_share_a_model_keep_step_until_all_are_done(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    source = str(Path(vllm_engines.__file__).parents[1])
+    source = str(Path(vllm_engines.__file__).parents[2])
     result = subprocess.run(
         [*launcher, str(script)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
