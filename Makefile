@@ -38,7 +38,7 @@ $(VENV)/.lucene: $(VENV)/.installed
 	touch $@
 
 test-lucene: $(VENV)/.lucene
-	$(BIN)/pytest tests/test_lucene.py $(ARGS)
+	$(BIN)/pytest tests/retrieval/test_lucene.py $(ARGS)
 
 # Beside the environment, because on a CPU every import of it complains
 $(VENV)/quantization/.installed: $(VENV)/.installed
@@ -46,19 +46,19 @@ $(VENV)/quantization/.installed: $(VENV)/.installed
 	touch $@
 
 test-quantization: $(VENV)/quantization/.installed
-	PYTHONPATH=$(VENV)/quantization $(BIN)/pytest tests/test_quantization.py $(ARGS)
+	PYTHONPATH=$(VENV)/quantization $(BIN)/pytest tests/training/test_quantization.py $(ARGS)
 
 # In an environment of its own: vLLM pins other versions of transformers and more
-$(VENV)-vllm/.installed: tests/vllm_on_cpu/requirements.txt pyproject.toml
+$(VENV)-vllm/.installed: tests/helpers/vllm_on_cpu/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/pip install --quiet $(shell grep '^torch==' constraints.txt)
-	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_on_cpu/requirements.txt
+	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/helpers/vllm_on_cpu/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/pytest tests/test_vllm.py $(ARGS)
+	$(VENV)-vllm/bin/pytest tests/engines/test_vllm.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

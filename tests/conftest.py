@@ -10,13 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 
+from helpers.limits import LIMITS
 from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_model, make_tokenizer, make_world, supervise
 from tspo_trl.demo.warmup import demonstrate_world
 
 torch.set_num_threads(1)  # the tests run in several processes
-
-LIMITS = {"max_searches": 3, "num_passages": 2, "max_turn_tokens": 12, "max_observation_tokens": 48}
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,15 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from test_tool_call import TOKENIZERS
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.chats import TOKENIZERS
+from helpers.limits import LIMITS
 from tspo_trl import BM25Retriever, SearchAgent, SearchConfig, TagProtocol, TSPOConfig, __version__
 from tspo_trl.demo import make_tokenizer
 from tspo_trl.rollout.search_config import PROTOCOLS, ProtocolName
 from tspo_trl.sharing.mixin import keep_from_hub
 from tspo_trl.training.datasets import find_prompt_template
-
-LIMITS = {"max_searches": 3, "num_passages": 2, "max_turn_tokens": 12, "max_observation_tokens": 48}
 
 
 @pytest.fixture(scope="module")

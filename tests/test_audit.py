@@ -5,16 +5,15 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from helpers.paths import ROOT
 from tspo_trl import BM25Retriever, Passage, load_corpus
 from tspo_trl.audit import Curve, Ranks, constant_answers, find_ranks, first_rank, summarize, unusable_reason, verdict
 from tspo_trl.scoring import contains_answer, normalize_answer
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "audit.py"
 SAMPLE = ROOT / "tests" / "data" / "hotpotqa"
 

@@ -9,21 +9,20 @@ import subprocess
 import sys
 from dataclasses import MISSING, fields
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from test_tool_call import make_chat
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, ModelConfig
 
+from helpers.chats import make_chat
+from helpers.paths import ROOT
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol, TSPOConfig
 from tspo_trl.rollout.facts import RolloutFacts
 from tspo_trl.rollout.stats import RolloutStats
 from tspo_trl.training.collapse import WATCHES
 from tspo_trl.training.metrics import retrieval_facts, retrieval_metrics, rollout_metrics
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 

@@ -1,14 +1,15 @@
 """The notebooks run from the first cell to the last, and what is committed of them is presentable."""
 
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from filelock import FileLock
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+from helpers.paths import ROOT
+
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = ["quickstart", "inspect_rollouts", "your_own_data"]
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 from httpx2 import Client
-from servers import Server
+
+from helpers.servers import Server
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,261 @@
+"""The study of turn credit: its arms, its regimes, its arithmetic, and a run of it on little."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.study.__main__ import BEGIN, DOCS, END, RESULTS, insert, plan, read_results
+from benchmarks.study.analysis import (
+    half_of_the_error,
+    largest_drop,
+    mean_interval,
+    mean_interval_of_regimes,
+    running_mean,
+    steps_to,
+    summarize,
+)
+from benchmarks.study.arms import ARMS, GRPO, TSPO, TSPO_SETTINGS, TwoSegmentTrainer, near_miss_reward
+from benchmarks.study.cells import HELDOUT, Cell
+from benchmarks.study.regimes import REGIMES, ZONES, mislead, study_tokenizer
+from benchmarks.study.report import arrange, choice_table, markdown, paired, summaries, table
+from helpers.paths import ROOT
+from tspo_trl import Passage, Trajectory, TSPOConfig, Turn
+from tspo_trl.demo import make_world
+from tspo_trl.scoring import contains_answer
+
+nan = math.nan
+
+
+def two_segments(outcomes, occurrence, turns, size):
+    return TwoSegmentTrainer.compute_turn_advantages(
+        None,
+        torch.tensor(outcomes),
+        torch.tensor(occurrence),
+        torch.tensor(turns),
+        num_generations=size,
+        success_threshold=1.0,
+    )
+
+
+def test_two_segments_credit_the_first_turn_with_its_result_and_all_turns_with_the_outcome():
+    rewards, advantages, used = two_segments([1.0, 0.0], [-1, 0], [1, 3], 2)
+    one = 0.5 / (math.sqrt(0.5) + 1e-4)
+    # The first is right and found nothing, the second is wrong and found it: of the first turn nothing is left
+    torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0, 0.0], [0.0, -one, -one]]))
+    torch.testing.assert_close(rewards, torch.tensor([[1.0, nan, nan], [1.0, 0.0, 0.0]]), equal_nan=True)
+    assert used.all()
+
+
+def test_two_segments_leave_unscorable_rollouts_out():
+    _, advantages, _ = two_segments([0.0, 0.0, nan], [0, -1, 0], [2, 2, 2], 3)
+    one = 0.5 / (math.sqrt(0.5) + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([[one, 0.0], [-one, 0.0], [0.0, 0.0]]))
+
+
+def make_trajectory(answer, texts):
+    turns = [
+        Turn(token_ids=[1], action="search", passages=[Passage("0", "", text)] if text else [], retrieval="ok")
+        for text in texts
+    ]
+    if answer is not None:
+        turns.append(Turn(token_ids=[2], action="answer", content=answer))
+    return Trajectory(prompt_ids=[0], turns=turns, status="no_answer" if answer is None else "answered")
+
+
+def test_a_near_miss_has_found_the_answer_and_not_given_it():
+    trajectories = [
+        make_trajectory("Rome", ["Rome is old"]),
+        make_trajectory("Oslo", [None, "Rome is old"]),
+        make_trajectory("Oslo", ["Oslo is cold"]),
+        make_trajectory(None, ["yes"]),  # a degenerate gold
+    ]
+    golds = [["Rome"], ["Rome"], ["Rome"], ["yes"]]
+    assert near_miss_reward(trajectories, golds) == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_the_arms_differ_from_tspo_in_what_their_names_say():
+    settings = {name: TSPO_SETTINGS | arm.settings for name, arm in ARMS.items()}
+    assert settings[TSPO] == TSPO_SETTINGS
+    for name, options in settings.items():
+        TSPOConfig(output_dir="unused", use_cpu=True, **options)
+        changed = {key for key in TSPO_SETTINGS if options[key] != TSPO_SETTINGS[key]}
+        assert len(changed) == (0 if name == TSPO else 1)
+    assert all(arm.same_as in ARMS and arm.regimes for arm in ARMS.values() if arm.same_as or arm.regimes)
+
+
+def test_the_defaults_of_the_library_are_those_of_the_study():
+    defaults = TSPOConfig(output_dir="unused", use_cpu=True)
+    assert {name: getattr(defaults, name) for name in TSPO_SETTINGS} == TSPO_SETTINGS
+
+
+def test_the_control_puts_answers_everywhere_and_keeps_the_facts():
+    world = make_world(3)
+    control = mislead(world, 3)
+    assert mislead(world, 3) == control
+    assert mislead(world, 4) != control
+    texts = {p.title: p.text for p in control.passages}
+    for questions in (control.train_questions, control.heldout_questions):
+        assert {q.kind for q in questions} == {"country", "language", "zone"}
+        for question in questions:
+            assert contains_answer(texts[question.queries[-1]], [question.answer])
+        found = [contains_answer(text, [question.answer]) for question in questions[:50] for text in texts.values()]
+        assert 0.05 < np.mean(found) < 0.3
+    plain = {p.title: p.text for p in world.passages}
+    assert all(texts[title].startswith(text) for title, text in plain.items())
+    zones = {q.answer for q in control.train_questions if q.kind == "zone"}
+    assert zones == set(ZONES)
+
+
+def test_the_tokenizer_knows_every_word_of_the_control():
+    tokenizer = study_tokenizer()
+    control = mislead(make_world(0), 0)
+    texts = [p.text for p in control.passages] + [str(q.row()["prompt"]) for q in control.train_questions]
+    assert tokenizer.unk_token_id not in {token for text in texts for token in tokenizer(text)["input_ids"]}
+
+
+def test_running_mean_and_what_is_read_from_it():
+    rising = [0.0] * 8 + [1.0] * 8
+    np.testing.assert_allclose(running_mean([1, 2, 3, 4], window=2), [1, 1.5, 2.5, 3.5])
+    assert steps_to(rising, 0.5) == 12
+    assert steps_to(rising, 1.0) == 16
+    assert steps_to(rising, 0.0) == 8  # the first full mean
+    assert steps_to(rising, 1.1) is None
+    assert steps_to([1.0] * 7, 0.5) is None
+    assert largest_drop(rising) == 0.0
+    assert largest_drop(rising[::-1]) == pytest.approx(1.0)
+    assert largest_drop(rising + [0.0] * 4) == pytest.approx(0.5)
+
+
+def test_intervals_hold_the_mean_and_are_of_the_seeds():
+    assert mean_interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
+    mean, low, high = mean_interval([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert mean == pytest.approx(0.2)
+    assert 0.0 <= low < 0.1 < 0.3 < high <= 0.4
+    mean, low, high = mean_interval_of_regimes([[0.0, 0.2], [1.0, 1.0, 1.0]])
+    assert (mean, low, high) == pytest.approx((0.55, 0.5, 0.6))
+
+
+def make_cell(regime, arm, seed, em, **curves):
+    steps = len(em)
+    zeros = [0.0] * steps
+    names = ("em", "hit", "near_miss", "all_wrong", "rescued", "no_signal", "searches", "entropy")
+    values = {name: list(curves.get(name, zeros)) for name in names} | {"em": list(em)}
+    before, after = (dict.fromkeys(HELDOUT, value) for value in (0.2, em[-1]))
+    return {
+        "regime": regime, "arm": arm, "seed": seed, "steps": steps, "seconds": 2.0 * steps,
+        "before": before, "after": after, "curves": values,
+    }  # fmt: skip
+
+
+def make_cells():
+    return [
+        make_cell(regime, arm, seed, [gain * (seed + 1) * 0.1] * 10, all_wrong=[0.5] * 10, rescued=[0.25] * 10)
+        for regime in ("weak", "misleading")
+        for arm, gain in (("grpo", 1), ("tspo", 2))
+        for seed in (1, 0)
+    ]
+
+
+def test_a_cell_in_numbers():
+    cell = make_cell("weak", "tspo", 0, [0.1] * 8 + [0.9] * 8, all_wrong=[1.0, 0.0] * 8, rescued=[0.5, 0.0] * 8)
+    summary = summarize(cell, 0.6)
+    assert (summary.em, summary.area, summary.steps) == (0.9, pytest.approx(0.5), 13)
+    assert (summary.all_wrong, summary.rescued, summary.seconds) == (0.5, 0.5, 2.0)
+    assert math.isnan(summarize(make_cell("weak", "tspo", 0, [1.0] * 8), 0.6).rescued)
+    assert half_of_the_error([cell]) == 0.6
+
+
+def test_arms_are_compared_seed_by_seed():
+    results = arrange(make_cells())
+    numbers = summaries(results["weak"])
+    assert paired(numbers["tspo"], numbers["grpo"]) == pytest.approx([0.1, 0.2])
+    del numbers["tspo"][0]
+    assert paired(numbers["tspo"], numbers["grpo"]) == pytest.approx([0.2])
+
+
+def test_every_arm_and_regime_that_was_run_is_in_the_tables():
+    results = arrange(make_cells())
+    assert list(results) == ["weak", "misleading"]
+    # Without a gold that the guard leaves out, no guard is the same; in the control it was not run
+    assert list(results["weak"]) == ["grpo", "tspo", "no_guard"]
+    assert results["weak"]["no_guard"] == results["weak"]["tspo"]
+    assert list(results["misleading"]) == ["grpo", "tspo"]
+    page = markdown(results)
+    for regime in results:
+        assert REGIMES[regime].title.capitalize() in page
+    grpo, tspo = (line for line in table(results, "misleading").splitlines() if line.startswith(("| GRPO", "| TSPO")))
+    assert grpo.split("|")[5:7] == ["  ", "  "]
+    assert "+0.150 [+0.100, +0.200] | 2/2" in tspo
+    assert "0.50 | 0.50 | 2.00" in tspo
+    (line,) = (line for line in choice_table(results).splitlines() if line.startswith("| GRPO |"))
+    assert line.count("-0.150") == 3  # two regimes and their mean
+
+
+def test_a_plan_goes_seed_by_seed_and_runs_nothing_twice():
+    cells = plan(["weak", "misleading"], ["tspo", "no_guard"], 2)
+    assert cells == [
+        Cell(regime, arm, seed)
+        for seed in (0, 1)
+        for regime, arm in (("weak", "tspo"), ("misleading", "tspo"), ("misleading", "no_guard"))
+    ]
+    whole = plan(REGIMES, ARMS, 5)
+    assert len(set(whole)) == len(whole) == 5 * (len(REGIMES) * (len(ARMS) - 1) + 1)
+
+
+def test_tables_go_between_their_marks():
+    page = f"text\n{BEGIN}old\n{END}more\n"
+    assert insert(page, "new") == f"text\n{BEGIN}\nnew\n{END}more\n"
+    assert insert(insert(page, "new"), "newer") == insert(page, "newer")
+
+
+def test_the_committed_results_are_whole_and_the_page_shows_them():
+    cells = read_results(RESULTS)
+    assert {(c["regime"], c["arm"], c["seed"]) for c in cells} == {
+        (c.regime, c.arm, c.seed) for c in plan(REGIMES, ARMS, 5)
+    }
+    assert len({json.dumps(c["scale"]) for c in cells}) == 1
+    for cell in cells:
+        assert {len(curve) for curve in cell["curves"].values()} == {cell["steps"]} == {REGIMES[cell["regime"]].steps}
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
+    assert insert(page, markdown(arrange(cells))) == page
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_goes_on_where_it_was(tmp_path, policy_dir):
+    """A tiny study whose policy is already there, stopped after one arm."""
+    root = ROOT
+
+    def study(*arguments):
+        command = [
+            sys.executable, "-m", "benchmarks.study", "--regimes", "nearly_solved", "--seeds", "1", "--steps", "0.05",
+            "--heldout", "8", "--processes", "1", "--folder", str(tmp_path), *arguments,
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+
+    (tmp_path / "policies").mkdir()
+    regime = REGIMES["nearly_solved"]
+    for name in ("strong-0", f"plain_world-0-{regime.wrong_query}-{regime.wrong_answer}"):
+        (tmp_path / "policies" / name).symlink_to(policy_dir)
+    first = study("--arms", GRPO)
+    assert first.returncode == 0, first.stderr[-3000:]
+    cell = tmp_path / "cells" / "nearly_solved" / "grpo-0.json"
+    written = cell.stat().st_mtime_ns
+    second = study("--arms", GRPO, "two_segment")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert cell.stat().st_mtime_ns == written
+    assert "1/1 cells: nearly_solved, two_segment, seed 0" in second.stdout
+    assert "two segments" in second.stdout
+    assert (tmp_path / "tables.md").read_text() in second.stdout
+    for name in ("curves.png", "differences.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    found = json.loads(cell.read_text())
+    assert found["steps"] == 2
+    assert all(0 <= value <= 1 for value in found["curves"]["em"])
+    other = study("--arms", GRPO, "--heldout", "9")
+    assert other.returncode == 1
+    assert "Use another `--folder`" in other.stderr

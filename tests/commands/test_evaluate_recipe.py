@@ -1,0 +1,145 @@
+"""`recipes/evaluate.py`, as a user runs it."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers.fake_endpoint import FakeEndpoint
+
+SETTINGS = ["--max_searches", "3", "--num_passages", "2", "--max_turn_tokens", "12", "--max_observation_tokens", "48"]
+PROMPT = ["--prompt_template", "Question: {question}\n"]
+
+
+@pytest.fixture
+def recipe():
+    return importlib.import_module("tspo_trl.commands.evaluate")
+
+
+@pytest.fixture
+def files(tmp_path, world):
+    """Questions of two sources in one file, of a third in another, and the passages."""
+
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(tmp_path / name)
+
+    def row(i, question, **more):
+        return {"id": f"q{i}", "question": question.text, "golden_answers": [question.answer], **more}
+
+    questions = world.heldout_questions
+    mixed = [row(i, q, data_source="people" if q.kind == "person" else "places") for i, q in enumerate(questions[:20])]
+    return {
+        "mixed": write("mixed.jsonl", mixed),
+        "other": write("other.jsonl", [row(i, q) for i, q in enumerate(questions[20:26])]),
+        "corpus": write("passages.jsonl", [{"id": p.id, "title": p.title, "text": p.text} for p in world.passages]),
+    }
+
+
+def test_models_are_evaluated_compared_and_compared_again(recipe, tmp_path, policy_dir, files, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "--model",
+        f"base={policy_dir}",
+        f"same={policy_dir}",
+        "--dataset",
+        files["mixed"],
+        f"rest={files['other']}",
+    ]
+    arguments += ["--corpus", files["corpus"], "--output_dir", str(out), *SETTINGS, *PROMPT]
+    recipe.main(arguments)
+    printed = capsys.readouterr().out
+    results = json.loads((out / "base" / "results.json").read_text())
+    assert set(results["datasets"]) == {"mixed-people", "mixed-places", "rest"}
+    assert sum(entry["questions"] for entry in results["datasets"].values()) == 26
+    assert results["model"] == policy_dir
+    assert results["data"]["rest"]["retriever"].startswith("bm25")
+    assert results["versions"]["tspo_trl"]
+    em = results["average"]["metrics"]["em"]
+    cell = re.escape(f"{em['mean']:.3f} [{em['low']:.3f}, {em['high']:.3f}]")
+    assert re.search(rf"\| \*\*average\*\* +\| base +\| {cell} \|", printed)
+    assert "same compared with base" in printed
+    assert re.search(r"\| EM +\| .* \+0.000 \[\+0.000, \+0.000\] \| +1.0000 \|", printed)
+    assert (out / "results.md").read_text().strip() in printed
+    assert (out / "base-same.json").is_file()
+
+    recipe.main(["--compare", str(out / "base"), str(out / "same" / "results.json")])
+    again = capsys.readouterr().out
+    assert again.strip() in printed
+    with pytest.raises(FileNotFoundError, match="Did you mean one of"):
+        recipe.main(["--compare", str(out), str(out / "same")])
+
+
+def test_a_subset_is_drawn_with_a_seed(recipe, tmp_path, policy_dir, files):
+    arguments = ["--model", policy_dir, "--dataset", f"few={files['mixed']}", "--max_questions", "10"]
+    arguments += ["--corpus", files["corpus"], *SETTINGS, *PROMPT]
+    for out in ("one", "two"):
+        recipe.main([*arguments, "--output_dir", str(tmp_path / out)])
+    model = Path(policy_dir).name
+    found = [json.loads((tmp_path / out / model / "results.json").read_text()) for out in ("one", "two")]
+    assert found[0] == found[1]
+    people = found[0]["datasets"]["few-people"]["questions"]
+    with open(files["mixed"]) as file:
+        whole = sum("people" in line for line in file)
+    assert abs(people - whole / 2) < 1
+
+
+def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
+    with FakeEndpoint(policy_dir) as server:
+        arguments = [
+            "--model",
+            "tiny",
+            "--endpoint",
+            server.url,
+            "--tokenizer",
+            policy_dir,
+            "--dataset",
+            files["other"],
+        ]
+        arguments += ["--corpus", files["corpus"], "--output_dir", str(tmp_path / "out"), *SETTINGS, *PROMPT]
+        recipe.main(arguments)
+    assert "| other (6)" in capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
+    assert about["endpoint"] == server.url
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "x.jsonl"], "--model is required"),
+        (["--model", "m"], "--dataset is required"),
+        (["--model", "m", "--dataset", "x.jsonl", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
+        (
+            ["--model", "m", "--dataset", "x", "--num_samples", "2", "--temperature", "0"],
+            "would be the same rollout each time",
+        ),
+        (["--model", "m", "--dataset", "x", "--temperature", "-1"], "--temperature must not be negative"),
+        (["--model", "m", "--dataset", "x", "--columns", "a"], "--columns must be like OURS=THEIRS, got 'a'"),
+        (["--compare", "a", "b", "--model", "m"], "goes without --model"),
+    ],
+)
+def test_bad_options_are_named(recipe, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "hotpot", "--corpus", "CORPUS"], "no benchmark 'hotpot'.* Did you mean 'hotpotqa'"),
+        (["--dataset", "nowhere.jsonl", "--corpus", "CORPUS"], "nowhere.jsonl"),
+        (["--dataset", "OTHER"], "Nothing to search in: give --corpus, --index or --retriever_url"),
+        (["--dataset", "OTHER", "x=OTHER", "y=OTHER", "--corpus", "CORPUS", "CORPUS"], "one for each of the 3, got 2"),
+        (["--dataset", "OTHER", "OTHER", "--corpus", "CORPUS"], "two are called 'other'"),
+    ],
+)
+def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, files, arguments, message):
+    known = {"CORPUS": files["corpus"], "OTHER": files["other"]}
+    for name, path in known.items():
+        arguments = [a.replace(name, path) for a in arguments]
+    options = ["--model", "nowhere", *arguments, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipe.main(options)

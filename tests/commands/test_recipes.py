@@ -1,0 +1,286 @@
+"""The recipes, run as a user runs them."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.paths import ROOT
+from helpers.servers import Server
+from tspo_trl import read_rollouts
+from tspo_trl.demo.warmup import LIMITS
+from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
+
+TRAIN = ROOT / "recipes" / "train.py"
+
+
+def launch(*arguments, timeout=1200):
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(TRAIN), *map(str, arguments)]
+    if hasattr(os, "sched_setaffinity"):  # one core: other tests run at the same time, and threads that wait cost most
+        core = max(os.sched_getaffinity(0))
+        command = [
+            sys.executable,
+            "-c",
+            f"import os, sys; os.sched_setaffinity(0, [{core}]); os.execv(sys.argv[1], sys.argv[1:])",
+            *command,
+        ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_search(tmp_path):
+    """The main job, as `make train` runs it."""
+    result = launch("--output_dir", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = dict(re.findall(r"│ ([A-Z][^│]*?) +│ +([\d.]+ │ +[\d.]+) │", result.stdout))
+    table = {name: [float(v) for v in values.split("│")] for name, values in rows.items()}
+    before, after = table["Exact match"]
+    assert before <= 0.10
+    assert after >= 0.60
+    assert table["Near miss (found, answered wrong)"][0] > before
+    assert table["Gold answer found (hit)"][1] > table["Gold answer found (hit)"][0]
+    assert table["Groups all wrong"][1] < table["Groups all wrong"][0]
+
+    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    prompt = tokenizer("Question: Who wrote Silent Harbor?\n", return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert "<search> Silent Harbor</search>" in tokenizer.decode(output[0])
+    rollouts = list(read_rollouts(tmp_path / "demo" / "trajectories" / "train-rank000.jsonl"))
+    assert len(rollouts) == 120 * 64
+
+
+@pytest.mark.slow
+def test_real_questions_and_passages(tmp_path):
+    config = ROOT / "recipes" / "configs" / "hotpotqa_sample.yaml"
+    result = launch("--config", config, "--output_dir", tmp_path / "hotpotqa")
+    assert result.returncode == 0, result.stderr[-4000:]
+    history = json.loads((tmp_path / "hotpotqa" / "trainer_state.json").read_text())["log_history"]
+    history = [entry for entry in history if "reward" in entry]
+    assert len(history) == 8
+    rollouts = list(read_rollouts(tmp_path / "hotpotqa" / "trajectories"))
+    assert len(rollouts) == 8 * 16
+    hits = 0
+    for step, entry in enumerate(history):
+        # Counted again from what was written down, without the code that logs
+        found, right = [], []
+        for rollout in (r for r in rollouts if r["step"] == step):
+            golds = [g for g in rollout["golden_answers"] if normalize_answer(g) not in ("", "yes", "no", "noanswer")]
+            golds = [g for g in golds if len(normalize_answer(g)) > 1]
+            passages = [p for turn in rollout["trajectory"].turns for p in turn.passages]
+            found.append(any(contains_answer(p.title, golds) or contains_answer(p.text, golds) for p in passages))
+            right.append(exact_match(rollout["trajectory"].answer, rollout["golden_answers"]))
+        assert entry["search/hit"] == pytest.approx(sum(found) / 16)
+        assert entry["reward"] == pytest.approx(sum(right) / 16)
+        hits += sum(found)
+    assert 0 < hits < 8 * 16
+
+
+@pytest.mark.slow
+def test_the_recipe_with_a_server_gives_the_rollouts_of_the_embedded_retriever(tmp_path, policy_dir):
+    options = [
+        "--model_name_or_path",
+        policy_dir,
+        "--max_steps",
+        2,
+        "--max_eval_questions",
+        4,
+        "--disable_tqdm",
+        "true",
+    ]
+    result = launch(*options, "--output_dir", tmp_path / "embedded")
+    assert result.returncode == 0, result.stderr[-4000:]
+    with Server("--corpus", "demo") as server:
+        result = launch(*options, "--output_dir", tmp_path / "server", "--retriever_url", server.url)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for name in ("train-rank000.jsonl", "eval-rank000.jsonl"):
+        embedded, served = (tmp_path / run / "trajectories" / name for run in ("embedded", "server"))
+        assert embedded.read_text() == served.read_text()
+        assert any(turn.passages for rollout in read_rollouts(served) for turn in rollout["trajectory"].turns)
+
+
+@pytest.fixture
+def recipe():
+    """The command as a module."""
+    return importlib.import_module("tspo_trl.commands.train")
+
+
+def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
+    """TRL logs None where there is nothing to average."""
+    shown = {}
+    progress = recipe.ShortProgress()
+    progress.training_bar = SimpleNamespace(set_postfix=shown.update)
+    logs = {"reward": None, "search/hit": 0.25}
+    progress.on_log(None, SimpleNamespace(is_world_process_zero=True), None, logs=logs)
+    assert shown == {"EM": "-", "hit": "0.25", "all wrong": "-"}
+    recipe.report({"eval_reward": None}, {"eval_reward": 0.5}, "Held-out questions")
+    assert re.search(r"Exact match +│ +- │ +0.500 │", capsys.readouterr().out)
+
+
+def parse(recipe, *arguments):
+    from trl import ModelConfig, TrlParser
+
+    from tspo_trl import TSPOConfig
+
+    parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
+    return parser.parse_args_and_config([*map(str, arguments), "--use_cpu", "true", "--bf16", "false"])[0]
+
+
+def write_questions(path, count, **more):
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"question": f"{path.stem} {i}?", "golden_answers": [str(i)], **more} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_one_or_several_data_sets_can_be_named(recipe, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("dataset_name: [a.jsonl, b.jsonl]\ndataset_columns:\n  question: query\neval_dataset_name: nq\n")
+    script_args = parse(recipe, "--config", config)
+    assert script_args.dataset_name == ["a.jsonl", "b.jsonl"]
+    assert script_args.dataset_columns == {"question": "query"}
+    assert script_args.eval_dataset_name == ["nq"]
+    script_args = parse(recipe, "--config", config, "--dataset_name", "c.jsonl", "--dataset_columns", '{"id": "n"}')
+    assert script_args.dataset_name == "c.jsonl"
+    assert script_args.dataset_columns == {"id": "n"}
+    with pytest.raises(ValueError, match="`dataset_columns` must be a JSON object, got 'question=query'"):
+        parse(recipe, "--dataset_columns", "question=query")
+
+
+def test_data_sets_to_train_and_evaluate_on(recipe, tmp_path):
+    a, b = write_questions(tmp_path / "a.jsonl", 6), write_questions(tmp_path / "b.jsonl", 4, n=1)
+    train, evaluated = recipe.load_datasets(parse(recipe, "--dataset_name", a, b, "--max_train_questions", 5))
+    assert train["data_source"][:] == ["a"] * 3 + ["b"] * 2
+    assert evaluated is None  # files have no test split
+
+    folder = tmp_path / "mine"
+    write_questions(folder / "train.jsonl", 3), write_questions(folder / "test.jsonl", 2)
+    train, evaluated = recipe.load_datasets(parse(recipe, "--dataset_name", folder, a, "--dataset_streaming", "true"))
+    assert [row["data_source"] for row in train][:4] == ["mine", "a", "mine", "a"]
+    assert [row["question"] for row in evaluated] == ["test 0?", "test 1?"]
+
+    options = ["--dataset_name", a, "--eval_dataset_name", folder, b, "--max_eval_questions", 2]
+    _, evaluated = recipe.load_datasets(parse(recipe, *options))
+    assert {name: len(dataset) for name, dataset in evaluated.items()} == {"mine": 2, "b": 2}
+    assert evaluated["mine"]["question"][:] == ["test 0?", "test 1?"]
+    with pytest.raises(ValueError, match="`eval_dataset_name`: two data sets are called 'b'"):
+        recipe.load_datasets(parse(recipe, "--dataset_name", a, "--eval_dataset_name", b, b))
+
+
+@pytest.mark.slow
+def test_every_data_set_is_reported(tmp_path, policy_dir, world):
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    rows = [question.row() for question in (*world.train_questions, *world.heldout_questions)]
+    asked = [{"query": row["question"], "answers": {"text": row["golden_answers"]}} for row in rows]
+    passages = write("passages.jsonl", [{"id": p.id, "title": p.title, "text": p.text} for p in world.passages])
+    options = {
+        "dataset_name": write("train.jsonl", asked[4:]),
+        "eval_dataset_name": [write("near.jsonl", asked[:2]), write("far.jsonl", asked[2:4])],
+        "dataset_columns": '{"question": "query", "golden_answers": "answers.text"}',
+        "corpus": passages,
+        "model_name_or_path": policy_dir,
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_searches": 3,
+        "max_turn_tokens": 12,
+        "max_observation_tokens": 48,
+        "max_completion_length": 160,
+        "gradient_checkpointing": "false",
+        "bf16": "false",
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "eval_far_hit",
+    }
+    arguments = [
+        item
+        for name, value in options.items()
+        for item in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    result = launch(*arguments)
+    assert result.returncode == 0, result.stderr[-4000:]
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    shown = re.findall(
+        r"(near|far) \(2, 4 sampled rollouts each\).*?Gold answer found \(hit\) +│ +([\d.]+) │",
+        result.stdout,
+        re.DOTALL,
+    )
+    start = {name: next(e for e in state["log_history"] if f"eval_{name}_hit" in e) for name in ("near", "far")}
+    assert shown == [(name, f"{start[name][f'eval_{name}_hit']:.3f}") for name in ("near", "far")]
+    best = max(e["eval_far_hit"] for e in state["log_history"] if "eval_far_hit" in e and e["step"] > 0)
+    assert state["best_metric"] >= best - 1e-9
+
+
+def test_the_demo_of_the_package_is_that_of_the_recipes(recipe):
+    assert recipe.DEMO_CONFIG.read_text() == (ROOT / "recipes" / "configs" / "demo.yaml").read_text()
+
+
+def test_the_paper_configurations_are_valid(recipe):
+    from trl import ModelConfig, TrlParser
+
+    from tspo_trl import TSPOConfig
+
+    configs = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+    assert len(configs) >= 4
+    for config in configs:
+        parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
+        overrides = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
+        script_args, training_args, model_args = parser.parse_args_and_config(overrides)
+        if config.name == "demo.yaml":  # the warm start practises with the budgets of the training
+            assert replace(SearchLimits.of(training_args), max_completion_length=4096) == LIMITS
+        if "qwen" in config.name:
+            assert script_args.dataset_name == "PeterJinGo/nq_hotpotqa_train"
+            assert model_args.model_name_or_path in ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-4B")
+            assert (training_args.max_searches, training_args.num_passages) == (4, 3)
+            assert training_args.max_observation_tokens == 500
+            assert 5 <= training_args.num_generations <= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "nowhere.jsonl", "--corpus", "CORPUS"], "there is no file 'nowhere.jsonl'"),
+        (["--dataset_name", "QUESTIONS"], "Passages are required: `corpus`, a saved `index`, or `retriever_url`"),
+        (["--resume_from_checkpoint", "true"], "There is no complete checkpoint in"),
+        (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere'"),
+        (["--dataset_name", "QUESTIONS", "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_backend", "elastic"], "'elastic'"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_url", "http://x"], "not both"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
+        (["--dataset_name", "QUESTIONS", "--corpus", "EMPTY"], "has no passages"),
+        (["--protocol", "tool_call"], "`protocol` of the model 'demo' is 'tags', got 'tool_call'"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, arguments, message):
+    sample = ROOT / "tests" / "data" / "hotpotqa"
+    (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    files = {
+        "CORPUS": sample / "passages.jsonl",
+        "QUESTIONS": sample / "questions.jsonl",
+        "BROKEN": tmp_path / "broken.jsonl",
+        "EMPTY": tmp_path / "empty.jsonl",
+    }
+    arguments = [str(files.get(a, a)) for a in arguments]
+    command = [sys.executable, str(TRAIN), *arguments, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert message in result.stderr

@@ -1,0 +1,1 @@
+"""Builders, servers and scripts that the tests share."""

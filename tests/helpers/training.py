@@ -1,0 +1,23 @@
+"""One step of a trainer, taken apart."""
+
+from accelerate.utils import set_seed
+
+
+def generation_batch(trainer):
+    """The next batch of rows, as the training loop gets it."""
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def prepared(trainer, seed=0):
+    """Rollouts with their advantages, as the loss gets them, and the trajectories."""
+    trainer.accelerator.gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    rows = generation_batch(trainer)
+    set_seed(seed)
+    inputs = trainer._generate_and_score_completions(rows)
+    return inputs, [row["trajectory"] for row in rows]
+
+
+def varied_reward(trajectories, **kwargs):
+    return [float(i % 3) / 10 for i in range(len(trajectories))]

@@ -1,0 +1,349 @@
+"""The inspector: what it says of a turn follows from the record, and what it cannot read it names."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from helpers.paths import ROOT
+from helpers.records import SETTINGS, answer, mixed_group, record, rescued_group, search
+from tspo_trl.inspect import describe, explain_group, explain_turn, load_run, parse_steps
+from tspo_trl.inspect.__main__ import main
+from tspo_trl.inspect.load import Group
+from tspo_trl.inspect.spans import find_answers, in_utf16
+from tspo_trl.inspect.terminal import print_run
+from tspo_trl.inspect.view import FLAGS
+from tspo_trl.rollout.log import append_rollouts
+from tspo_trl.scoring import contains_answer
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    file = tmp_path / "run" / "trajectories" / "train-rank000.jsonl"
+    for step in range(3):
+        append_rollouts(file, [*rescued_group(step), *mixed_group(step)])
+    (file.parent / "settings.json").write_text(json.dumps(SETTINGS))
+    return tmp_path / "run"
+
+
+# --- golden answers in texts
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "expected"),
+    [
+        ("In the U.S., and on a bus", ["US"], ["U.S"]),
+        ("The  Eiffel-Tower; eiffel   the tower", ["Eiffel Tower"], ["eiffel   the tower"]),
+        ("Zoë 🙂 Oslo", ["oslo", "Zoë"], ["Zoë", "Oslo"]),
+        ("New York City", ["New York", "York City"], ["New York City"]),
+        ("İstanbul is big", ["is big"], ["is big"]),
+        ("!!! and more", ["!!!"], ["!!!"]),
+        ("nothing", ["some"], []),
+        ("", ["a"], []),
+    ],
+)
+def test_golden_answers_are_found_where_they_stand(text, golds, expected):
+    assert [text[begin:end] for begin, end in find_answers(text, golds)] == expected
+
+
+LETTERS = st.text(alphabet="aA tTheE nN.,'!-\n İΣß🙂", max_size=30)
+
+
+@given(LETTERS, st.lists(LETTERS, max_size=3))
+def test_what_is_marked_is_what_scoring_finds(text, golds):
+    found = find_answers(text, golds)
+    assert bool(found) == contains_answer(text, golds)
+    assert all(0 <= begin < end <= len(text) for begin, end in found)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+
+
+def test_places_are_counted_as_javascript_does():
+    assert in_utf16("🙂 Oslo", [(2, 6)]) == [3, 7]
+    assert in_utf16("a \ud800 b", [(2, 5)]) == [2, 5]
+
+
+# --- reasons
+
+
+def test_the_turn_that_found_the_answer_is_explained():
+    group = Group(0, rescued_group())
+    assert explain_group(group, SETTINGS) == (
+        "No rollout is correct, so turns are compared with each other, and a turn that found a golden answer stands "
+        "out: 1 of 2 rollouts found one and answered wrong."
+    )
+    assert explain_turn(group, 1, 0, SETTINGS) == (
+        "+0.50: its passages are the first to contain “Oslo”, and the rollout is not correct.",
+        "No rollout of the group is correct, so turns are compared: this one got 0.50, the mean of turn 1 over 2 rollouts "
+        "is 0.25 → advantage +0.71, made more likely.",
+    )
+    assert explain_turn(group, 0, 0, SETTINGS) == (
+        "Reward 0.00: the outcome, because the rollout is not correct. Its passages contain no golden answer.",
+        "No rollout of the group is correct, so turns are compared: this one got 0.00, the mean of turn 1 over 2 rollouts "
+        "is 0.25 → advantage −0.71, made less likely.",
+    )
+    assert explain_turn(group, 1, 1, SETTINGS) == (
+        "Reward 0.00: the outcome, because the rollout is not correct. The partial reward went to turn 1.",
+        "Turn 2 of all 2 rollouts that have one got 0.00, so there is nothing to compare → advantage 0.00, nothing is "
+        "learned.",
+    )
+
+
+def test_a_near_miss_among_correct_rollouts_is_explained():
+    group = Group(0, mixed_group())
+    assert explain_turn(group, 1, 0, SETTINGS)[1] == (
+        "1 of 2 rollouts is correct, so all turns of a rollout share one advantage: its outcome is 0.00, the mean 0.50 "
+        "(partial rewards do not count in such a group) → advantage −0.71, made less likely."
+    )
+    assert explain_turn(group, 0, 0, SETTINGS)[0] == (
+        "Reward 1.00: the outcome, because the answer is correct. Its passages are the first to contain “Oslo”; a "
+        "correct rollout needs no partial reward."
+    )
+
+
+def test_other_settings_are_explained():
+    rollouts = rescued_group()
+    everywhere = [0.0, 0.0, 0.5, 0.0]
+    deviation = (sum((x - 0.125) ** 2 for x in everywhere) / 3) ** 0.5 + 1e-4
+    for r in rollouts:
+        r["turn_advantages"] = [(reward - 0.125) / deviation for reward in r["turn_rewards"]]
+    reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS | {"turn_baseline": "group"})[1]
+    assert "the mean of all turns of the group over 4 turns is 0.13 → advantage +1.50" in reason
+    for r in rollouts:
+        r["turn_advantages"] = [r["turn_rewards"][0] - 0.25, 0.0]
+    reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS | {"scale_rewards": "none"})[1]
+    assert "is 0.25 → advantage +0.25, made more likely" in reason
+    reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS | {"scale_rewards": "batch"})[1]
+    assert "divided by the deviation of the batch" in reason
+    # numbers that are not those of the settings are not explained away
+    reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS)[1]
+    assert reason.startswith("Advantage +0.25, made more likely. That does not follow from the logged rewards alone")
+
+
+def test_turns_that_come_before_or_later_are_explained():
+    turns = [search("one", "x"), search("two", "Oslo"), search("three", "Oslo again"), answer("Rome")]
+    group = Group(0, [record(turns, [0.5, 0.5, 0.0, 0.0], [0.0] * 4)])
+    before, there, later, _ = (explain_turn(group, 0, k, SETTINGS)[0] for k in range(4))
+    assert before == "+0.50: it comes before turn 2, whose passages are the first to contain a golden answer."
+    assert there.startswith("+0.50: its passages are the first to contain “Oslo”")
+    assert later.endswith("Its passages contain “Oslo” too, but those of turn 2 were the first.")
+    assert explain_turn(group, 0, 3, SETTINGS)[1].startswith("The only turn 4 of the group, nothing to compare with")
+
+
+def test_what_earns_nothing_is_explained():
+    guarded = record([search("Oslo", "Oslo"), answer("Rome")], [0.0, 0.0], [0.0, 0.0], credited_turn=None)
+    assert "but `folr_guard` grants nothing" in explain_turn(Group(0, [guarded]), 0, 0, SETTINGS)[0]
+    closed = record([search("is it", "yes"), answer("no")], [0.0, 0.0], [0.0, 0.0], golds=("yes",))
+    assert "No golden answer of this question may earn" in explain_turn(Group(0, [closed]), 0, 0, SETTINGS)[0]
+    failed = record([search("x", retrieval="timeout")], [None], [0.0], outcome=None, status="retrieval_failed")
+    assert explain_turn(Group(0, [failed]), 0, 0, SETTINGS)[0] == "No reward: a search of it failed."
+    assert explain_group(Group(0, [failed]), SETTINGS).startswith("No rollout could be scored")
+    cut = rescued_group()
+    cut[1]["trajectory"] = replace(cut[1]["trajectory"], status="truncated")
+    reason = explain_turn(Group(0, cut), 1, 0, SETTINGS | {"mask_truncated_completions": True})[1]
+    assert reason.endswith("advantage +0.71, but truncated rollouts are left out of the loss.")
+
+
+def test_every_number_of_a_real_run_is_explained(make_trainer):
+    trainer = make_trainer(max_steps=3, num_generations=8, per_device_train_batch_size=16)
+    trainer.train()
+    run = load_run(trainer.args.output_dir)
+    assert run.notes == []
+    assert run.settings["num_generations"] == 8
+    assert [group.step for group in run.modes["train"]] == [0, 0, 1, 1, 2, 2]
+    reasons = [
+        explain_turn(group, i, k, run.settings)
+        for group in run.modes["train"]
+        for i, rollout in enumerate(group.rollouts)
+        for k in range(len(rollout["turn_rewards"]))
+    ]
+    assert not [why for why in reasons if "does not follow" in why[1]]
+    assert any(why[0].startswith("+0.50: its passages are the first to contain") for why in reasons)
+
+
+# --- reading a run
+
+
+def test_steps_are_numbers_and_ranges():
+    assert parse_steps("0-2, 7") == {0, 1, 2, 7}
+    with pytest.raises(ValueError, match=r"numbers and ranges such as '0-50,100', got 'x'"):
+        parse_steps("1,x")
+
+
+def test_whole_steps_are_chosen_evenly_with_the_first_and_the_last(tmp_path):
+    file = tmp_path / "trajectories" / "train-rank000.jsonl"
+    for step in range(20):
+        append_rollouts(file, [*rescued_group(step), *mixed_group(step)])
+    run = load_run(tmp_path, max_rollouts=23)
+    steps = sorted({group.step for group in run.modes["train"]})
+    assert len(steps) == 5
+    assert (steps[0], steps[-1]) == (0, 19)
+    assert all(len(group.rollouts) == 2 for group in run.modes["train"])
+    assert any("20 of the 80 rollouts (train) are shown, from 5 of 20 steps" in note for note in run.notes)
+    assert {group.step for group in load_run(tmp_path, steps=[3, 99]).modes["train"]} == {3}
+    assert len(load_run(tmp_path, max_rollouts=3).modes["train"]) == 1  # a whole group of the last step
+    with pytest.raises(ValueError, match="no rollouts of these `steps`; there are 0 to 19"):
+        load_run(tmp_path, steps=[99])
+
+
+def test_batches_of_a_step_and_ranks_of_a_group_are_told_apart(tmp_path):
+    first, second = rescued_group()
+    for rank, rollout in enumerate((first, second)):
+        for _ in range(2):  # an evaluation numbers its groups anew in each batch
+            append_rollouts(tmp_path / "trajectories" / f"eval-rank{rank:03d}.jsonl", [rollout])
+    groups = load_run(tmp_path).modes["eval"]
+    assert [[record["rollout"] for record in group.rollouts] for group in groups] == [[0, 1], [0, 1]]
+
+
+def test_of_a_folder_that_was_used_twice_the_last_run_is_shown(tmp_path):
+    file = tmp_path / "trajectories" / "train-rank000.jsonl"
+    for steps in (range(3), range(2)):
+        for step in steps:
+            append_rollouts(file, rescued_group(step))
+    run = load_run(tmp_path)
+    assert [group.step for group in run.modes["train"]] == [0, 1]
+    assert any("holds 2 runs (train): the last is shown, 6 rollouts of the others are not" in n for n in run.notes)
+
+
+def test_what_cannot_be_read_is_noted_and_the_rest_is_shown(run_dir):
+    file = run_dir / "trajectories" / "train-rank000.jsonl"
+    older = json.loads(file.read_text().split("\n")[0])
+    del older["credited_turn"]
+    wrong = older | {"credited_turn": 0, "turn_rewards": [0.5], "rollout": 7}
+    with file.open("a") as log:
+        log.write('{"foreign": 1}\n' + json.dumps(older | {"step": 5}) + "\n" + json.dumps(wrong | {"step": 6}) + "\n")
+        log.write('{"step": 7, "group": 0, "rollout": 0, "question": "Wh')
+    run = load_run(run_dir)
+    assert {group.step for group in run.modes["train"]} == {0, 1, 2}
+    assert len(run.notes) == 4
+    for part in (
+        "line 13: not a rollout (JSON, but no object with a 'trajectory')",
+        "line 14: a rollout without 'credited_turn': it is of another version",
+        "line 15: 'turn_rewards' must be 2 numbers, found [0.5]",
+        "line 16: half a line",
+    ):
+        assert any(part in note for note in run.notes), part
+
+
+def test_a_run_without_settings_says_so(run_dir):
+    (run_dir / "trajectories" / "settings.json").unlink()
+    assert "How turns were rewarded is not written down" in load_run(run_dir).notes[0]
+    (run_dir / "trajectories" / "settings.json").write_text("{")
+    assert "settings.json cannot be read" in load_run(run_dir).notes[0]
+
+
+def test_nothing_to_show_is_a_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"no rollouts in .*log_trajectories=True"):
+        main([str(tmp_path)])
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "trajectories" / "x.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"No line of .*x\.jsonl is a rollout\. The first: .*line 1: not a rollout"):
+        main([str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--max_rollouts", "0"])
+    assert "--max_rollouts must be at least 1, got 0" in capsys.readouterr().err
+
+
+# --- what is shown
+
+
+def test_the_view_holds_each_passage_once_and_the_curves(run_dir):
+    index, texts = describe(load_run(run_dir))
+    steps = index["modes"]["train"]
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    expected = {"reward": 0.25, "hit": 0.75, "near_miss": 0.5, "all_wrong": 0.5, "rescued": 0.5, "turns": 2}
+    assert steps[0]["values"] == expected
+    assert [group["kind"] for group in steps[0]["groups"]] == ["rescued", "mixed"]
+    flags = [
+        [name for bit, name in enumerate(FLAGS) if r[0] >> bit & 1] for g in steps[0]["groups"] for r in g["rollouts"]
+    ]
+    assert flags == [["all_wrong", "rescued"], ["near_miss", "all_wrong", "rescued"], ["correct"], ["near_miss"]]
+    assert texts["passages"] == [("Title 0", "nothing"), ("Title 0", "In Oslo, 1900"), ("Title 0", "Oslo")]
+    group = texts["modes"]["train"][0][0]
+    assert group["marks"] == {1: [[], [3, 7]]}
+    turn = group["rollouts"][1]["turns"][0]
+    assert (turn["reward"], turn["tokens"], turn["logprob"]) == (0.5, [2, 5], -0.375)
+    assert json.dumps([index, texts], allow_nan=False)
+
+
+def test_the_terminal_shows_a_group_in_detail(run_dir):
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_run(load_run(run_dir), console)
+    shown = console.export_text()
+    assert "run: train step 2" in shown
+    for part in (
+        "all wrong, rescued",
+        "○◐",
+        "golden answer first found here",
+        "advantage +0.71",
+        "<answer>Rome</answer>",
+    ):
+        assert part in shown
+    with pytest.raises(ValueError, match="`group` must be between 1 and 2 at step 2, got 3"):
+        print_run(load_run(run_dir), console, group=3)
+    with pytest.raises(ValueError, match=r"`mode` must be one of \['train'\], got 'eval'"):
+        print_run(load_run(run_dir), console, mode="eval")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["question"], 3),
+        (["golden_answers"], "Oslo"),
+        (["rewards"], {"x": "1"}),
+        (["outcome"], float("inf")),
+        (["turn_advantages"], [1]),
+        (["trajectory", "prompt_ids"], None),
+        (["trajectory", "status"], None),
+        (["trajectory", "turns", 0, "text"], None),
+        (["trajectory", "turns", 0, "token_ids"], ["1"]),
+        (["trajectory", "turns", 0, "observation_ids"], None),
+        (["trajectory", "turns", 0, "logprobs"], 5),
+        (["trajectory", "turns", 0, "passages", 0, "score"], None),
+        (["trajectory", "turns", 0, "passages", 0, "title"], 1),
+    ],
+)
+def test_values_of_another_type_are_noted(run_dir, path, value):
+    file = run_dir / "trajectories" / "train-rank000.jsonl"
+    lines = file.read_text().splitlines()
+    changed = json.loads(lines[1])
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text("\n".join([lines[0], json.dumps(changed), *lines[2:]]) + "\n")
+    run = load_run(run_dir)
+    assert sum(len(group.rollouts) for group in run.modes["train"]) == 11
+    assert "line 2: " in run.notes[0]
+    assert "1 groups (train) have fewer than 2 rollouts" in run.notes[1]
+    assert describe(run)
+
+
+@pytest.mark.parametrize("command", [["recipes/inspect_rollouts.py"], ["-m", "tspo_trl.inspect"]])
+def test_the_recipe_writes_a_page(run_dir, tmp_path, command):
+    output = tmp_path / "new" / "page.html"
+    result = subprocess.run(
+        [sys.executable, *command, str(run_dir), "--output", str(output), "--steps", "0-1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"8 rollouts, 0.1 MB: {output}" in result.stdout
+    assert output.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_recipe_does_not_hide_the_inspect_of_python():
+    code = "import inspect, dataclasses; assert inspect.signature(dataclasses.field); print(inspect.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "recipes", capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "recipes" not in result.stdout

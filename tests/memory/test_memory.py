@@ -1,0 +1,387 @@
+"""The calculated memory against what small models allocate."""
+
+import gc
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import trl.kernels.chunked_logprob as chunked
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
+from trl.trainer import utils
+
+from helpers.paths import ROOT
+from tspo_trl.memory import estimate as memory
+from tspo_trl.memory import formulas
+from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
+
+QWEN_3B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "intermediate_size": 11008,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+SMALL = {"num_attention_heads": 8, "num_key_value_heads": 2}
+MODELS = {
+    "llama": LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=3, vocab_size=1000, tie_word_embeddings=False, **SMALL
+    ),
+    "qwen2": Qwen2Config(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=6, vocab_size=4096, tie_word_embeddings=True, **SMALL
+    ),
+    "qwen3": Qwen3Config(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, vocab_size=4096, head_dim=64, **SMALL
+    ),
+    "qwen2-30M": Qwen2Config(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=5,
+        vocab_size=16384,
+        tie_word_embeddings=False,
+        **SMALL,
+    ),
+}
+BATCH, PROMPT, COMPLETION = 2, 64, 192
+
+
+def allocated(function):
+    """The peak above the start and what is left, in bytes, as the allocator counts them; and the result."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = profiler.profiler.kineto_results.events()
+    now = top = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += size
+        top = max(top, now)
+    return top, now, result
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """TRL's LM head as on a GPU: its kernels work within a tile, and only the completion is scored."""
+
+    def rowwise(fold):
+        def run(tile, stride, targets, *rest, **options):
+            for i in range(len(tile)):
+                row = [x[i : i + 1] if isinstance(x, torch.Tensor) else x for x in rest]
+                fold(tile[i : i + 1], stride, targets[i : i + 1], *row, **options)
+
+        return run
+
+    def accumulate(total, left, right):  # on a GPU, matrices are not copied to fp32
+        for i in range(0, left.shape[1], 8):
+            total.addmm_(left[:, i : i + 8].float(), right[i : i + 8].float())
+
+    monkeypatch.setattr(chunked, "_addmm_fp32", accumulate)
+    monkeypatch.setattr(utils, "_use_triton", lambda device: True)
+    monkeypatch.setattr(chunked, "_forward_tile", rowwise(chunked._forward_tile))
+    monkeypatch.setattr(chunked, "_backward_tile", rowwise(chunked._backward_tile))
+
+
+def make(name, dtype="float32", checkpointing=True, attention="sdpa"):
+    setting = MemorySetting(
+        dtype=dtype,
+        bf16=dtype == "bfloat16",
+        gradient_checkpointing=checkpointing,
+        attn_implementation=attention,
+        per_device_train_batch_size=BATCH,
+        num_generations=2,
+        max_prompt_length=PROMPT,
+        max_completion_length=COMPLETION,
+    )
+    config = MODELS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    input_ids = torch.randint(5, config.vocab_size, (BATCH, PROMPT + COMPLETION))
+    mask = torch.ones_like(input_ids)
+    mask[0, :7] = 0
+    return model, setting, measure_shape(config, setting), {"input_ids": input_ids, "attention_mask": mask}
+
+
+def near(measured, calculated, share=0.25):
+    print(f"ratio {measured / calculated:.3f}")
+    return measured == pytest.approx(calculated, rel=share)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_states_are_exact(name, dtype):
+    model, setting, shape, inputs = make(name, dtype)
+    step = {k: v["optimizer step"] for k, v in estimate(shape, setting).items()}
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    model(**inputs).logits.float().mean().backward()
+    top, _, _ = allocated(optimizer.step)
+    moments = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    assert step["parameters"] == sum(p.nbytes for p in parameters)
+    assert step["gradients"] == sum(p.grad.nbytes for p in parameters)
+    assert step["optimizer states"] == sum(m.nbytes for m in moments)
+    assert 0 <= top - step["optimizer states"] <= 64 * len(parameters)  # the counters of steps, and nothing else
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations(name, checkpointing, dtype, attention):
+    model, setting, shape, inputs = make(name, dtype, checkpointing, attention)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as in the later micro batches of a step
+    backbone = model.model
+    _, kept, loss = allocated(lambda: backbone(**inputs, use_cache=False).last_hidden_state.sum())
+    extra, _, _ = allocated(loss.backward)
+    types = precision(setting)
+    expected, expected_extra = formulas.activation_bytes(shape, setting, types)
+    assert near(kept, expected)
+    assert near(kept + extra, expected + expected_extra)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_lm_head(name, dtype, fused):
+    model, setting, shape, inputs = make(name, dtype)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    hidden = torch.randn(*inputs["input_ids"].shape, shape.hidden, dtype=getattr(torch, dtype), requires_grad=True)
+    model.base_model.forward = lambda *args, **kwargs: type("Output", (), {"last_hidden_state": hidden})
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :PROMPT] = -100
+
+    def step():
+        model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum().backward()
+
+    top, _, _ = allocated(step)
+    expected = formulas.head_bytes(shape, BATCH, COMPLETION, precision(setting), trained=True)
+    assert near(top, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step(name, checkpointing, fused):
+    """The peak of everything, forward, backward and AdamW, with TRL's log-probabilities."""
+    model, setting, shape, inputs = make(name, checkpointing=checkpointing)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :PROMPT] = -100
+
+    def step():
+        model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum().backward()
+        optimizer.step()
+
+    step()  # makes the optimizer's states; gradients stay, as in the later micro batches of a step
+    top, _, _ = allocated(step)
+    fixed = 16 * sum(p.numel() for p in model.parameters())
+    rows = estimate(shape, setting)
+    phases = ("loss: LM head", "loss: layers", "optimizer step")
+    expected = max(sum(row[p] for row in rows.values()) for p in phases)
+    assert near(top + fixed, expected)
+    assert near(top, expected - fixed)  # without what is exact
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generation(name, dtype):
+    model, setting, shape, inputs = make(name, dtype, checkpointing=False)
+    model.eval()
+    turn = 8  # the last turn of rollouts that are as long as they may be
+    context = {key: value[:, :-turn] for key, value in inputs.items()}
+    cache = DynamicCache(config=model.config)
+
+    def generate():
+        return model.generate(**context, past_key_values=cache, do_sample=True, max_new_tokens=turn, eos_token_id=None)
+
+    top, _, output = allocated(generate)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    tokens = output.shape[1] - 1  # the last token is not read
+    assert held == formulas.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
+    rows = estimate(shape, setting)
+    expected = sum(row["generation"] for name, row in rows.items() if name not in ("parameters", "optimizer states"))
+    assert near(top, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters(checkpointing):
+    """What frozen parameters do not keep is counted: an upper bound."""
+    from peft import LoraConfig, get_peft_model
+
+    model, setting, _, inputs = make("qwen2", checkpointing=checkpointing)
+    setting = replace(setting, use_peft=True, lora_r=8)
+    shape = measure_shape(MODELS["qwen2"], setting)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.05))
+    model.enable_input_require_grads()
+    assert shape.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.base == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    backbone = model.base_model.model.model
+    _, kept, loss = allocated(lambda: backbone(**inputs, use_cache=False).last_hidden_state.sum())
+    extra, _, _ = allocated(loss.backward)
+    expected = sum(formulas.activation_bytes(shape, setting, precision(setting)))
+    print(f"ratio {(kept + extra) / expected:.3f}")
+    assert 0.6 * expected < kept + extra < 1.05 * expected
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("qwen2.5-3b", 3_085_938_688), ("qwen2.5-7b", 7_615_616_512), ("qwen3-4b", 4_022_468_096)],
+)
+def test_published_parameters_are_counted_without_memory(name, count):
+    config = load_config(str(ROOT / "docs" / "models" / name))
+    top, _, shape = allocated(lambda: measure_shape(config, MemorySetting()))
+    assert shape.base == shape.trainable == count
+    assert top < 2**20
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The configuration and the shape of Qwen2.5-3B."""
+    config = Qwen2Config(**QWEN_3B)
+    return config, measure_shape(config, MemorySetting())
+
+
+def test_zero_divides_what_its_paper_says(qwen):
+    """Figure 1 of the ZeRO paper, 2 + 2 + 12 bytes for a parameter: 16.6 GB and 1.9 GB for 7.5B and 64 GPUs."""
+    paper = replace(qwen[1], base=7_500_000_000, trainable=7_500_000_000)
+    totals = {}
+    for strategy in ("zero2", "zero3"):
+        setting = MemorySetting(strategy=strategy, gpus=64)
+        rows = estimate(paper, setting)
+        states = [rows[name]["loss: layers"] for name in ("parameters", "gradients", "optimizer states")]
+        totals[strategy] = sum(states) / 1e9
+    assert totals == {"zero2": pytest.approx(16.6, abs=0.1), "zero3": pytest.approx(1.9, abs=0.05)}
+
+
+def test_strategies_and_options(qwen):
+    _, shape = qwen
+    setting = MemorySetting(gpus=8, strategy="ddp", dtype="bfloat16", beta=0.1)
+    ddp = estimate(shape, setting)
+    assert ddp["reference model"]["generation"] == 2 * shape.base
+    assert ddp["buckets, fp32 gradients"]["generation"] == ddp["gradients"]["loss: layers"] == 2 * shape.base
+    assert estimate(shape, replace(setting, dtype="float32"))["whole copies of parameters"]["loss: layers"] > 0
+    zero3 = estimate(shape, replace(setting, strategy="zero3"))
+    assert zero3["whole copies of parameters"]["generation"] == 2 * shape.base
+    assert zero3["reference model"]["generation"] == shape.base / 4
+    apart = estimate(shape, replace(setting, strategy="zero3", ds3_gather_for_generation=False))
+    assert apart["whole copies of parameters"]["generation"] == 2 * memory.LIVE
+    offloaded = estimate(shape, replace(setting, strategy="zero3_offload"))
+    assert not {"parameters", "gradients", "optimizer states"} & set(offloaded)
+    fsdp = estimate(shape, replace(setting, strategy="fsdp2"))
+    assert fsdp["optimizer states"]["generation"] == shape.base
+    assert fsdp["parameters"]["generation"] == shape.base / 2
+    eight_bit = estimate(shape, replace(setting, optim="adamw_8bit"))
+    assert eight_bit["optimizer states"]["generation"] == pytest.approx(2.03 * shape.base, rel=0.001)
+    flash = estimate(shape, replace(setting, attn_implementation="flash_attention_2"))
+    assert peak(flash) < peak(ddp)
+    fewer = estimate(shape, replace(setting, gradient_accumulation_steps=4, steps_per_generation=2))
+    assert "gradients" in fewer
+    assert fewer["gradients"]["generation"] > 0  # a generation within a step
+
+
+def test_qlora(qwen):
+    config, full = qwen
+    setting = MemorySetting(dtype="bfloat16", use_peft=True, load_in_4bit=True)
+    shape = measure_shape(config, setting)
+    rows = estimate(shape, setting)
+    rest = shape.base - shape.linear
+    expected = 2 * rest + shape.linear * (0.5 + 4 / 64) + 2 * shape.trainable
+    assert rows["parameters"]["generation"] == expected
+    assert rest == pytest.approx(full.head, rel=0.01)  # embeddings, biases and norms
+    assert "reference model" not in estimate(shape, replace(setting, beta=0.1))
+    nested = estimate(shape, replace(setting, use_bnb_nested_quant=True))
+    assert nested["parameters"]["generation"] < expected
+    everything = measure_shape(config, replace(setting, lora_target_modules=["all-linear"]))
+    assert everything.trainable > shape.trainable
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "zero5"}, r"`strategy` must be one of \['single', .*got 'zero5'"),
+        ({"gpus": 4}, "`gpus` must be 1 with `strategy` 'single', got 4"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 6, "num_generations": 4}, r"`num_generations` must divide .* = 6, got 4"),
+        ({"load_in_4bit": True}, "`load_in_4bit` works only with `use_peft`"),
+        (
+            {"load_in_4bit": True, "use_peft": True, "strategy": "zero3", "gpus": 2},
+            "`strategy` must be .* with `load_in_4bit`, got 'zero3'",
+        ),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemorySetting(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, "either `model` or the numbers .* got neither"),
+        ({"model": "a", "hidden_size": 8}, r"got 'a' and \['hidden_size'\]"),
+        ({"model": "nowhere/at-all"}, "`model` must be a folder .* got 'nowhere/at-all'"),
+        ({"model": None, "model_type": "gpt9", "hidden_size": 8}, "`model_type` must be .* got 'gpt9'"),
+        ({"model": None, "hiden_size": 8}, r"got \['hiden_size'\]"),
+    ],
+)
+def test_bad_models_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(**arguments)
+
+
+@pytest.mark.parametrize("target", ["query", "lm_head"])
+def test_unknown_adapter_targets_are_named(target):
+    setting = MemorySetting(use_peft=True, lora_target_modules=["q_proj", target])
+    with pytest.raises(ValueError, match=rf"`lora_target_modules` must name .*'q_proj'.* got \['{target}'\]"):
+        measure_shape(MODELS["qwen2"], setting)
+
+
+def test_advice(qwen):
+    config, _ = qwen
+    setting = MemorySetting(strategy="zero2", gpus=8, dtype="bfloat16")
+    assert advice(config, setting) is None
+    line = advice(config, replace(setting, gpu_memory=24))
+    before, after = (float(x) for x in re.search(r"([\d.]+) → ([\d.]+) GiB", line).groups())
+    assert before > after
+    assert "gradient_checkpointing" in advice(config, replace(setting, gradient_checkpointing=False, gpu_memory=60))
+
+
+def test_the_command(tmp_path, capsys):
+    MODELS["qwen2"].save_pretrained(tmp_path)
+    recipe = ROOT / "recipes" / "configs" / "qwen2.5_3b_nq_hotpotqa.yaml"
+    memory.main(["--config", str(recipe), "--model", str(tmp_path), "--strategy", "zero3", "--gpus", "8"])
+    shown = capsys.readouterr().out
+    assert "40 rollouts at once" in shown
+    assert "| reference model " in shown
+    with pytest.raises(SystemExit) as stop:
+        memory.main(["--model", str(tmp_path), "--num_generations", "3"])
+    assert stop.value.code == 2
+    assert "`num_generations` must divide" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        memory.main(["--strategy", "zero5"])
+
+
+def test_the_tables_of_the_page_are_what_the_command_prints(capsys):
+    page = (ROOT / "docs" / "memory.md").read_text()
+    examples = re.findall(
+        r"    (python -m tspo_trl.memory [^\n]*)\n\n([\d,]+ parameters.*?Fits [^\n]*)\n", page, re.DOTALL
+    )
+    assert len(examples) == page.count("\n## ")
+    for command, shown in examples:
+        arguments = shlex.split(command)[3:]
+        memory.main([a.replace("docs/", f"{ROOT}/docs/").replace("recipes/", f"{ROOT}/recipes/") for a in arguments])
+        assert capsys.readouterr().out.strip() == shown.strip()
+
+
+def test_the_module_runs():
+    command = [sys.executable, "-m", "tspo_trl.memory", "--model_type", "qwen2", "--hidden_size", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "Peak: " in result.stdout

@@ -1,0 +1,142 @@
+"""Training on the chat template's own tool calls."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from helpers.chats import encode, make_chat, render
+from helpers.training import prepared, varied_reward
+from tspo_trl.rewards import exact_match_reward, format_reward
+from tspo_trl.rollout.tool_call import HINT
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = make_chat("qwen2_5")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_chat_trainer(make_trainer, dataset, chat_dir):
+    def make(**options):
+        return make_trainer(
+            **{
+                "model": chat_dir,
+                "protocol": "tool_call",
+                "train_dataset": dataset.select_columns(["question", "golden_answers"]),
+                "reward_funcs": varied_reward,
+                "advantage_level": "turn",
+                "max_completion_length": 400,
+                "max_observation_tokens": 80,
+                **options,
+            }
+        )
+
+    return make
+
+
+def prompted_to_search(trainer):
+    """An untrained model never writes a call: in place of its text, some turns are read as searches."""
+    protocol = trainer.search_loop.protocol
+    original, calls = protocol.parse, []
+
+    def parse(text, *, ended=False):
+        calls.append(original(text, ended=ended))
+        return ("search", "novel") if len(calls) % 3 == 0 else calls[-1]
+
+    protocol.parse = parse
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_training_sees_the_contexts_that_were_sampled_from(make_chat_trainer, temperature):
+    trainer = make_chat_trainer(temperature=temperature)
+    prompted_to_search(trainer)
+    inputs, trajectories = prepared(trainer)
+    assert any(turn.passages for t in trajectories for turn in t.turns)
+    assert any(turn.action == "invalid" and turn.observation_ids for t in trajectories for turn in t.turns)
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )
+    compared = 0
+    for row, t in enumerate(trajectories):
+        assert inputs["completion_ids"][row, : len(t.completion_ids)].tolist() == t.completion_ids
+        trained = inputs["completion_mask"][row] * inputs["tool_mask"][row]
+        assert trained[: len(t.loss_mask)].tolist() == t.loss_mask
+        for position, (sampled, mask) in enumerate(zip(t.logprobs, t.loss_mask, strict=True)):
+            if mask:
+                compared += 1
+                assert logps[row, position].item() == pytest.approx(sampled, abs=1e-4)
+    assert compared > 100
+
+
+def test_a_run_of_two_steps(make_chat_trainer):
+    seen = []
+
+    def spy(prompts, completions, trajectories, **kwargs):
+        seen.extend(zip(prompts, completions, trajectories, strict=True))
+        return varied_reward(trajectories)
+
+    trainer = make_chat_trainer(reward_funcs=[spy, exact_match_reward, format_reward], num_generations_eval=4)
+    read = prompted_to_search(trainer)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert any((before[k] != v).any() for k, v in trainer.model.state_dict().items())
+    assert len(seen) == 16
+    assert {action for action, _ in read} <= {"invalid", "answer", "none"}
+    tokenizer = trainer.processing_class
+    for prompt, completion, t in seen:
+        assert t.prompt_ids == render(tokenizer, prompt, generate=True)
+        assert '"name": "search"' in tokenizer.decode(t.prompt_ids)
+        assert [m["content"] for m in completion if m["role"] == "assistant"] == [turn.text for turn in t.turns]
+        responses = [m for m in completion if m["role"] == "tool"]
+        assert len(responses) == sum(bool(turn.observation_ids) for turn in t.turns)
+        assert all(m["name"] == "search" and "<" not in m["content"] for m in responses)
+        assert all(m["content"] == HINT or m["content"].startswith("Doc 1") for m in responses)
+    metrics = trainer.evaluate(trainer.train_dataset.select(range(2)))
+    assert "eval_reward" in metrics
+    assert not any(key.startswith(("tools/", "eval_tools/")) for e in trainer.state.log_history for key in e)
+
+
+def test_options_of_the_template_reach_prompts_and_observations(make_chat_trainer, tmp_path, chat_dir):
+    trainer = make_chat_trainer(
+        model=Qwen2ForCausalLM.from_pretrained(chat_dir, dtype="float32"),
+        processing_class=make_chat("qwen3_training"),
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    trainer.model.resize_token_embeddings(len(trainer.processing_class))
+    _, trajectories = prepared(trainer)
+    ending = encode(trainer.search_loop.protocol, "<think>\n\n</think>\n\n")
+    contexts = [t.prompt_ids for t in trajectories]
+    contexts += [turn.observation_ids for t in trajectories for turn in t.turns if turn.observation_ids]
+    assert all(ids[-len(ending) :] == ending for ids in contexts)
+
+
+def test_a_tokenizer_without_chat_template_is_refused_by_the_trainer(make_trainer):
+    with pytest.raises(ValueError, match="`protocol='tool_call'` needs a chat template, but the tokenizer has none"):
+        make_trainer(protocol="tool_call")
+
+
+def test_an_observation_budget_that_is_too_small_is_refused_by_the_trainer(make_chat_trainer):
+    with pytest.raises(ValueError, match="`max_observation_tokens` must be at least"):
+        make_chat_trainer(max_observation_tokens=5)
