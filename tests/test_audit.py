@@ -269,7 +269,7 @@ def test_chance_is_the_passages_of_another_question_and_the_same_in_every_run(re
 
 def test_rows_are_checked_as_the_trainer_does(recipe):
     full = {"question": "q", "golden_answers": ["!!!"], "supporting_titles": ["a", " ", "a"], "supporting_ids": None}
-    assert recipe.check_row(full, "here") == row("q", ["!!!"], ["a"])
+    assert recipe.read_row(full, "here") == row("q", ["!!!"], ["a"])
     for change, message in [
         ({"question": " "}, "here: 'question' must be a non-empty string, found ' '"),
         ({"question": None}, "here: 'question' must be a non-empty string, found None"),
@@ -280,7 +280,7 @@ def test_rows_are_checked_as_the_trainer_does(recipe):
         ({"supporting_ids": "0"}, "here: 'supporting_ids' must be a list of strings, found '0'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            recipe.check_row(full | change, "here")
+            recipe.read_row(full | change, "here")
 
 
 def test_odd_texts_are_printed_and_drawn(recipe, tmp_path, capsys):

@@ -5,7 +5,8 @@ from datasets import Dataset, IterableDataset
 
 from tspo_trl import TagProtocol
 from tspo_trl.demo import make_tokenizer
-from tspo_trl.training.datasets import check_columns, prepare_dataset
+from tspo_trl.questions.check import check_columns
+from tspo_trl.training.datasets import prepare_dataset
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CONVERSATION = [

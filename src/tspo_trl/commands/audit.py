@@ -27,11 +27,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from .. import BENCHMARKS, load_benchmark, load_questions
 from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
+from ..questions import BENCHMARKS, load_benchmark, load_questions
+from ..questions.check import check_columns, check_row, is_list_of_strings
 from ..retrieval import BM25Retriever, Passage, Retriever
 from ..retrieval.open import open_retriever
-from ..training.datasets import check_columns
 
 matplotlib.use("Agg")
 DEMO = "demo"
@@ -99,22 +99,18 @@ def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Pass
     check_columns(dataset, args.dataset)
     if args.max_questions is not None:
         dataset = dataset.select(range(min(args.max_questions, len(dataset))))
-    return [check_row(row, f"`{args.dataset}`, row {i}") for i, row in enumerate(dataset)], passages
+    return [read_row(row, f"`{args.dataset}`, row {i}") for i, row in enumerate(dataset)], passages
 
 
-def check_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What an audit reads of a row. It refuses what the trainer refuses."""
-    question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where}: 'question' must be a non-empty string, found {question!r}.")
-    checked: dict[str, Any] = {"question": question}
-    for column in ("golden_answers", "supporting_titles", "supporting_ids"):
-        value, required = row.get(column), column == "golden_answers"
-        values = [] if value is None and not required else value
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values) or (required and not values):
-            expected = f"a {'non-empty ' if required else ''}list of strings"
-            raise ValueError(f"{where}: {column!r} must be {expected}, found {value!r}.")
-        checked[column] = values if required else list(dict.fromkeys(v for v in values if v.strip()))
+def read_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The columns of a row that the audit reads, checked as the trainer checks them."""
+    check_row(row, where)
+    checked: dict[str, Any] = {"question": row["question"], "golden_answers": list(row["golden_answers"])}
+    for column in ("supporting_titles", "supporting_ids"):
+        values = row.get(column)
+        if values is not None and not is_list_of_strings(values):
+            raise ValueError(f"{where}: {column!r} must be a list of strings, found {values!r}.")
+        checked[column] = list(dict.fromkeys(value for value in values or [] if value.strip()))
     return checked
 
 

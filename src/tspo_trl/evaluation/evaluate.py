@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .._version import __version__
 from ..agent import SearchAgent
 from ..credit import first_occurrence, is_near_miss
+from ..questions.check import check_columns, check_row
 from ..retrieval import Retriever
 from ..rollout.facts import rollout_facts
 from ..rollout.log import append_rollouts, rollout_record
@@ -30,7 +31,6 @@ from ..rollout.loop import SearchLoop
 from ..rollout.tags import TagProtocol
 from ..rollout.trajectory import Trajectory
 from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match
-from ..training.datasets import check_columns
 from .folder import REMEDY, TRAJECTORIES, check_settings, keep_batches, read_records
 from .intervals import pass_at_k
 from .results import METRICS, EvaluationResults, Scores
@@ -182,13 +182,8 @@ def _make_plan(name: str, dataset: Dataset, *, has_template: bool) -> _Plan:
     columns = [c for c in ("id", "question", "golden_answers", "prompt") if c in dataset.column_names]
     ids, digests, prompts, lengths = [], [], [], []
     for i, row in enumerate(dataset.select_columns(columns)):
-        golds, prompt, question = row["golden_answers"], row.get("prompt"), row.get("question")
-        if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
-            raise ValueError(
-                f"`{name}`, row {i}: 'golden_answers' must be a non-empty list of strings, found {golds!r}."
-            )
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"`{name}`, row {i}: 'question' must be a non-empty string, found {question!r}.")
+        check_row(row, f"`{name}`, row {i}")
+        golds, prompt, question = row["golden_answers"], row.get("prompt"), row["question"]
         if prompt is None and not has_template:
             raise ValueError(
                 f"`{name}`, row {i}: it has no 'prompt', and none can be written from its question: the model was trained "

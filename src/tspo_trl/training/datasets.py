@@ -6,41 +6,10 @@ from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
 
+from ..questions.check import check_columns, check_row
 from ..rollout.protocol import SearchProtocol
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-
-def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
-    """
-    Check that a data set has rows, and the columns `golden_answers` and `question` or `prompt`.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The data set.
-        name (`str`, *optional*, defaults to `"train_dataset"`):
-            How error messages call it.
-
-    Raises:
-        `TypeError`: If it is no such data set.
-        `ValueError`: If it is empty or a column is missing.
-    """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-    columns = dataset.column_names
-    if columns is None:  # a stream without known features
-        columns = list(next(iter(dataset), {}))
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"`{name}` is empty.")
-    if "golden_answers" not in columns:
-        raise ValueError(
-            f"`{name}` has no column 'golden_answers' (a list of strings a row). Found the columns: {sorted(columns)}. "
-            "Say where yours are: `load_questions(dataset, columns={'golden_answers': ...})`."
-        )
-    if "question" not in columns and "prompt" not in columns:
-        raise ValueError(
-            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}."
-        )
 
 
 def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "train_dataset") -> AnyDataset:
@@ -67,7 +36,7 @@ def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "
     check_columns(dataset, name)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        _check_row(row, f"`{name}`, row {index}", protocol)
+        _check_prompt(row, f"`{name}`, row {index}", protocol)
         return {
             "prompt": row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"]),
             "question": row["question"] if row.get("question") is not None else _last_user_text(row["prompt"]),
@@ -123,17 +92,13 @@ def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
         )
 
 
-def _check_row(row: Mapping[str, Any], where: str, protocol: SearchProtocol) -> None:
-    golds = row["golden_answers"]
-    if not isinstance(golds, (list, tuple)) or not golds or not all(isinstance(gold, str) for gold in golds):
-        raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.")
-    question, prompt = row.get("question"), row.get("prompt")
-    if question is not None and not isinstance(question, str):
-        raise ValueError(f"{where}: 'question' must be a string, found {question!r}.")
+def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) -> None:
+    """Check a row, and that the protocol can use its prompt."""
+    prompt = row.get("prompt")
+    check_row(row, where, needs_question=prompt is None)
     if prompt is None:
-        if not question or not question.strip():
-            raise ValueError(f"{where}: 'question' must be a non-empty string, found {question!r}.")
-    elif isinstance(prompt, list):
+        return
+    if isinstance(prompt, list):
         if not prompt or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):
             raise ValueError(
                 f"{where}: a conversational 'prompt' must be a list of messages with 'role' and 'content', found "

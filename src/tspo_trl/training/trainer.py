@@ -18,6 +18,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
 from ..engines.vllm import check_vllm
+from ..questions.check import check_columns
 from ..retrieval import Retriever
 from ..rewards import exact_match_reward
 from ..rollout.facts import RolloutFacts, rollout_facts
@@ -31,7 +32,7 @@ from ..sharing.mixin import SharingMixin
 from .checkpoints import ExactResumeMixin
 from .collapse import CollapseCallback
 from .config import TSPOConfig
-from .datasets import check_best_metric, check_columns, find_prompt_template, map_datasets, prepare_dataset
+from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .sharding import check_processes

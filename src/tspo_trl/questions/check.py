@@ -1,0 +1,68 @@
+"""The check of questions that training, evaluation and the audit share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
+    """
+    Check that a data set has rows, and the columns `golden_answers` and `question` or `prompt`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            Name of the data set in error messages.
+
+    Raises:
+        `TypeError`: If it is not a data set.
+        `ValueError`: If it is empty or a column is missing.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+    columns = dataset.column_names
+    if columns is None:  # a stream without known features
+        columns = list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"`{name}` is empty.")
+    if "golden_answers" not in columns:
+        raise ValueError(
+            f"`{name}` has no column 'golden_answers' (a list of strings a row). Found the columns: {sorted(columns)}. "
+            "Say where yours are: `load_questions(dataset, columns={'golden_answers': ...})`."
+        )
+    if "question" not in columns and "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}."
+        )
+
+
+def check_row(row: Mapping[str, Any], where: str, *, needs_question: bool = True) -> None:
+    """
+    Check the question and the golden answers of a row.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            The row.
+        where (`str`):
+            Name of the data set and number of the row in error messages.
+        needs_question (`bool`, *optional*, defaults to `True`):
+            Whether `question` is required. In training, a row with a `prompt` needs none.
+
+    Raises:
+        `ValueError`: If `golden_answers` is not a non-empty list of strings, or `question` is not a non-empty string.
+    """
+    golds, question = row.get("golden_answers"), row.get("question")
+    if not is_list_of_strings(golds) or not golds:
+        raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.")
+    if question is None and not needs_question:
+        return
+    if not isinstance(question, str) or (needs_question and not question.strip()):
+        expected = "a non-empty string" if needs_question else "a string"
+        raise ValueError(f"{where}: 'question' must be {expected}, found {question!r}.")
+
+
+def is_list_of_strings(value: Any) -> bool:
+    """Whether a value of a row is a list (or tuple) of strings."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)

@@ -1,0 +1,59 @@
+"""The check of a row: training, evaluation and the audit refuse the same rows with the same words."""
+
+import pytest
+from datasets import Dataset
+
+from tspo_trl import SearchAgent, TagProtocol, evaluate
+from tspo_trl.commands.audit import read_row
+from tspo_trl.demo import make_tokenizer
+from tspo_trl.questions.check import check_row
+from tspo_trl.training.datasets import prepare_dataset
+
+GOOD = {"question": "Where?", "golden_answers": ["Rome"]}
+
+
+@pytest.mark.parametrize("golden_answers", [["Rome"], ("Rome", "Roma"), ["!!!"], [""]])
+def test_good_rows_pass(golden_answers):
+    check_row({**GOOD, "golden_answers": golden_answers}, "row")
+    check_row({"golden_answers": golden_answers}, "row", needs_question=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"golden_answers": []}, "row: 'golden_answers' must be a non-empty list of strings, found []."),
+        ({"golden_answers": "Rome"}, "row: 'golden_answers' must be a non-empty list of strings, found 'Rome'."),
+        ({"golden_answers": [7]}, "row: 'golden_answers' must be a non-empty list of strings, found [7]."),
+        ({"golden_answers": None}, "row: 'golden_answers' must be a non-empty list of strings, found None."),
+        ({"question": None}, "row: 'question' must be a non-empty string, found None."),
+        ({"question": " \n"}, "row: 'question' must be a non-empty string, found ' \\n'."),
+        ({"question": 7}, "row: 'question' must be a non-empty string, found 7."),
+    ],
+)
+def test_bad_rows_are_named(change, message):
+    with pytest.raises(ValueError, match=r"^row: ") as error:
+        check_row({**GOOD, **change}, "row")
+    assert str(error.value) == message
+
+
+def test_a_question_beside_a_prompt_is_a_string():
+    check_row({**GOOD, "question": " "}, "row", needs_question=False)
+    with pytest.raises(ValueError, match="row: 'question' must be a string, found 7"):
+        check_row({**GOOD, "question": 7}, "row", needs_question=False)
+
+
+@pytest.mark.parametrize("change", [{"golden_answers": []}, {"question": " "}])
+def test_training_evaluation_and_audit_say_the_same(change, tmp_path, policy_dir, retriever):
+    rows = [GOOD, {**GOOD, **change}]
+    with pytest.raises(ValueError, match="row") as expected:
+        check_row(rows[1], "`mine`, row 1")
+    dataset = Dataset.from_list(rows)
+    agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever)
+    for check in (
+        lambda: prepare_dataset(dataset, TagProtocol(make_tokenizer()), "mine"),
+        lambda: evaluate(agent, {"mine": dataset}, tmp_path, progress=False),
+        lambda: read_row(rows[1], "`mine`, row 1"),
+    ):
+        with pytest.raises(ValueError, match="row 1") as error:
+            check()
+        assert str(error.value) == str(expected.value)
