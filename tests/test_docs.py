@@ -89,6 +89,21 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_the_functions_that_the_architecture_names_are_where_it_says():
+    page = (DOCS / "architecture.md").read_text()
+    rows = re.findall(r"^\| [^|]* \|([^|]*`[\w/]+\.py`[^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+    assert len(rows) > 40
+    missing = []
+    for place, names in rows:
+        files = re.findall(r"`([\w/]+\.py)`", place + names)
+        code = "\n".join((ROOT / "src" / "tspo_trl" / file).read_text() for file in files)
+        for name in re.findall(r"`([\w.]+)`", names):
+            for part in name.split("."):
+                if not re.search(rf"(?:def|class) {part}\b|^ *{part}(?:: .+)? = ", code, re.MULTILINE):
+                    missing.append((place, name))
+    assert missing == []
+
+
 def test_the_page_of_the_options_is_up_to_date():
     page = runpy.run_path(str(DOCS / "write_configuration.py"))["write_current_page"]()
     assert (DOCS / "configuration.md").read_text() == page, "run `make docs`"
