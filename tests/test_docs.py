@@ -76,6 +76,11 @@ def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
+def test_the_example_of_the_quick_start_is_that_of_the_readme():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example in (DOCS / "quickstart.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["algorithm.md", "protocols.md"])
 def test_what_the_pages_show_is_what_is_printed(page):
     results = doctest.testfile(str(DOCS / page), module_relative=False)
