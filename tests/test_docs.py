@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, ModelConfig
 
+import tspo_trl
 from helpers.chats import make_chat
 from helpers.paths import ROOT
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol, TSPOConfig
@@ -107,6 +108,11 @@ def test_the_functions_that_the_architecture_names_are_where_it_says():
                 if not re.search(rf"(?:def|class) {part}\b|^ *{part}(?:: .+)? = ", code, re.MULTILINE):
                     missing.append((place, name))
     assert missing == []
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    names = re.findall(r"^::: tspo_trl\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(name for name in tspo_trl.__all__ if name != "__version__")
 
 
 def test_the_page_of_the_options_is_up_to_date():
