@@ -25,7 +25,7 @@ from tspo_trl.training.collapse import WATCHES
 from tspo_trl.training.metrics import retrieval_facts, retrieval_metrics, rollout_metrics
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
 def make_qwen(folder):
