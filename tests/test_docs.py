@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, ModelConfig
 
+import tspo_trl
 from helpers.chats import make_chat
 from helpers.paths import ROOT
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol, TSPOConfig
@@ -24,7 +25,7 @@ from tspo_trl.training.collapse import WATCHES
 from tspo_trl.training.metrics import retrieval_facts, retrieval_metrics, rollout_metrics
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 
 def make_qwen(folder):
@@ -76,6 +77,11 @@ def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
+def test_the_example_of_the_quick_start_is_that_of_the_readme():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example in (DOCS / "quickstart.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["algorithm.md", "protocols.md"])
 def test_what_the_pages_show_is_what_is_printed(page):
     results = doctest.testfile(str(DOCS / page), module_relative=False)
@@ -87,6 +93,26 @@ def test_what_the_pages_show_is_what_is_printed(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_functions_that_the_architecture_names_are_where_it_says():
+    page = (DOCS / "architecture.md").read_text()
+    rows = re.findall(r"^\| [^|]* \|([^|]*`[\w/]+\.py`[^|]*)\|([^|]*)\|$", page, re.MULTILINE)
+    assert len(rows) > 40
+    missing = []
+    for place, names in rows:
+        files = re.findall(r"`([\w/]+\.py)`", place + names)
+        code = "\n".join((ROOT / "src" / "tspo_trl" / file).read_text() for file in files)
+        for name in re.findall(r"`([\w.]+)`", names):
+            for part in name.split("."):
+                if not re.search(rf"(?:def|class) {part}\b|^ *{part}(?:: .+)? = ", code, re.MULTILINE):
+                    missing.append((place, name))
+    assert missing == []
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    names = re.findall(r"^::: tspo_trl\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(name for name in tspo_trl.__all__ if name != "__version__")
 
 
 def test_the_page_of_the_options_is_up_to_date():
