@@ -128,7 +128,7 @@ def test_what_cannot_work_is_said_at_once(serve, policy_dir, tokenizer):
         EndpointEngine(server.url, "tiny", tokenizer, **arguments)
     server.fail = lambda body, count: 500
     with pytest.raises(EndpointError, match=r"was asked 2 times in vain. HTTP 500"):
-        EndpointEngine(server.url, "tiny", tokenizer, total_timeout=0.4, **arguments)
+        EndpointEngine(server.url, "tiny", tokenizer, total_timeout=0.3, **arguments)
     server.stop()
     with pytest.raises(EndpointError, match="cannot be reached"):
         EndpointEngine(server.url, "tiny", tokenizer, **arguments)

@@ -46,15 +46,18 @@ class FakeServer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
         if self.server.errors:
-            self.reply(self.server.errors.pop(0), {"error": "the reason"})
+            status, headers = self.server.errors.pop(0)
+            self.reply(status, {"error": "the reason"}, headers)
             return
         tokens = [body["prompt"][-1] + 1 + i for i in range(body["max_tokens"])]
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
         self.reply(200, {"choices": [choice]})
 
-    def reply(self, status, body):
+    def reply(self, status, body, headers=None):
         content = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -74,8 +77,11 @@ def server():
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(vllm_engines.time, "sleep", lambda seconds: None)
+def delays(monkeypatch):
+    """The delays between attempts, which take no time."""
+    waited = []
+    monkeypatch.setattr(vllm_engines.time, "sleep", waited.append)
+    return waited
 
 
 def generation(**options):
@@ -127,27 +133,51 @@ def test_every_process_asks_the_server_for_its_turns_one_by_one(server):
     )
 
 
-def test_a_server_that_stumbles_is_asked_again(server, quick):
+def test_a_server_that_stumbles_is_asked_again(server, delays):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [500, 503, 500]
+    server.errors += [(500, {}), (503, {}), (500, {})]
     with engine.session():
         engine.submit(4, [1], 2)
         assert collect(engine, 1)[4].token_ids == [2, 3]
     assert len(server.requests) == 4
+    assert len(delays) == 3
 
 
-def test_a_server_that_stays_broken_ends_the_run_with_its_last_word(server, quick):
+@pytest.mark.parametrize(("headers", "shortest"), [({}, 0.75), ({"Retry-After": "7"}, 7.0)])
+def test_a_server_with_too_many_requests_is_asked_again(server, delays, headers, shortest):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [500] * 6
+    server.errors += [(429, headers)] * 2
+    with engine.session():
+        engine.submit(4, [1], 2)
+        assert collect(engine, 1)[4].token_ids == [2, 3]
+    assert len(server.requests) == 3
+    assert len(delays) == 2
+    assert min(delays) >= shortest
+    assert max(delays) <= max(shortest, 3.0)
+
+
+def test_a_server_that_asks_for_a_very_long_delay_is_given_up(server, delays):
+    engine = VLLMServerEngine(server.url, {}, lambda: None)
+    server.errors += [(503, {"Retry-After": "3600"})]
+    with engine.session():
+        engine.submit(0, [1], 2)
+        with pytest.raises(ConnectionError, match=r"HTTP 503"):
+            collect(engine, 1)
+    assert delays == []
+
+
+def test_a_server_that_stays_broken_ends_the_run_with_its_last_word(server, delays):
+    engine = VLLMServerEngine(server.url, {}, lambda: None)
+    server.errors += [(500, {})] * 6
     with engine.session():
         engine.submit(0, [1], 2)
         with pytest.raises(ConnectionError, match=r"asked 6 times in vain. HTTP 500: .*the reason.*last checkpoint"):
             collect(engine, 1)
 
 
-def test_a_request_that_the_server_refuses_is_not_repeated(server, quick):
+def test_a_request_that_the_server_refuses_is_not_repeated(server, delays):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [400]
+    server.errors += [(400, {})]
     with engine.session():
         engine.submit(0, [1], 2)
         with pytest.raises(RuntimeError, match=r"refuses a turn. HTTP 400: .*the reason"):

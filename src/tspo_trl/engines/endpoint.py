@@ -11,10 +11,10 @@ from typing import Any
 import httpx2
 from transformers import PreTrainedTokenizerBase
 
+from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import Generation
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 8.0
-_RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 # What vLLM and SGLang know beyond OpenAI's interface: closing tags are kept, tokens come back as they were sampled, and the
 # model's own generation_config.json does not apply
 _EXTENSIONS = {
@@ -218,10 +218,10 @@ class EndpointEngine:
             "max_tokens": max_new_tokens,
             "seed": self._seed + number,
         }
-        deadline, delay, attempts = float("inf"), _FIRST_DELAY, 0
+        deadline, attempts = float("inf"), 0
         while True:
             attempts += 1
-            wanted = 0.0
+            retry_after = 0.0
             try:
                 reply = self._client.post(f"{self.url}/completions", json=body)
                 if reply.status_code == 200:
@@ -230,20 +230,19 @@ class EndpointEngine:
                         raise TypeError(f"expected a string under 'text', found {choice['text']!r}")
                     return choice
                 failure = _said(reply)
-                if reply.status_code not in _RETRIED_STATUS:
+                if not is_temporary(reply.status_code):
                     message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
                     raise EndpointError(message, refused=True)
-                wanted = _seconds(reply.headers.get("retry-after", ""))
+                retry_after = retry_after_seconds(reply.headers.get("retry-after"))
             except httpx2.RequestError as error:
                 failure = repr(error)
             except (ValueError, LookupError, TypeError) as error:
                 failure = f"Its reply is not a completion: {error!r}"
             now = time.monotonic()
             deadline = min(deadline, now + self._total_timeout)
-            wait = max(delay, wanted)
-            if now + wait >= deadline or self._closed.wait(wait):
+            delay = retry_delay(attempts, _FIRST_DELAY, _LONGEST_DELAY, retry_after)
+            if now + delay >= deadline or self._closed.wait(delay):
                 raise EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
-            delay = min(2 * delay, _LONGEST_DELAY)
 
     def _text(self, context: list[int]) -> str:
         if context and context[0] == self._tokenizer.bos_token_id:  # servers write it themselves before a text
@@ -279,7 +278,3 @@ class EndpointEngine:
 
 def _said(reply: Any) -> str:
     return f"HTTP {reply.status_code}: {reply.content[:300].decode(errors='replace')}"
-
-
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0

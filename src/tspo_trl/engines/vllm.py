@@ -13,9 +13,12 @@ import torch
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
+from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import BatchEngine, Engine, Generation
 
-_ATTEMPTS = 6  # of a request to a server: the delays between them add up to half a minute
+# Of a request to a server. The delays between 6 attempts add up to half a minute
+_ATTEMPTS, _FIRST_DELAY, _LONGEST_DELAY = 6, 1.5, 30.0
+_LONGEST_RETRY_AFTER = 120.0  # a server that asks for a longer delay is given up
 _TURN_SECONDS = 600.0
 
 
@@ -300,19 +303,21 @@ class VLLMServerEngine:
             "return_token_ids": True,
         }
         for attempt in range(1, _ATTEMPTS + 1):
+            retry_after = 0.0
             try:
                 reply = self._client.post(f"{self.url}/v1/completions", json=body)
-                if reply.status_code < 500:
+                if not is_temporary(reply.status_code):
                     break
                 failure = f"HTTP {reply.status_code}: {reply.text[:300]}"
+                retry_after = retry_after_seconds(reply.headers.get("retry-after"))
             except httpx2.TransportError as error:
                 failure = repr(error)
-            if attempt == _ATTEMPTS:
+            if attempt == _ATTEMPTS or retry_after > _LONGEST_RETRY_AFTER:
                 raise ConnectionError(
                     f"The vLLM server {self.url} was asked {attempt} times in vain. {failure}. Start it again and resume "
                     "from the last checkpoint."
                 )
-            time.sleep(2 ** (attempt - 1))
+            time.sleep(retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, retry_after))
         if reply.status_code != 200:
             raise RuntimeError(
                 f"The vLLM server {self.url} refuses a turn. HTTP {reply.status_code}: {reply.text[:300]}"

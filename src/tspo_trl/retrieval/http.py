@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import os
-import random
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from typing import Any
 
 import httpx2
 
+from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError, check_k
 from .corpus import parse_passage
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
-_RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 
 
 class HTTPRetriever:
@@ -87,7 +86,6 @@ class HTTPRetriever:
         self.max_connections = max_connections
         self.headers = dict(headers or {})
         self.retries = 0
-        self._random = random.Random()  # of its own: waiting must not change what the model samples
         self._process: int | None = None
         self._opening = threading.Lock()
 
@@ -171,8 +169,7 @@ class HTTPRetriever:
                     failure = _Failure("connection", f"{type(error).__name__}: {error}")
                 except _Failure as error:
                     failure = error
-            longest = min(_FIRST_DELAY * 2 ** min(attempt - 1, 10), _LONGEST_DELAY)
-            delay = max(self._random.uniform(longest / 2, longest), failure.retry_after)
+            delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
             now = self._loop.time()
             if failure.final or now + delay >= deadline:
                 times = "once" if attempt == 1 else f"{attempt} times"
@@ -193,8 +190,8 @@ class HTTPRetriever:
             raise _Failure(
                 "status",
                 f"HTTP {status} {response.reason_phrase}: {response.content[:300].decode(errors='replace')}",
-                final=status not in _RETRIED_STATUS,
-                retry_after=_seconds(response.headers.get("retry-after", "")),
+                final=not is_temporary(status),
+                retry_after=retry_after_seconds(response.headers.get("retry-after")),
             )
         try:
             return _read_reply(response.json(), len(queries), k)
@@ -227,10 +224,6 @@ def _read_passage(item: Any) -> Passage:
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise ValueError(f'expected a number under "score", found {type(score).__name__}')
     return parse_passage(item["document"] if scored else item, "a passage of the reply", score=float(score))
-
-
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _is_loopback(host: str) -> bool:
