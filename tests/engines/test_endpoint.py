@@ -62,15 +62,15 @@ def test_the_end_of_a_message_is_no_invalid_action(serve, policy_dir):
     tokenizer = agent.search_loop.protocol.tokenizer
 
     def read(text, reason, **more):
-        return tokenizer.decode(engine._read({"text": text, "finish_reason": reason, **more}).token_ids)
+        return tokenizer.decode(engine._read_choice({"text": text, "finish_reason": reason, **more}).token_ids)
 
     assert read("I do not know", "stop").endswith("<eos>")
     assert read("I do", "length") == "I do"
     assert read("<search> Silent Harbor", "stop") == "<search> Silent Harbor</search>"
     assert read("<search> a <answer> Mira", "stop", stop_reason="</answer>").endswith("</answer>")
     assert read("<answer> Mira</answer> and more", "length") == "<answer> Mira</answer>"  # it knows no stop strings
-    assert engine._read({"text": "", "finish_reason": "stop"}).token_ids == [eos]
-    assert engine._read({"text": "", "finish_reason": "length"}).token_ids == [eos]
+    assert engine._read_choice({"text": "", "finish_reason": "stop"}).token_ids == [eos]
+    assert engine._read_choice({"text": "", "finish_reason": "length"}).token_ids == [eos]
 
 
 def test_requests_say_what_is_wanted(serve, questions):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tspo_trl.engines import requests as request_engines
 from tspo_trl.engines import vllm as vllm_engines
 from tspo_trl.engines.vllm import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
 
@@ -80,7 +81,16 @@ def server():
 def delays(monkeypatch):
     """The delays between attempts, which take no time."""
     waited = []
-    monkeypatch.setattr(vllm_engines.time, "sleep", waited.append)
+
+    class Closed:
+        def wait(self, seconds):
+            waited.append(seconds)
+            return False
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(request_engines, "Event", Closed)
     return waited
 
 

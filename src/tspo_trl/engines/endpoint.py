@@ -1,20 +1,16 @@
 """Generation by any server with OpenAI's interface for completions: vLLM, SGLang, llama.cpp, a hosted model."""
 
-import queue
-import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import httpx2
 from transformers import PreTrainedTokenizerBase
 
-from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import Generation
+from .requests import RequestEngine, describe_reply
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 8.0
 # What vLLM and SGLang know beyond OpenAI's interface: closing tags are kept, tokens come back as they were sampled, and the
 # model's own generation_config.json does not apply
 _EXTENSIONS = {
@@ -42,7 +38,7 @@ class EndpointError(RuntimeError):
         self.refused = refused
 
 
-class EndpointEngine:
+class EndpointEngine(RequestEngine):
     """
     An [`Engine`] that asks a server for completions (`POST /v1/completions`), one request a turn.
 
@@ -85,8 +81,6 @@ class EndpointEngine:
         [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
     """
 
-    in_rounds = False
-
     def __init__(
         self,
         url: str,
@@ -102,12 +96,14 @@ class EndpointEngine:
         total_timeout: float = 120.0,
         api_key: str | None = None,
     ):
-        self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
-        if httpx2.URL(self.url).scheme not in ("http", "https"):
+        address = url.rstrip("/")
+        address = address if address.endswith("/v1") else f"{address}/v1"
+        if httpx2.URL(address).scheme not in ("http", "https"):
             raise ValueError(f"The URL of an endpoint must be like 'http://localhost:8000', got {url!r}.")
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        super().__init__(address, max_requests=max_requests, timeout=timeout, headers=headers)
         self.model = model
         self.failures: dict[int, str] = {}
-        self.max_context_length: int | None = None
         self._tokenizer = tokenizer
         self._stop_strings = list(stop_strings)
         self._eos_token_ids = list(eos_token_ids)
@@ -117,17 +113,10 @@ class EndpointEngine:
             **({"stop": self._stop_strings} if stop_strings else {}),
         }
         self._seed = seed
-        self._max_requests = max_requests
-        self._timeout = httpx2.Timeout(timeout, connect=10.0)
         self._total_timeout = total_timeout
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client: Any = None
-        self._executor: Any = None
-        self._closed = threading.Event()
-        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
         with self._open_client():
             self._find_model()
-            self._as_text, self._extensions = self._find_form()
+            self._as_text, self._extensions = self._find_request_form()
 
     def __repr__(self) -> str:
         return f"EndpointEngine({self.url!r}, {self.model!r})"
@@ -135,44 +124,17 @@ class EndpointEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         """See [`Engine.session`]."""
-        self._finished = queue.SimpleQueue()
-        self._closed = threading.Event()
         self.failures = {}
-        with self._open_client():
-            self._executor = ThreadPoolExecutor(self._max_requests, "endpoint")
-            try:
-                yield
-            finally:
-                self._closed.set()
-                self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
-        """See [`Engine.submit`]."""
-        finished = self._finished
-        future = self._executor.submit(self._generate, number, context, max_new_tokens)
-        future.add_done_callback(lambda future: finished.put((number, future)))
-
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]."""
-        written = []
-        try:
-            number, future = self._finished.get(timeout=None if wait else 0.005)
-            while True:
-                try:
-                    generation = future.result()
-                except EndpointError as error:
-                    self.failures[number] = str(error)
-                    generation = Generation(self._eos_token_ids[:1])
-                written.append((number, generation))
-                number, future = self._finished.get_nowait()
-        except queue.Empty:
-            return written
-
-    @contextmanager
-    def _open_client(self) -> Iterator[None]:
-        limits = httpx2.Limits(max_connections=self._max_requests)
-        with httpx2.Client(headers=self._headers, limits=limits, timeout=self._timeout) as self._client:
+        with super().session():
             yield
+
+    def _result(self, number: int, future: Future[Generation]) -> Generation:
+        """The turn of a finished request, which is empty if the request failed."""
+        try:
+            return super()._result(number, future)
+        except EndpointError as error:
+            self.failures[number] = str(error)
+            return Generation(self._eos_token_ids[:1])
 
     def _find_model(self) -> None:
         """Check that the server has the model, where it says which it has."""
@@ -181,7 +143,7 @@ class EndpointEngine:
         except httpx2.TransportError as error:
             raise EndpointError(f"The endpoint {self.url} cannot be reached: {error!r}.") from error
         if reply.status_code in (401, 403):
-            raise EndpointError(f"The endpoint {self.url} wants another API key. {_said(reply)}")
+            raise EndpointError(f"The endpoint {self.url} wants another API key. {describe_reply(reply)}")
         try:
             models = {model["id"]: model for model in reply.json()["data"]}
         except (ValueError, LookupError, TypeError):
@@ -191,13 +153,13 @@ class EndpointEngine:
         length = models[self.model].get("max_model_len")
         self.max_context_length = length if isinstance(length, int) else None
 
-    def _find_form(self) -> tuple[bool, dict[str, Any]]:
-        """The first form of request that the server takes: whether contexts are text, and what it knows beyond OpenAI."""
+    def _find_request_form(self) -> tuple[bool, dict[str, Any]]:
+        """The first form of request that the server accepts: whether contexts are text, and the extensions of OpenAI's API."""
         context = self._tokenizer("Question:", add_special_tokens=False)["input_ids"]
         forms: list[tuple[bool, dict[str, Any]]] = [(False, _EXTENSIONS), (False, {}), (True, _EXTENSIONS), (True, {})]
         for self._as_text, self._extensions in forms:
             try:
-                self._ask(0, context, 1)
+                self._request_turn(0, context, 1)
                 return self._as_text, self._extensions
             except EndpointError as error:
                 if not error.refused:
@@ -205,53 +167,36 @@ class EndpointEngine:
                 refusal = error
         raise refusal
 
-    def _generate(self, number: int, context: list[int], max_new_tokens: int) -> Generation:
-        return self._read(self._ask(number, context, max_new_tokens))
-
-    def _ask(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
-        """The only choice of the reply. Asks again after failures that may pass."""
-        body = {
+    def _request_body(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
+        return {
             **self._sampling,
             **self._extensions,
             "model": self.model,
-            "prompt": self._text(context) if self._as_text else context,
+            "prompt": self._decode_context(context) if self._as_text else context,
             "max_tokens": max_new_tokens,
             "seed": self._seed + number,
         }
-        deadline, attempts = float("inf"), 0
-        while True:
-            attempts += 1
-            retry_after = 0.0
-            try:
-                reply = self._client.post(f"{self.url}/completions", json=body)
-                if reply.status_code == 200:
-                    (choice,) = reply.json()["choices"]
-                    if not isinstance(choice["text"], str):
-                        raise TypeError(f"expected a string under 'text', found {choice['text']!r}")
-                    return choice
-                failure = _said(reply)
-                if not is_temporary(reply.status_code):
-                    message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
-                    raise EndpointError(message, refused=True)
-                retry_after = retry_after_seconds(reply.headers.get("retry-after"))
-            except httpx2.RequestError as error:
-                failure = repr(error)
-            except (ValueError, LookupError, TypeError) as error:
-                failure = f"Its reply is not a completion: {error!r}"
-            now = time.monotonic()
-            deadline = min(deadline, now + self._total_timeout)
-            delay = retry_delay(attempts, _FIRST_DELAY, _LONGEST_DELAY, retry_after)
-            if now + delay >= deadline or self._closed.wait(delay):
-                raise EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
 
-    def _text(self, context: list[int]) -> str:
+    def _may_retry(self, attempts: int, elapsed: float, delay: float) -> bool:
+        return elapsed + delay < self._total_timeout
+
+    def _refusal(self, failure: str) -> EndpointError:
+        message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
+        return EndpointError(message, refused=True)
+
+    def _exhaustion(self, attempts: int, failure: str) -> EndpointError:
+        return EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
+
+    def _decode_context(self, context: list[int]) -> str:
         if context and context[0] == self._tokenizer.bos_token_id:  # servers write it themselves before a text
             context = context[1:]
         return str(self._tokenizer.decode(context, skip_special_tokens=False))
 
-    def _read(self, choice: dict[str, Any]) -> Generation:
+    def _read_choice(self, choice: dict[str, Any]) -> Generation:
         """The turn, with the closing tag or the end-of-sequence token that the server may have cut off."""
         text = choice["text"]
+        if not isinstance(text, str):
+            raise TypeError(f"expected a string under 'text', found {text!r}")
         token_ids = choice.get("token_ids")
         ends = [text.index(stop) + len(stop) for stop in self._stop_strings if stop in text]
         if ends and min(ends) < len(text):  # it knows no stop strings
@@ -274,7 +219,3 @@ class EndpointEngine:
         opened = {stop: text.rfind(stop.replace("</", "<", 1)) for stop in self._stop_strings}
         last = max(opened, key=lambda stop: opened[stop], default=None)
         return last if last is not None and opened[last] >= 0 else None
-
-
-def _said(reply: Any) -> str:
-    return f"HTTP {reply.status_code}: {reply.content[:300].decode(errors='replace')}"

@@ -1,10 +1,7 @@
 """Generation by vLLM, in the processes that train or on a server. TRL makes the engine and keeps its weights in step."""
 
-import queue
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +10,10 @@ import torch
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import BatchEngine, Engine, Generation
+from .requests import RequestEngine
 
-# Of a request to a server. The delays between 6 attempts add up to half a minute
-_ATTEMPTS, _FIRST_DELAY, _LONGEST_DELAY = 6, 1.5, 30.0
+_ATTEMPTS = 6  # of a request to a server: the delays between them add up to about half a minute
 _LONGEST_RETRY_AFTER = 120.0  # a server that asks for a longer delay is given up
 _TURN_SECONDS = 600.0
 
@@ -220,7 +216,7 @@ def _sampling_params(sampling: dict[str, Any], max_tokens: int) -> Any:
     )
 
 
-class VLLMServerEngine:
+class VLLMServerEngine(RequestEngine):
     """
     Generation by a vLLM server (`vllm_mode="server"`). Every process asks it by itself, one request a turn.
 
@@ -238,18 +234,15 @@ class VLLMServerEngine:
         `ConnectionError`: If the server does not answer.
     """
 
-    in_rounds = False
+    completions_path = "/v1/completions"
+    first_delay, longest_delay = 1.5, 30.0
 
     def __init__(
         self, url: str, sampling: dict[str, Any], wait_for_everyone: Callable[[], None], *, max_requests: int = 256
     ):
-        self.url = url
+        super().__init__(url, max_requests=max_requests, timeout=_TURN_SECONDS)
         self._sampling = sampling
         self._wait_for_everyone = wait_for_everyone
-        self._max_requests = max_requests
-        self._client: Any = None
-        self._executor: Any = None
-        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
         try:
             reply = httpx2.get(f"{url}/v1/models", timeout=30.0)
             reply.raise_for_status()
@@ -260,41 +253,17 @@ class VLLMServerEngine:
                 "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."
             ) from error
         self._model = model["id"]
-        self.max_context_length: int | None = model.get("max_model_len")
+        self.max_context_length = model.get("max_model_len")
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """See [`Engine.session`]."""
         self._wait_for_everyone()
-        self._finished = queue.SimpleQueue()
-        limits = httpx2.Limits(max_connections=self._max_requests)
-        timeout = httpx2.Timeout(_TURN_SECONDS, connect=10.0)
-        with httpx2.Client(limits=limits, timeout=timeout) as self._client:
-            self._executor = ThreadPoolExecutor(self._max_requests, "vllm")
-            try:
-                yield
-            finally:
-                self._executor.shutdown(wait=False, cancel_futures=True)
+        with super().session():
+            yield
 
-    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
-        """See [`Engine.submit`]."""
-        finished = self._finished
-        future = self._executor.submit(self._ask, context, max_new_tokens)
-        future.add_done_callback(lambda future: finished.put((number, future)))
-
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]."""
-        written = []
-        try:
-            number, future = self._finished.get(timeout=None if wait else 0.005)
-            while True:
-                written.append((number, future.result()))
-                number, future = self._finished.get_nowait()
-        except queue.Empty:
-            return written
-
-    def _ask(self, context: list[int], max_new_tokens: int) -> Generation:
-        body = {
+    def _request_body(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
+        return {
             **self._sampling,
             "model": self._model,
             "prompt": context,
@@ -302,25 +271,18 @@ class VLLMServerEngine:
             "include_stop_str_in_output": True,
             "return_token_ids": True,
         }
-        for attempt in range(1, _ATTEMPTS + 1):
-            retry_after = 0.0
-            try:
-                reply = self._client.post(f"{self.url}/v1/completions", json=body)
-                if not is_temporary(reply.status_code):
-                    break
-                failure = f"HTTP {reply.status_code}: {reply.text[:300]}"
-                retry_after = retry_after_seconds(reply.headers.get("retry-after"))
-            except httpx2.TransportError as error:
-                failure = repr(error)
-            if attempt == _ATTEMPTS or retry_after > _LONGEST_RETRY_AFTER:
-                raise ConnectionError(
-                    f"The vLLM server {self.url} was asked {attempt} times in vain. {failure}. Start it again and resume "
-                    "from the last checkpoint."
-                )
-            time.sleep(retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, retry_after))
-        if reply.status_code != 200:
-            raise RuntimeError(
-                f"The vLLM server {self.url} refuses a turn. HTTP {reply.status_code}: {reply.text[:300]}"
-            )
-        (choice,) = reply.json()["choices"]
+
+    def _read_choice(self, choice: Any) -> Generation:
         return Generation(token_ids=choice["token_ids"], logprobs=choice["logprobs"]["token_logprobs"])
+
+    def _may_retry(self, attempts: int, elapsed: float, delay: float) -> bool:
+        return attempts < _ATTEMPTS and delay <= _LONGEST_RETRY_AFTER
+
+    def _refusal(self, failure: str) -> RuntimeError:
+        return RuntimeError(f"The vLLM server {self.url} refuses a turn. {failure}")
+
+    def _exhaustion(self, attempts: int, failure: str) -> ConnectionError:
+        return ConnectionError(
+            f"The vLLM server {self.url} was asked {attempts} times in vain. {failure}. Start it again and resume "
+            "from the last checkpoint."
+        )
