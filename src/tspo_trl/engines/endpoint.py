@@ -1,4 +1,4 @@
-"""Generation by any server with OpenAI's interface for completions: vLLM, SGLang, llama.cpp, a hosted model."""
+"""Generation by any server with OpenAI's completions API: vLLM, SGLang, llama.cpp, a hosted model."""
 
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from .base import Generation
 from .requests import RequestEngine, describe_reply
 
-# What vLLM and SGLang know beyond OpenAI's interface: closing tags are kept, tokens come back as they were sampled, and the
-# model's own generation_config.json does not apply
+# Extensions of OpenAI's API by vLLM and SGLang: replies contain closing tags and the sampled tokens, and parameters of the
+# model's generation_config.json do not apply
 _EXTENSIONS = {
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
@@ -24,13 +24,13 @@ _EXTENSIONS = {
 
 class EndpointError(RuntimeError):
     """
-    A server of completions that could not be reached, or that refused what it was asked.
+    The server cannot be reached, or it refused a request.
 
     Args:
         message (`str`):
-            What happened, naming the server.
+            The failure and the address of the server.
         refused (`bool`, *optional*, defaults to `False`):
-            Whether the server answered, and asking again would not help.
+            Whether the server refused the request, so that sending it again would not help.
     """
 
     def __init__(self, message: str, *, refused: bool = False):
@@ -40,42 +40,42 @@ class EndpointError(RuntimeError):
 
 class EndpointEngine(RequestEngine):
     """
-    An [`Engine`] that asks a server for completions (`POST /v1/completions`), one request a turn.
+    An [`Engine`] that requests completions from a server (`POST /v1/completions`), one request per turn.
 
-    What the server can do is found out with one token before anything else is asked. Contexts are sent as token ids
-    where it takes them, else as text. Where it gives the sampled tokens back, turns consist of them; else the text is
-    encoded again, and a closing tag that the server has cut off is put back. Such turns are for evaluation, not for
-    training.
+    The constructor requests one token to find out what the server supports. Contexts are sent as token ids if the server
+    accepts them, otherwise as text. If the server returns the sampled tokens, turns consist of them. Otherwise, the text
+    of a turn is encoded, after a closing tag that the server has removed is added again. Such turns may differ from the
+    sampled tokens, so they are suitable for evaluation, but not for training.
 
-    A request that fails is sent again until `total_timeout` is over. A turn that fails for good is not an exception: it
-    is empty, which ends its rollout, and `failures` says why.
+    A request that fails temporarily is sent again until `total_timeout` has passed. A turn that fails permanently raises no
+    exception: it is empty, which ends its rollout, and `failures` holds the reason.
 
     Args:
         url (`str`):
-            The server, for instance `"http://10.0.0.5:8000"` or `"https://api.example.com/v1"`.
+            Address of the server, for instance `"http://10.0.0.5:8000"` or `"https://api.example.com/v1"`.
         model (`str`):
-            The name of the model on the server.
+            Name of the model on the server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         stop_strings (`Collection[str]`):
-            A turn ends with these.
+            A turn ends with one of these.
         eos_token_ids (`Sequence[int]`):
-            Tokens by which the model ends its message, at least one.
+            Tokens with which the model ends a message, at least one.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of sampling. `0` takes the most probable token.
+            Sampling temperature. `0` selects the most probable token.
         seed (`int`, *optional*, defaults to `0`):
-            Sent along, plus the number of the rollout. Servers that know seeds repeat what they have sampled.
+            Requests have this seed plus the number of their rollout. Servers that support seeds sample the same turns again.
         max_requests (`int`, *optional*, defaults to `32`):
-            The most requests at the same time.
+            Maximum number of concurrent requests.
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for the reply to a request.
         total_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds from the first failure of a turn after which it is not asked for again.
+            Seconds after the first failure of a turn during which its request may be sent again.
         api_key (`str`, *optional*):
-            Sent as a bearer token.
+            API key, sent as a bearer token.
 
     Attributes:
-        failures (`dict[int, str]`): Why turns failed, by the number of their rollout, since the session was opened.
+        failures (`dict[int, str]`): Reasons of failed turns in the current session, by the number of their rollout.
 
     Raises:
         [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
@@ -137,16 +137,16 @@ class EndpointEngine(RequestEngine):
             return Generation(self._eos_token_ids[:1])
 
     def _find_model(self) -> None:
-        """Check that the server has the model, where it says which it has."""
+        """Check that the server has the model, if it lists its models."""
         try:
             reply = self._client.get(f"{self.url}/models", timeout=30.0)
         except httpx2.TransportError as error:
             raise EndpointError(f"The endpoint {self.url} cannot be reached: {error!r}.") from error
         if reply.status_code in (401, 403):
-            raise EndpointError(f"The endpoint {self.url} wants another API key. {describe_reply(reply)}")
+            raise EndpointError(f"The endpoint {self.url} requires another API key. {describe_reply(reply)}")
         try:
             models = {model["id"]: model for model in reply.json()["data"]}
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):  # no list of models
             return
         if self.model not in models:
             raise EndpointError(f"The endpoint {self.url} has no model {self.model!r}, only {sorted(models)}.")
@@ -185,25 +185,30 @@ class EndpointEngine(RequestEngine):
         return EndpointError(message, refused=True)
 
     def _exhaustion(self, attempts: int, failure: str) -> EndpointError:
-        return EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
+        return EndpointError(f"A request to the endpoint {self.url} failed {attempts} times. {failure}")
 
     def _decode_context(self, context: list[int]) -> str:
-        if context and context[0] == self._tokenizer.bos_token_id:  # servers write it themselves before a text
+        """The context as text."""
+        if context and context[0] == self._tokenizer.bos_token_id:  # the server adds it to a text
             context = context[1:]
         return str(self._tokenizer.decode(context, skip_special_tokens=False))
 
     def _read_choice(self, choice: dict[str, Any]) -> Generation:
-        """The turn, with the closing tag or the end-of-sequence token that the server may have cut off."""
+        """The turn. Adds a closing tag or an end-of-sequence token that the server has removed."""
         text = choice["text"]
         if not isinstance(text, str):
             raise TypeError(f"expected a string under 'text', found {text!r}")
         token_ids = choice.get("token_ids")
+
+        # End the turn at the first stop string, or add the one that the server has removed
         ends = [text.index(stop) + len(stop) for stop in self._stop_strings if stop in text]
-        if ends and min(ends) < len(text):  # it knows no stop strings
+        if ends and min(ends) < len(text):  # the server does not support stop strings
             text, token_ids = text[: min(ends)], None
         stopped = bool(ends)
-        if not ends and choice.get("finish_reason") == "stop" and (tag := self._cut_tag(text, choice)):
+        if not ends and choice.get("finish_reason") == "stop" and (tag := self._removed_tag(text, choice)):
             text, token_ids, stopped = text + tag, None, True
+
+        # Encode the text if the sampled tokens are unknown, and add a missing end-of-sequence token
         if not token_ids:
             token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         ended = choice.get("finish_reason") == "stop" and not stopped
@@ -211,8 +216,8 @@ class EndpointEngine(RequestEngine):
             token_ids = [*token_ids, self._eos_token_ids[0]]
         return Generation(list(token_ids))
 
-    def _cut_tag(self, text: str, choice: dict[str, Any]) -> str | None:
-        """The closing tag at which the server has stopped: as it says itself (vLLM, SGLang), or of the last tag left open."""
+    def _removed_tag(self, text: str, choice: dict[str, Any]) -> str | None:
+        """The closing tag at which the server stopped: as reported by vLLM and SGLang, or that of the last open tag."""
         for key in ("stop_reason", "matched_stop"):
             if choice.get(key) in self._stop_strings:
                 return str(choice[key])
