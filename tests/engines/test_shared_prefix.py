@@ -216,7 +216,7 @@ def test_other_models(policy_dir, tokenizer, contexts, monkeypatch, family):
     assert shared_length(model, contexts) >= LENGTH
     turns = tokens_of(model, tokenizer, contexts, **GREEDY)
     assert model.config._attn_implementation == "sdpa"
-    if family == "dropout":  # which PyTorch applies: what is drawn is another for other shapes
+    if family == "dropout":  # PyTorch draws other numbers for other shapes
         assert turns != tokens_of(model.eval(), tokenizer, contexts, **GREEDY)
         return
     monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)

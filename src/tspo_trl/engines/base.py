@@ -1,4 +1,4 @@
-"""The interface of engines. An engine continues many contexts by one turn each; it knows nothing of searches."""
+"""The interface of engines. An engine continues many contexts by one turn each; it does not know about searches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -42,7 +42,7 @@ class EndpointEngine(RequestEngine):
     """
     An [`Engine`] that requests completions from a server (`POST /v1/completions`), one request per turn.
 
-    The constructor requests one token to find out what the server supports. Contexts are sent as token ids if the server
+    The constructor requests one token to find out which features the server supports. Contexts are sent as token ids if the server
     accepts them, otherwise as text. If the server returns the sampled tokens, turns consist of them. Otherwise, the text
     of a turn is encoded, after a closing tag that the server has removed is added again. Such turns may differ from the
     sampled tokens, so they are suitable for evaluation, but not for training.

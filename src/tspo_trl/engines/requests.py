@@ -1,4 +1,4 @@
-"""What the engines that request turns from a server have in common: threads, a client, repeated requests."""
+"""The common part of engines that request turns from a server: threads, an HTTP client, repeated requests."""
 
 import queue
 import time
@@ -22,9 +22,9 @@ class RequestEngine(ABC):
 
     Args:
         url (`str`):
-            The server. `completions_path` is appended to it.
+            Base address of the requests.
         max_requests (`int`):
-            Maximum number of requests at the same time.
+            Maximum number of concurrent requests.
         timeout (`float`):
             Seconds to wait for the reply to a request.
         headers (`Mapping[str, str]`, *optional*):
@@ -32,8 +32,8 @@ class RequestEngine(ABC):
     """
 
     in_rounds = False
-    completions_path = "/completions"
-    first_delay, longest_delay = 0.25, 8.0  # seconds between the attempts of a request, see `retry_delay`
+    _completions_path = "/completions"
+    _first_delay, _longest_delay = 0.25, 8.0  # seconds between the attempts of a request, see `retry_delay`
 
     def __init__(self, url: str, *, max_requests: int, timeout: float, headers: Mapping[str, str] | None = None):
         self.url = url
@@ -95,7 +95,7 @@ class RequestEngine(ABC):
             attempt += 1
             retry_after = 0.0
             try:
-                reply = client.post(f"{self.url}{self.completions_path}", json=body)
+                reply = client.post(f"{self.url}{self._completions_path}", json=body)
                 if reply.status_code == 200:
                     (choice,) = reply.json()["choices"]
                     return self._read_choice(choice)
@@ -109,7 +109,7 @@ class RequestEngine(ABC):
                 failure = f"Its reply is not a completion: {error!r}"
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
-            delay = retry_delay(attempt, self.first_delay, self.longest_delay, retry_after)
+            delay = retry_delay(attempt, self._first_delay, self._longest_delay, retry_after)
             if not self._may_retry(attempt, now - first_failure, delay) or closed.wait(delay):
                 raise self._exhaustion(attempt, failure)
 

@@ -225,11 +225,12 @@ class VLLMServerEngine(RequestEngine):
     """
     Generation by a vLLM server (`vllm_mode="server"`). Every process sends its own requests, one per turn.
 
-    A request that fails temporarily is sent again, up to 6 times in total. All other errors end the run.
+    A request that fails temporarily is sent up to 6 times. If the last attempt fails too, or if the server refuses a
+    request, the run ends with an error.
 
     Args:
         url (`str`):
-            The server, for instance `"http://10.0.0.5:8000"`.
+            Address of the server, for instance `"http://10.0.0.5:8000"`.
         sampling (`dict[str, Any]`):
             Parameters that all requests share.
         wait_for_everyone (`Callable[[], None]`):
@@ -241,8 +242,8 @@ class VLLMServerEngine(RequestEngine):
         `ConnectionError`: If the server does not answer.
     """
 
-    completions_path = "/v1/completions"
-    first_delay, longest_delay = 1.5, 30.0
+    _completions_path = "/v1/completions"
+    _first_delay, _longest_delay = 1.5, 30.0
 
     def __init__(
         self, url: str, sampling: dict[str, Any], wait_for_everyone: Callable[[], None], *, max_requests: int = 256
