@@ -1,4 +1,4 @@
-"""The decode loop: what it writes is what `generate` writes, and what it leaves out is counted."""
+"""The decode loop: it generates the same turns as `generate`, with fewer and smaller forward passes."""
 
 from contextlib import nullcontext
 
@@ -33,8 +33,8 @@ def generate(model, tokenizer, contexts, budgets, **options):
         return engine.generate(contexts, budgets)
 
 
-def plainly(model, tokenizer, contexts, budgets, **options):
-    """The tokens of `generate` of `transformers` alone, each row cut where its turn ends."""
+def generate_plainly(model, tokenizer, contexts, budgets, **options):
+    """The tokens of `generate` of `transformers` with its own loop, each row cut at the end of its turn."""
     engine = make_engine(model, tokenizer, **options)
     width = max(map(len, contexts))
     output = model.generate(
@@ -61,7 +61,7 @@ def expected_logprobs(model, context, turn):
 
 
 def assert_greedy(model, contexts, turns):
-    """Each token is the most probable one of a full forward, and has its log-probability."""
+    """Each token is the most probable one of a forward pass over the whole sequence, and has its log-probability."""
     for context, turn in zip(contexts, turns, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([context + turn.token_ids])).logits[0, len(context) - 1 : -1]
@@ -77,7 +77,7 @@ OPTIONS = {
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (1, 9.0)},
     "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.4},
-    # Which leave the most probable token only, and so can be compared
+    # These leave only the most probable token, so that results can be compared
     "top_k": {"do_sample": True, "top_k": 1},
     "top_p": {"do_sample": True, "top_k": 0, "top_p": 1e-6},
     "min_p": {"do_sample": True, "top_k": 0, "min_p": 1.0},
@@ -86,17 +86,17 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_tokens_are_those_of_generate(policy, tokenizer, world, name):
+def test_tokens_equal_those_of_generate(policy, tokenizer, world, name):
     contexts = [*prompts(tokenizer, world, 10), *prompts(tokenizer, world, 4)]
     budgets = [2, 3, 4, 2, 1, 16, 1] * 2
-    expected = plainly(policy, tokenizer, contexts, budgets, **OPTIONS[name])
+    expected = generate_plainly(policy, tokenizer, contexts, budgets, **OPTIONS[name])
     with counted(policy) as shapes:
         turns = generate(policy, tokenizer, contexts, budgets, **OPTIONS[name])
     assert [turn.token_ids for turn in turns] == expected
-    left = "repetition_penalty" not in name  # which knows rows by their places
+    left = "repetition_penalty" not in name  # whose processor identifies rows by their index
     assert (shapes[-1][0] < len(contexts)) == left
     if name != "greedy" and "do_sample" not in OPTIONS[name]:
-        assert expected != plainly(policy, tokenizer, contexts, budgets)
+        assert expected != generate_plainly(policy, tokenizer, contexts, budgets)
 
 
 def test_equal_contexts_are_read_once(policy, tokenizer, world):
@@ -111,7 +111,7 @@ def test_equal_contexts_are_read_once(policy, tokenizer, world):
     assert turns[0].token_ids == turns[2].token_ids[:1]
 
 
-def test_rollouts_of_a_group_are_sampled_apart(policy, tokenizer, world):
+def test_rollouts_of_a_group_are_sampled_independently(policy, tokenizer, world):
     torch.manual_seed(0)
     contexts = prompts(tokenizer, world, 1) * 16
     turns = generate(policy, tokenizer, contexts, [12] * 16, do_sample=True, temperature=1.0, top_k=0)
@@ -121,7 +121,7 @@ def test_rollouts_of_a_group_are_sampled_apart(policy, tokenizer, world):
         torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_rows_leave_when_half_of_them_have_ended(policy, tokenizer, world):
+def test_ended_rows_leave_the_batch_when_they_are_half_of_it(policy, tokenizer, world):
     contexts = prompts(tokenizer, world, 8)
     budgets = [3, 3, 3, 9, 3, 9, 3, 3]
     with counted(policy) as shapes:  # only budgets end turns
@@ -131,11 +131,11 @@ def test_rows_leave_when_half_of_them_have_ended(policy, tokenizer, world):
 
 
 @pytest.mark.parametrize("name", ["greedy", "repetition_penalty", "sampled"])
-def test_what_is_kept_of_rows_that_left_serves_their_next_turn(policy, tokenizer, world, name):
+def test_rows_that_left_early_continue_from_their_cache(policy, tokenizer, world, name):
     contexts = dict(enumerate(prompts(tokenizer, world, 9)))
     budgets = [2, 14, 3, 1, 14, 2, 7, 2, 3]
     options = OPTIONS.get(name, {"do_sample": True, "temperature": 1.0, "top_k": 0})
-    # A pad token that means something, which padding must not count as written
+    # The pad token is a meaningful token: padding must not count as generated
     options = {**options, "pad_token_id": tokenizer.eos_token_id}
     engine = make_engine(policy, tokenizer, **options)
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_what_is_kept_of_rows_that_left_serves_their_next_turn(policy, tokenizer
             with counted(policy) as shapes:
                 turns = dict(engine.collect(wait=True))
             assert shapes[0][0] == len(contexts)
-            assert turn_number == 0 or shapes[0][1] <= 8  # nothing but observations and the last token of a turn
+            assert turn_number == 0 or shapes[0][1] <= 8  # only observations and the last token of a turn
             left += shapes[-1][0] < len(contexts)
             if name == "sampled":
                 for number, turn in turns.items():
@@ -155,7 +155,7 @@ def test_what_is_kept_of_rows_that_left_serves_their_next_turn(policy, tokenizer
                     torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
             else:
                 limits = [budgets[number - turn_number] for number in contexts]
-                expected = plainly(policy, tokenizer, list(contexts.values()), limits, **options)
+                expected = generate_plainly(policy, tokenizer, list(contexts.values()), limits, **options)
                 assert [turn.token_ids for turn in turns.values()] == expected
                 fresh = generate(policy, tokenizer, list(contexts.values()), limits, **options)
                 for turn, other in zip(turns.values(), fresh, strict=True):
@@ -167,7 +167,7 @@ def test_what_is_kept_of_rows_that_left_serves_their_next_turn(policy, tokenizer
     assert bool(left) == (name != "repetition_penalty")
 
 
-def test_what_a_row_samples_does_not_depend_on_who_has_left(policy, tokenizer, world, monkeypatch):
+def test_sampling_of_a_row_does_not_depend_on_rows_that_left(policy, tokenizer, world, monkeypatch):
     contexts = prompts(tokenizer, world, 12)
     results = []
     for bound in ((), (object,)):
@@ -191,7 +191,7 @@ def test_what_a_row_samples_does_not_depend_on_who_has_left(policy, tokenizer, w
     ],
     ids=str,
 )
-def test_what_the_loop_leaves_out_is_done_by_generate(policy, tokenizer, world, options, monkeypatch):
+def test_generate_handles_the_options_that_the_loop_does_not_support(policy, tokenizer, world, options, monkeypatch):
     contexts, budgets = prompts(tokenizer, world, 8), [4, 9] * 4
     expected = generate(policy, tokenizer, contexts, budgets)
     monkeypatch.setattr(tspo_trl.engines.decoding.TurnDecoder, "__call__", None)
@@ -201,9 +201,9 @@ def test_what_the_loop_leaves_out_is_done_by_generate(policy, tokenizer, world, 
         torch.testing.assert_close(torch.tensor(turn.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)
 
 
-def test_a_row_that_has_ended_does_not_run_out_of_positions(tokenizer, monkeypatch):
+def test_ended_row_does_not_exceed_the_positions_of_the_model(tokenizer, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(tspo_trl.engines.decoding, "BOUND_TO_ROWS", (object,))  # so that it stays
+    monkeypatch.setattr(tspo_trl.engines.decoding, "BOUND_TO_ROWS", (object,))  # so that ended rows stay
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=2, n_head=2)
     model = GPT2LMHeadModel(config).eval()
     contexts = [list(range(20, 48)), [20, 21], [30]]
@@ -212,7 +212,7 @@ def test_a_row_that_has_ended_does_not_run_out_of_positions(tokenizer, monkeypat
     assert_greedy(model, contexts, turns)
 
 
-def test_lora_is_generated_with(policy_dir, tokenizer, world):
+def test_lora_adapter_is_used(policy_dir, tokenizer, world):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -221,9 +221,9 @@ def test_lora_is_generated_with(policy_dir, tokenizer, world):
     with counted(base) as shapes:
         turns = generate(model, tokenizer, contexts, budgets)
     assert shapes[0][0] == 3
-    assert [turn.token_ids for turn in turns] == plainly(model, tokenizer, contexts, budgets)
+    assert [turn.token_ids for turn in turns] == generate_plainly(model, tokenizer, contexts, budgets)
     with model.disable_adapter():
-        assert [turn.token_ids for turn in turns] != plainly(model, tokenizer, contexts, budgets)
+        assert [turn.token_ids for turn in turns] != generate_plainly(model, tokenizer, contexts, budgets)
 
 
 def test_prompt_tuning_keeps_no_cache(policy_dir):
@@ -242,7 +242,7 @@ def test_bfloat16(policy_dir, tokenizer, world):
         torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=0.2, rtol=0)
 
 
-def test_a_cache_that_is_not_written_and_logits_that_are_no_numbers_are_errors(policy_dir, tokenizer, world):
+def test_unused_cache_and_nan_logits_are_errors(policy_dir, tokenizer, world):
     model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).train()
     model.gradient_checkpointing_enable()
     contexts = prompts(tokenizer, world, 2)
@@ -254,7 +254,7 @@ def test_a_cache_that_is_not_written_and_logits_that_are_no_numbers_are_errors(p
         generate(model, tokenizer, contexts, [4, 4], do_sample=True)
 
 
-def test_tokens_are_drawn_by_their_probabilities():
+def test_tokens_are_sampled_in_proportion_to_their_probabilities():
     scores = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -30.0, -torch.inf]])
     count = 20_000
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -264,7 +264,7 @@ def test_tokens_are_drawn_by_their_probabilities():
     assert sample(scores.expand(2, -1), edges).tolist() == [1, 5]
 
 
-def test_a_token_is_written_without_a_copy_of_those_before_it():
+def test_appending_a_token_does_not_copy_earlier_tokens():
     torch.manual_seed(0)
     growing, expected = GrowingLayer(), DynamicCache().layer_class_to_replicate()
     places = []

@@ -1,4 +1,4 @@
-"""Generation by servers that know more or less, and by servers that fail."""
+"""Generation by servers with and without extensions of the API, and by servers that fail."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def questions(world):
 
 @pytest.fixture
 def serve(policy_dir, retriever):
-    """A function that serves the tiny policy and gives an agent of it."""
+    """A function that serves the tiny policy, and returns the server and an agent that uses it."""
     servers = []
 
     def start(kind="vllm", **options):
@@ -31,49 +31,50 @@ def serve(policy_dir, retriever):
         server.stop()
 
 
-def seen(trajectories):
+def actions_of(trajectories):
     return [(t.status, [(turn.action, turn.content, turn.text) for turn in t.turns]) for t in trajectories]
 
 
 @pytest.mark.parametrize("kind", ["vllm", "openai", "text", "says"])
-def test_every_kind_of_server_gives_the_rollouts_of_the_model_itself(serve, policy_dir, retriever, questions, kind):
+def test_rollouts_of_every_kind_of_server_equal_those_of_the_local_model(serve, policy_dir, retriever, questions, kind):
     local = SearchAgent.from_pretrained(policy_dir, retriever=retriever, prompt_template=PROMPT, **LIMITS)
     expected = local.rollout(questions)
     _, agent = serve(kind)
     found = agent.rollout(questions)
-    if kind != "vllm":  # which closing tag was cut off is only known where the tags fit
+    if kind != "vllm":  # a removed closing tag can only be restored if the tags are balanced
         fitting = [i for i, t in enumerate(expected) if all(turn.action != "invalid" for turn in t.turns)]
         assert len(fitting) > len(questions) // 2
         expected, found = [expected[i] for i in fitting], [found[i] for i in fitting]
-    if kind in ("text", "says"):  # this tokenizer of words does not survive being decoded and encoded again, later on
-        assert [t[1][0] for t in seen(found)] == [t[1][0] for t in seen(expected)]
+    if kind in ("text", "says"):  # decoding and encoding does not preserve the tokens of this tokenizer in later turns
+        assert [t[1][0] for t in actions_of(found)] == [t[1][0] for t in actions_of(expected)]
     else:
-        assert seen(found) == seen(expected)
+        assert actions_of(found) == actions_of(expected)
     assert {turn.action for t in found for turn in t.turns} >= {"search", "answer"}
     if kind in ("vllm", "openai"):
         assert [t.completion_ids for t in found] == [t.completion_ids for t in expected]
     assert agent.search_loop.engine.failures == {}
 
 
-def test_the_end_of_a_message_is_no_invalid_action(serve, policy_dir):
-    """What the server gave is read as what the model wrote."""
+def test_removed_tags_and_eos_tokens_are_restored(serve, policy_dir):
     _, agent = serve("openai")
     engine, eos = agent.search_loop.engine, agent.search_loop.protocol.tokenizer.eos_token_id
     tokenizer = agent.search_loop.protocol.tokenizer
 
     def read(text, reason, **more):
-        return tokenizer.decode(engine._read({"text": text, "finish_reason": reason, **more}).token_ids)
+        return tokenizer.decode(engine._read_choice({"text": text, "finish_reason": reason, **more}).token_ids)
 
     assert read("I do not know", "stop").endswith("<eos>")
     assert read("I do", "length") == "I do"
     assert read("<search> Silent Harbor", "stop") == "<search> Silent Harbor</search>"
     assert read("<search> a <answer> Mira", "stop", stop_reason="</answer>").endswith("</answer>")
-    assert read("<answer> Mira</answer> and more", "length") == "<answer> Mira</answer>"  # it knows no stop strings
-    assert engine._read({"text": "", "finish_reason": "stop"}).token_ids == [eos]
-    assert engine._read({"text": "", "finish_reason": "length"}).token_ids == [eos]
+    assert (
+        read("<answer> Mira</answer> and more", "length") == "<answer> Mira</answer>"
+    )  # the server does not support stop strings
+    assert engine._read_choice({"text": "", "finish_reason": "stop"}).token_ids == [eos]
+    assert engine._read_choice({"text": "", "finish_reason": "length"}).token_ids == [eos]
 
 
-def test_requests_say_what_is_wanted(serve, questions):
+def test_parameters_of_requests(serve, questions):
     server, agent = serve(temperature=0.7, seed=5)
     agent.rollout(questions[:2])
     body = server.requests[-1]
@@ -81,21 +82,21 @@ def test_requests_say_what_is_wanted(serve, questions):
     assert body["temperature"] == 0.7
     assert body["stop"] == list(TagProtocol.stop_strings)
     assert body["max_tokens"] == 12
-    assert {request["seed"] for request in server.requests[1:]} == {5, 6}  # one a rollout
+    assert {request["seed"] for request in server.requests[1:]} == {5, 6}  # one per rollout
     assert agent.search_loop.engine.max_context_length == 2048
 
 
-def test_failures_that_pass_are_not_noticed(serve, questions):
+def test_temporary_failures_do_not_change_rollouts(serve, questions):
     server, agent = serve()
-    calm = seen(agent.rollout(questions))
+    undisturbed = actions_of(agent.rollout(questions))
     server.fail = lambda body, count: 500 if count % 3 == 0 else None
-    assert seen(agent.rollout(questions)) == calm
+    assert actions_of(agent.rollout(questions)) == undisturbed
     assert agent.search_loop.engine.failures == {}
 
 
-def test_failures_that_stay_belong_to_their_rollouts(serve, questions):
+def test_permanent_failure_affects_only_its_rollout(serve, questions):
     server, agent = serve()
-    calm = seen(agent.rollout(questions))
+    undisturbed = actions_of(agent.rollout(questions))
     tokenizer = agent.search_loop.protocol.tokenizer
     bad = tokenizer(PROMPT.format(question=questions[3]))["input_ids"]
     server.fail = lambda body, count: 400 if body["prompt"][: len(bad)] == bad else None
@@ -105,20 +106,20 @@ def test_failures_that_stay_belong_to_their_rollouts(serve, questions):
     assert order[number] == 3
     assert "refuses completions of 'tiny'. HTTP 400" in message
     assert trajectories[3].answer is None
-    assert seen(trajectories[:3] + trajectories[4:]) == calm[:3] + calm[4:]
+    assert actions_of(trajectories[:3] + trajectories[4:]) == undisturbed[:3] + undisturbed[4:]
 
 
-def test_a_server_that_stays_away_ends_in_failures(serve, questions):
+def test_all_rollouts_fail_if_the_server_stops(serve, questions):
     server, agent = serve()
     agent.search_loop.engine._total_timeout = 0.6
     server.stop()
     trajectories = agent.rollout(questions[:4])
     assert [t.status for t in trajectories] == ["no_answer"] * 4
     assert len(agent.search_loop.engine.failures) == 4
-    assert "times in vain" in agent.search_loop.engine.failures[0]
+    assert f"{server.url}/v1 failed" in agent.search_loop.engine.failures[0]
 
 
-def test_what_cannot_work_is_said_at_once(serve, policy_dir, tokenizer):
+def test_constructor_reports_unusable_servers(serve, policy_dir, tokenizer):
     server, _ = serve()
     arguments = {"stop_strings": ("</search>",), "eos_token_ids": [2]}
     with pytest.raises(EndpointError, match=r"has no model 'huge', only \['tiny'\]"):
@@ -127,8 +128,8 @@ def test_what_cannot_work_is_said_at_once(serve, policy_dir, tokenizer):
     with pytest.raises(EndpointError, match=r"refuses completions of 'tiny'. HTTP 401"):
         EndpointEngine(server.url, "tiny", tokenizer, **arguments)
     server.fail = lambda body, count: 500
-    with pytest.raises(EndpointError, match=r"was asked 2 times in vain. HTTP 500"):
-        EndpointEngine(server.url, "tiny", tokenizer, total_timeout=0.4, **arguments)
+    with pytest.raises(EndpointError, match=r"failed 2 times. HTTP 500"):
+        EndpointEngine(server.url, "tiny", tokenizer, total_timeout=0.3, **arguments)
     server.stop()
     with pytest.raises(EndpointError, match="cannot be reached"):
         EndpointEngine(server.url, "tiny", tokenizer, **arguments)

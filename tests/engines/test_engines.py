@@ -51,7 +51,7 @@ def logits_of(policy, ids):
 
 
 @torch.no_grad()
-def test_greedy_turns_are_the_most_probable_tokens_of_a_full_forward(make_engine, policy, tokenizer, world):
+def test_greedy_turns_consist_of_the_most_probable_tokens_of_a_full_forward(make_engine, policy, tokenizer, world):
     contexts = prompts(tokenizer, world, 6)
     assert len({len(c) for c in contexts}) > 1  # so that padding matters
     engine = make_engine(do_sample=False)
@@ -64,7 +64,7 @@ def test_greedy_turns_are_the_most_probable_tokens_of_a_full_forward(make_engine
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_full_forward(make_engine, policy, tokenizer, world, temperature):
+def test_logprobs_equal_those_of_a_full_forward(make_engine, policy, tokenizer, world, temperature):
     torch.manual_seed(0)
     contexts = prompts(tokenizer, world, 8)
     engine = make_engine(do_sample=True, temperature=temperature, top_k=0)
@@ -76,7 +76,7 @@ def test_logprobs_are_those_of_a_full_forward(make_engine, policy, tokenizer, wo
         torch.testing.assert_close(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_a_turn_ends_with_the_token_that_closes_a_tag_or_at_its_own_budget(make_engine, tokenizer, world):
+def test_turn_ends_at_a_closing_tag_or_at_its_own_budget(make_engine, tokenizer, world):
     torch.manual_seed(0)
     contexts = prompts(tokenizer, world, 16)
     budgets = [1, 2, 3, 12] * 4
@@ -98,8 +98,8 @@ def test_a_turn_ends_with_the_token_that_closes_a_tag_or_at_its_own_budget(make_
     assert closed >= 3
 
 
-def test_a_stop_string_split_over_several_tokens_ends_the_turn(policy):
-    """Byte-level tokenizers spell the tags with several tokens, and the last one may carry more text."""
+def test_stop_string_of_several_tokens_ends_the_turn(policy):
+    """Byte-level tokenizers encode tags as several tokens, and the last one may carry more text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +121,7 @@ def test_a_stop_string_split_over_several_tokens_ends_the_turn(policy):
     assert ends("x", "<eos>") == [False, True]
 
 
-def test_the_model_is_opened_once_for_all_turns_of_a_session(make_engine, tokenizer, world):
+def test_model_is_opened_once_per_session(make_engine, tokenizer, world):
     engine = make_engine(do_sample=False)
     contexts = prompts(tokenizer, world, 2)
     with engine.session():
@@ -132,7 +132,7 @@ def test_the_model_is_opened_once_for_all_turns_of_a_session(make_engine, tokeni
         engine.generate(contexts, [2, 2])
 
 
-def test_without_stop_strings_a_turn_ends_at_the_end_of_the_message_or_its_budget(policy, tokenizer, world):
+def test_without_stop_strings_a_turn_ends_with_an_eos_token_or_at_its_budget(policy, tokenizer, world):
     config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, disable_compile=True
     )
@@ -140,7 +140,7 @@ def test_without_stop_strings_a_turn_ends_at_the_end_of_the_message_or_its_budge
     with engine.session():
         generations = engine.generate(prompts(tokenizer, world, 4), [9, 20, 20, 20])
     assert len(generations[0].token_ids) == 9
-    for generation in generations[1:]:  # it goes on after an action
+    for generation in generations[1:]:  # it continues after an action
         assert len(generation.token_ids) == 20 or generation.token_ids[-1] == tokenizer.eos_token_id
         assert any(stop in tokenizer.decode(generation.token_ids[:-1]) for stop in TagProtocol.stop_strings)
 
@@ -173,7 +173,7 @@ def collect_all(engine, contexts, budgets):
     return [turns[number] for number in range(len(contexts))]
 
 
-def test_continuous_batching_writes_the_turns_of_static_batching(make_engine, make_continuous, tokenizer, world):
+def test_continuous_batching_generates_the_turns_of_static_batching(make_engine, make_continuous, tokenizer, world):
     contexts, budgets = prompts(tokenizer, world, 24), [1, 2, 3, 12] * 6
     static = make_engine(do_sample=False)
     with static.session():
@@ -186,7 +186,9 @@ def test_continuous_batching_writes_the_turns_of_static_batching(make_engine, ma
 
 
 @torch.no_grad()
-def test_sampled_logprobs_of_continuous_batching_are_those_of_a_full_forward(make_continuous, policy, tokenizer, world):
+def test_sampled_logprobs_of_continuous_batching_equal_those_of_a_full_forward(
+    make_continuous, policy, tokenizer, world
+):
     torch.manual_seed(0)
     contexts = prompts(tokenizer, world, 16)
     turns = collect_all(make_continuous(do_sample=True, temperature=0.7, top_k=0), contexts, [12] * 16)
@@ -197,42 +199,42 @@ def test_sampled_logprobs_of_continuous_batching_are_those_of_a_full_forward(mak
         torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def give_up(engine, contexts):
+def fail_in_session(engine, contexts):
     with engine.session():
         for number, context in enumerate(contexts):
             engine.submit(number, context, 40)
         raise KeyError("mine")
 
 
-def test_continuous_batching_leaves_the_model_as_it_was(make_continuous, policy, tokenizer, world):
+def test_continuous_batching_restores_the_model_after_an_error(make_continuous, policy, tokenizer, world):
     engine = make_continuous(do_sample=False)
     attention = policy.config._attn_implementation
     policy.train()
     try:
         with pytest.raises(KeyError, match="mine"):
-            give_up(engine, prompts(tokenizer, world, 8))
+            fail_in_session(engine, prompts(tokenizer, world, 8))
         assert policy.training
     finally:
         policy.eval()
     assert policy.config._attn_implementation == attention
-    (turn,) = collect_all(engine, prompts(tokenizer, world, 1), [12])  # the turns under way were dropped
+    (turn,) = collect_all(engine, prompts(tokenizer, world, 1), [12])  # the unfinished turns were dropped
     assert turn.token_ids
 
 
-def test_a_cache_that_is_too_small_is_named_by_its_option(make_continuous, tokenizer, world):
+def test_error_of_a_too_small_cache_names_the_option(make_continuous, tokenizer, world):
     engine = make_continuous(do_sample=False)
     engine._batching_config.num_blocks = 1
     with pytest.raises(RuntimeError, match="transformers_continuous_batching_config"):
         collect_all(engine, [prompts(tokenizer, world, 1)[0] * 4] * 4, [40] * 4)
 
 
-def test_a_turn_is_submitted_within_a_session(make_continuous):
+def test_submit_outside_a_session_is_an_error(make_continuous):
     with pytest.raises(RuntimeError, match="session"):
         make_continuous().submit(0, [1], 1)
 
 
 def converse(engine, contexts, observations, budgets):
-    """Several turns: before each but the first, some rollouts get an observation and go on. Returns their turns."""
+    """The turns of several rounds. Before each round but the first, some rollouts receive an observation and continue."""
     turns = {number: [] for number in range(len(contexts))}
     contexts = [list(context) for context in contexts]
     going = list(turns)
@@ -250,12 +252,12 @@ def converse(engine, contexts, observations, budgets):
     return turns
 
 
-#: Of other lengths for every rollout; some end
+#: Observations of different lengths. A rollout with an empty one ends
 OBSERVATIONS = [lambda n: [20 + n] * (1 + n % 5), lambda n: [40 + n] * (7 - n % 6) if n % 3 else [], lambda n: [60]]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_what_a_rollout_has_read_is_not_read_again_and_its_turns_stay_the_same(
+def test_kept_cache_avoids_reading_contexts_again_without_changing_turns(
     make_engine, policy, tokenizer, world, sampled
 ):
     contexts = prompts(tokenizer, world, 12)
@@ -284,7 +286,7 @@ def test_what_a_rollout_has_read_is_not_read_again_and_its_turns_stay_the_same(
     assert min(read[1][1:]) > 20
 
 
-def test_a_context_that_does_not_go_on_is_read_from_its_beginning(make_engine, policy, tokenizer, world):
+def test_context_that_does_not_continue_the_kept_one_is_read_completely(make_engine, policy, tokenizer, world):
     first, second = prompts(tokenizer, world, 2)
     engine, fresh = make_engine(do_sample=False), make_engine(do_sample=False)
     with engine.session(), fresh.session():
@@ -296,7 +298,7 @@ def test_a_context_that_does_not_go_on_is_read_from_its_beginning(make_engine, p
     assert turn.token_ids == expected.token_ids
 
 
-def test_a_model_with_sliding_windows_reads_its_contexts_anew(tokenizer, world):
+def test_model_with_sliding_windows_reads_whole_contexts(tokenizer, world):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""What all contexts begin with is read and stored once, and the turns are the same as without."""
+"""A prefix that all contexts share is read and stored once, and turns are the same as without sharing."""
 
 from contextlib import nullcontext
 
@@ -37,7 +37,7 @@ def policy(policy_dir):
 
 @pytest.fixture(scope="module")
 def instructions(tokenizer, world):
-    """Tokens that the policy has been trained on."""
+    """A text that the policy was trained on, as a prefix."""
     texts = [str(question.row()["prompt"]) for question in world.train_questions[-20:]]
     return tokenizer("".join(texts))["input_ids"][:LENGTH]
 
@@ -56,7 +56,7 @@ def make_engine(model, tokenizer, **options):
 
 
 def converse(engine, contexts):
-    """Three turns of rollouts with other budgets and observations; one ends after each turn. Their turns, by number."""
+    """Three turns of rollouts with different budgets and observations. After each turn, one rollout ends."""
     going, turns = dict(enumerate(contexts)), []
     torch.manual_seed(0)
     with engine.session():
@@ -73,7 +73,7 @@ def converse(engine, contexts):
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, PENALTY], ids=["greedy", "sampled", "repetition_penalty"])
-def test_turns_are_those_of_contexts_that_are_stored_whole(policy, tokenizer, contexts, monkeypatch, options):
+def test_turns_with_a_shared_prefix_equal_those_with_whole_contexts(policy, tokenizer, contexts, monkeypatch, options):
     with counted(policy) as shapes:
         turns, kept = converse(make_engine(policy, tokenizer, **options), contexts)
     common = shared_length(policy, contexts)
@@ -82,7 +82,7 @@ def test_turns_are_those_of_contexts_that_are_stored_whole(policy, tokenizer, co
     assert shapes[0] == (1, common)
     assert shapes[1] == (8, longest - common)  # two contexts are equal
     assert shapes[2] == (9, 1)
-    assert sum(columns > 8 for _, columns in shapes) == 2  # it is not read again in later turns
+    assert sum(columns > 8 for _, columns in shapes) == 2  # contexts are not read again in later turns
     assert {keys.shape[:3:2] for keys, _ in kept.prefix} == {(1, common)}
     most = max(len(ids) for ids in kept.contexts) - common
     assert all(keys.shape[2] <= most + 16 for block in kept.blocks for keys, _ in block.layers)
@@ -100,7 +100,7 @@ def test_turns_are_those_of_contexts_that_are_stored_whole(policy, tokenizer, co
             )
 
 
-def test_a_rollout_whose_context_does_not_go_on_shares_a_prefix_anew(policy, tokenizer, contexts, instructions):
+def test_contexts_that_do_not_continue_the_kept_ones_share_a_new_prefix(policy, tokenizer, contexts, instructions):
     engine, fresh = make_engine(policy, tokenizer, **GREEDY), make_engine(policy, tokenizer, **GREEDY)
     others = [ids[5:] for ids in contexts[:4]]
     with engine.session(), fresh.session():
@@ -115,7 +115,7 @@ def test_a_rollout_whose_context_does_not_go_on_shares_a_prefix_anew(policy, tok
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_is_that_to_keys_laid_side_by_side(dtype, padded):
+def test_attention_equals_that_to_concatenated_keys(dtype, padded):
     torch.manual_seed(0)
     rows, heads, groups, shared, own, size = 5, 6, 2, 40, 7, 16
     query = torch.randn(rows, heads, 1, size, dtype=dtype)
@@ -134,16 +134,16 @@ def test_attention_is_that_to_keys_laid_side_by_side(dtype, padded):
     torch.testing.assert_close(result.double(), expected.transpose(1, 2), atol=tolerance, rtol=0)
 
 
-def test_what_is_shared_is_what_all_begin_with_and_one_token_of_each_is_left(policy, contexts):
+def test_shared_length_leaves_at_least_one_token_of_each_context(policy, contexts):
     short = list(range(SHORTEST))
     assert shared_length(policy, [[*short, 1, 2], [*short, 1, 3], [*short, 1, 2, 4]]) == SHORTEST + 1
     assert shared_length(policy, [[*short, 1], [*short, 1]]) == SHORTEST
-    assert shared_length(policy, [short, [*short, 1]]) == 0  # one token less than the shortest
+    assert shared_length(policy, [short, [*short, 1]]) == 0  # the prefix would be one token shorter than the minimum
     assert shared_length(policy, [[*short, 1]]) == 0
     assert shared_length(policy, [[*short, 1], [9, *short]]) == 0
 
 
-def test_models_whose_attention_cannot_be_replaced_store_contexts_whole(policy_dir, tokenizer, contexts, monkeypatch):
+def test_models_whose_attention_cannot_be_replaced_store_whole_contexts(policy_dir, tokenizer, contexts, monkeypatch):
     eager = AutoModelForCausalLM.from_pretrained(policy_dir, attn_implementation="eager").eval()
     of_its_own = AutoModelForCausalLM.from_pretrained(policy_dir).eval()
     monkeypatch.setattr(type(of_its_own), "_supports_attention_backend", False)
@@ -154,7 +154,7 @@ def test_models_whose_attention_cannot_be_replaced_store_contexts_whole(policy_d
         assert shapes[0] == (8, max(map(len, contexts)))
 
 
-def test_an_error_leaves_the_model_as_it_was(policy):
+def test_attention_is_restored_after_an_error(policy):
     inside = []
 
     def fail():
@@ -168,7 +168,7 @@ def test_an_error_leaves_the_model_as_it_was(policy):
     assert policy.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_caches_something_else_than_it_attends_to_stores_contexts_whole(tokenizer, contexts, monkeypatch):
+def test_models_that_transform_cached_keys_store_whole_contexts(tokenizer, contexts, monkeypatch):
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
@@ -184,14 +184,14 @@ def test_a_model_that_caches_something_else_than_it_attends_to_stores_contexts_w
     ]
 
 
-def test_a_model_that_does_not_write_into_its_cache_is_an_error(policy_dir, tokenizer, contexts):
+def test_unused_cache_is_an_error(policy_dir, tokenizer, contexts):
     model = AutoModelForCausalLM.from_pretrained(policy_dir).train()
     model.gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="Is gradient checkpointing on during generation"):
-        written(model, tokenizer, contexts, **GREEDY)
+        tokens_of(model, tokenizer, contexts, **GREEDY)
 
 
-def written(model, tokenizer, contexts, **options):
+def tokens_of(model, tokenizer, contexts, **options):
     engine = make_engine(model, tokenizer, **options)
     torch.manual_seed(0)
     with engine.session():
@@ -214,10 +214,10 @@ def test_other_models(policy_dir, tokenizer, contexts, monkeypatch, family):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(base, lora).eval()
     assert shared_length(model, contexts) >= LENGTH
-    turns = written(model, tokenizer, contexts, **GREEDY)
+    turns = tokens_of(model, tokenizer, contexts, **GREEDY)
     assert model.config._attn_implementation == "sdpa"
-    if family == "dropout":  # which PyTorch applies: what is drawn is another for other shapes
-        assert turns != written(model.eval(), tokenizer, contexts, **GREEDY)
+    if family == "dropout":  # PyTorch draws other numbers for other shapes
+        assert turns != tokens_of(model.eval(), tokenizer, contexts, **GREEDY)
         return
     monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)
-    assert turns == written(model, tokenizer, contexts, **GREEDY)
+    assert turns == tokens_of(model, tokenizer, contexts, **GREEDY)

@@ -29,13 +29,13 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """Larger heads than those of the other tests: vLLM has no kernels for the smallest."""
+    """A policy with larger heads than in other tests, because vLLM has no kernels for very small ones."""
     folder = tmp_path_factory.mktemp("policy")
     tokenizer, world = make_tokenizer(), make_world(0, train_books=12, heldout_books=6)
     model = make_model(tokenizer, hidden_size=128, num_layers=2)
     demonstrations = demonstrate_world(tokenizer, world, wrong_query=0.3, wrong_answer=0.9)
     supervise(model, demonstrations, steps=60, batch_size=16)
-    # A server that reads its weights from a file again leaves a tied head as it was
+    # A server that reloads its weights from a file does not update a tied head
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
     model.save_pretrained(folder)
@@ -54,7 +54,7 @@ def train(policy, *arguments, **options):
 
 
 def check(run):
-    """Weights have changed in every step, and vLLM has followed."""
+    """Weights change in every step, and vLLM uses the new weights."""
     assert len(run["steps"]) == 4
     assert run["moved"] > 1e-3
     for step in run["steps"]:
@@ -63,11 +63,11 @@ def check(run):
         assert step["retrieval/searches"] > 0
 
 
-def test_the_engine_in_the_training_process_follows_the_weights(policy):
+def test_engine_in_the_training_process_uses_the_current_weights(policy):
     run = train(policy, vllm_max_model_length=256, vllm_gpu_memory_utilization=0.3)
     check(run)
     assert (run["engine"], run["max_context_length"]) == ("VLLMEngine", 256)
-    # It works in bfloat16, whose rounding may decide a near tie otherwise
+    # vLLM computes in bfloat16, whose rounding may change the order of nearly equal tokens
     assert sum(margin is None for margin in run["margins"]) > 0.7 * len(run["margins"])
     assert max(margin or 0.0 for margin in run["margins"]) < 0.1
 
@@ -99,7 +99,7 @@ class VLLMServer(Server):
         return self
 
     def __exit__(self, *_):
-        os.killpg(self.process.pid, signal.SIGKILL)  # with the process of its engine, which would outlive it
+        os.killpg(self.process.pid, signal.SIGKILL)  # including the process of its engine, which would continue to run
         self.process.wait()
 
     def wait_until_ready(self, seconds=300):
@@ -115,19 +115,19 @@ def server(policy, tmp_path_factory):
         yield server
 
 
-def test_a_server_follows_the_weights_and_its_turns_are_those_of_transformers(policy, server):
+def test_server_uses_the_current_weights_and_generates_the_turns_of_transformers(policy, server):
     run = train(policy, vllm_mode="server", vllm_server_base_url=server.url)
     check(run)
     assert (run["engine"], run["max_context_length"]) == ("VLLMServerEngine", 256)
     assert all(step["sampling/sampling_logp_difference/max"] < 1e-3 for step in run["steps"])
-    # Token for token, but for what rounding decides
+    # Tokens are equal, except where rounding decides
     assert len(run["margins"]) > 20
     assert sum(margin is None for margin in run["margins"]) > 0.9 * len(run["margins"])
     assert max(margin or 0.0 for margin in run["margins"]) < 1e-3
 
 
-def test_a_server_with_other_weights_is_seen_and_corrected_for(policy, server):
-    """The other tests would not notice if nothing was sent, unless this one fails."""
+def test_outdated_weights_of_a_server_are_detected_and_corrected(policy, server):
+    """Shows that the checks of the other tests detect missing updates of the weights."""
     run = train(policy, "--frozen_server", vllm_mode="server", vllm_server_base_url=server.url, max_steps=2)
     difference = [step["sampling/sampling_logp_difference/mean"] for step in run["steps"]]
     ratio = [step["sampling/importance_sampling_ratio/mean"] for step in run["steps"]]

@@ -1,4 +1,4 @@
-"""What of the vLLM engines needs no vLLM: errors, a server that misbehaves, sleep, several processes for one model."""
+"""The vLLM engines without vLLM: errors, a failing server, sleep, several processes for one model."""
 
 import json
 import os
@@ -12,17 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from tspo_trl.engines import requests as request_engines
 from tspo_trl.engines import vllm as vllm_engines
 from tspo_trl.engines.vllm import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
 
 
-def test_a_run_without_vllm_ends_before_anything_is_loaded(make_trainer, monkeypatch):
+def test_missing_vllm_is_reported_before_the_model_is_loaded(make_trainer, monkeypatch):
     monkeypatch.setattr(vllm_engines, "is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match=r"`use_vllm=True` needs vLLM.*pip install 'tspo-trl\[vllm\]'"):
         make_trainer(use_vllm=True, model="no such model")
 
 
-def test_a_version_that_trl_does_not_know_is_refused_with_what_it_does(monkeypatch):
+def test_error_of_an_unsupported_version_names_the_supported_ones(monkeypatch):
     def old():
         warnings.warn(
             "TRL currently supports vLLM versions from 0.22.0 to 0.31.0. You have version 0.8.1", stacklevel=2
@@ -37,7 +38,7 @@ def test_a_version_that_trl_does_not_know_is_refused_with_what_it_does(monkeypat
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Continues a prompt by its last token plus one, two, ...; answers with the queued errors before that."""
+    """Answers with the queued errors first. Then continues a prompt with its last token plus one, two, ..."""
 
     def do_GET(self):
         self.reply(200, {"data": [{"id": "policy", "max_model_len": 99}]})
@@ -46,15 +47,18 @@ class FakeServer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
         if self.server.errors:
-            self.reply(self.server.errors.pop(0), {"error": "the reason"})
+            status, headers = self.server.errors.pop(0)
+            self.reply(status, {"error": "the reason"}, headers)
             return
         tokens = [body["prompt"][-1] + 1 + i for i in range(body["max_tokens"])]
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
         self.reply(200, {"choices": [choice]})
 
-    def reply(self, status, body):
+    def reply(self, status, body, headers=None):
         content = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -74,8 +78,20 @@ def server():
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(vllm_engines.time, "sleep", lambda seconds: None)
+def delays(monkeypatch):
+    """The requested delays between attempts. The engine does not wait for them."""
+    waited = []
+
+    class Closed:
+        def wait(self, seconds):
+            waited.append(seconds)
+            return False
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(request_engines, "Event", Closed)
+    return waited
 
 
 def generation(**options):
@@ -103,7 +119,7 @@ def collect(engine, number):
     return turns
 
 
-def test_every_process_asks_the_server_for_its_turns_one_by_one(server):
+def test_server_engine_requests_turns_one_by_one(server):
     barriers = []
     connection = generation(server_port=server.server_port)
     engine = vllm_engine(connection, ["</search>"], [2], lambda: barriers.append(True))
@@ -127,27 +143,51 @@ def test_every_process_asks_the_server_for_its_turns_one_by_one(server):
     )
 
 
-def test_a_server_that_stumbles_is_asked_again(server, quick):
+def test_request_is_repeated_after_server_errors(server, delays):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [500, 503, 500]
+    server.errors += [(500, {}), (503, {}), (200, {})]  # the last one is a reply without a completion
     with engine.session():
         engine.submit(4, [1], 2)
         assert collect(engine, 1)[4].token_ids == [2, 3]
     assert len(server.requests) == 4
+    assert len(delays) == 3
 
 
-def test_a_server_that_stays_broken_ends_the_run_with_its_last_word(server, quick):
+@pytest.mark.parametrize(("headers", "shortest"), [({}, 0.75), ({"Retry-After": "7"}, 7.0)])
+def test_request_is_repeated_after_too_many_requests(server, delays, headers, shortest):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [500] * 6
+    server.errors += [(429, headers)] * 2
+    with engine.session():
+        engine.submit(4, [1], 2)
+        assert collect(engine, 1)[4].token_ids == [2, 3]
+    assert len(server.requests) == 3
+    assert len(delays) == 2
+    assert min(delays) >= shortest
+    assert max(delays) <= max(shortest, 3.0)
+
+
+def test_request_is_given_up_if_the_server_asks_for_a_very_long_delay(server, delays):
+    engine = VLLMServerEngine(server.url, {}, lambda: None)
+    server.errors += [(503, {"Retry-After": "3600"})]
+    with engine.session():
+        engine.submit(0, [1], 2)
+        with pytest.raises(ConnectionError, match=r"HTTP 503"):
+            collect(engine, 1)
+    assert delays == []
+
+
+def test_permanent_server_errors_end_the_run_with_the_last_error(server, delays):
+    engine = VLLMServerEngine(server.url, {}, lambda: None)
+    server.errors += [(500, {})] * 6
     with engine.session():
         engine.submit(0, [1], 2)
         with pytest.raises(ConnectionError, match=r"asked 6 times in vain. HTTP 500: .*the reason.*last checkpoint"):
             collect(engine, 1)
 
 
-def test_a_request_that_the_server_refuses_is_not_repeated(server, quick):
+def test_refused_request_is_not_repeated(server, delays):
     engine = VLLMServerEngine(server.url, {}, lambda: None)
-    server.errors += [400]
+    server.errors += [(400, {})]
     with engine.session():
         engine.submit(0, [1], 2)
         with pytest.raises(RuntimeError, match=r"refuses a turn. HTTP 400: .*the reason"):
@@ -155,7 +195,7 @@ def test_a_request_that_the_server_refuses_is_not_repeated(server, quick):
     assert len(server.requests) == 1
 
 
-def test_a_server_that_is_not_there_is_named_at_the_start(server):
+def test_constructor_reports_an_unreachable_server(server):
     server.shutdown()
     server.server_close()
     with pytest.raises(ConnectionError, match=f"{server.url} does not answer.*`vllm_server_base_url`"):
@@ -163,7 +203,7 @@ def test_a_server_that_is_not_there_is_named_at_the_start(server):
 
 
 class FakeLLM:
-    """Writes the events of vLLM's memory down. Its engine finishes no turn."""
+    """Records sleeping, waking and requests. Its engine never finishes a turn."""
 
     def __init__(self, events):
         self.events = events
@@ -196,7 +236,7 @@ def colocated(monkeypatch):
     return vllm_engine(connection, [], [2], lambda: None), connection, events
 
 
-def test_a_sleeping_engine_is_awake_for_all_turns_of_a_rollout(colocated):
+def test_sleeping_engine_is_awake_during_a_session(colocated):
     engine, connection, events = colocated
     assert isinstance(engine, VLLMEngine)
     with engine.session():
@@ -209,17 +249,17 @@ def test_a_sleeping_engine_is_awake_for_all_turns_of_a_rollout(colocated):
         assert events == [("wake", ["kv_cache"])]
 
 
-def give_up(engine):
+def fail_in_session(engine):
     with engine.session():
         engine.submit(0, [1], 5)
         assert engine.collect(wait=False) == []
         raise KeyError("mine")
 
 
-def test_turns_under_way_are_aborted_when_a_rollout_ends_with_an_error(colocated):
+def test_unfinished_turns_are_aborted_after_an_error(colocated):
     engine, _, events = colocated
     with pytest.raises(KeyError, match="mine"):
-        give_up(engine)
+        fail_in_session(engine)
     assert events[-3:] == [("add", "turn-1"), ("abort", ["turn-1"]), ("sleep", 2)]
 
 
@@ -266,7 +306,7 @@ dist.destroy_process_group()  # or its threads may still run when Python ends, w
 """
 
 
-def test_processes_that_share_a_model_keep_step_until_all_are_done(tmp_path):
+def test_processes_that_share_a_model_generate_together_until_all_are_done(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

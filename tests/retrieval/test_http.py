@@ -1,4 +1,4 @@
-"""The HTTP client, against a real server process that misbehaves, and the server's own limits."""
+"""The HTTP client with a server process that fails on demand, and the limits of the server."""
 
 import gc
 import json
@@ -46,7 +46,7 @@ def local():
     return BM25Retriever(load_corpus(CORPUS))
 
 
-def test_results_equal_those_of_the_embedded_retriever(server, local):
+def test_results_equal_those_of_the_local_retriever(server, local):
     retriever = HTTPRetriever(server.url)
     assert isinstance(retriever, Retriever)
     assert retriever.search(QUERIES, 3) == local.search(QUERIES, 3)
@@ -55,7 +55,7 @@ def test_results_equal_those_of_the_embedded_retriever(server, local):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_large_batches_are_split_and_put_together_again(server, local, misbehave, batch_size):
+def test_large_batches_are_split_and_results_are_joined(server, local, misbehave, batch_size):
     queries = [f"{word} film" for word in Path(CORPUS).read_text(encoding="utf-8").split()[:10]]
     before = misbehave("ok")
     found = HTTPRetriever(server.url, batch_size=batch_size).search(queries, 2)
@@ -63,7 +63,7 @@ def test_large_batches_are_split_and_put_together_again(server, local, misbehave
     assert misbehave("ok") - before == -(-10 // batch_size)
 
 
-def test_an_address_may_name_its_path(server, local):
+def test_url_may_contain_a_path(server, local):
     assert HTTPRetriever(f"{server.url}/retrieve").search(["film"], 1) == local.search(["film"], 1)
     assert HTTPRetriever(f"{server.url}/").url == f"{server.url}/retrieve"
     assert HTTPRetriever("http://localhost:8000/api/search?x=1").url == "http://localhost:8000/api/search?x=1"
@@ -74,19 +74,19 @@ FAILURES = [
     ("drip", "timeout", "no answer within"),
     ("500", "status", "HTTP 500"),
     ("429", "status", "HTTP 429"),
-    ("garbage", "reply", "not what was asked for"),
-    ("not utf-8", "reply", "not what was asked for"),
+    ("garbage", "reply", "does not match the request"),
+    ("not utf-8", "reply", "does not match the request"),
     ("another object", "reply", "'results'"),
     ("too few", "reply", "asked for 2 queries, got 0 results"),
     ("not passages", "reply", '"contents"'),
     ("not zipped", "reply", "DecodingError"),
-    ("huge score", "reply", "not what was asked for"),
+    ("huge score", "reply", "does not match the request"),
     ("cut", "connection", "RemoteProtocolError|ReadError"),
 ]
 
 
 @pytest.mark.parametrize(("mode", "kind", "message"), FAILURES)
-def test_a_failure_is_tried_again(server, local, misbehave, mode, kind, message):
+def test_request_is_repeated_after_a_temporary_failure(server, local, misbehave, mode, kind, message):
     misbehave(mode, left=2)
     retriever = HTTPRetriever(server.url, timeout=0.5)
     assert retriever.search(QUERIES, 3) == local.search(QUERIES, 3)
@@ -94,7 +94,7 @@ def test_a_failure_is_tried_again(server, local, misbehave, mode, kind, message)
 
 
 @pytest.mark.parametrize(("mode", "kind", "message"), FAILURES)
-def test_a_failure_that_lasts_is_an_error_that_names_server_and_kind(server, misbehave, mode, kind, message):
+def test_error_of_a_lasting_failure_names_server_and_kind(server, misbehave, mode, kind, message):
     misbehave(mode)
     retriever = HTTPRetriever(server.url, timeout=0.3, total_timeout=0.9)
     with pytest.raises(RetrievalError, match=message) as error:
@@ -105,10 +105,10 @@ def test_a_failure_that_lasts_is_an_error_that_names_server_and_kind(server, mis
     assert retriever.search(["film"], 1)  # works again
 
 
-def test_a_refused_request_is_not_tried_again(server, misbehave):
+def test_refused_request_is_not_repeated(server, misbehave):
     misbehave("403")
     retriever = HTTPRetriever(server.url)
-    with pytest.raises(RetrievalError, match=r"asked once.*HTTP 403.*no key") as error:
+    with pytest.raises(RetrievalError, match=r"failed once.*HTTP 403.*no key") as error:
         retriever.search(["film"], 3)
     assert error.value.kind == "status"
     with pytest.raises(RetrievalError, match="HTTP 404"):
@@ -118,7 +118,7 @@ def test_a_refused_request_is_not_tried_again(server, misbehave):
         retriever.search(["film"], 101)
 
 
-def test_nobody_listens():
+def test_refused_connection():
     retriever = HTTPRetriever(f"http://127.0.0.1:{free_port()}", total_timeout=0.7)
     with pytest.raises(RetrievalError, match="ConnectError") as error:
         retriever.search(["film"], 3)
@@ -127,8 +127,8 @@ def test_nobody_listens():
 
 
 @pytest.mark.parametrize("mode", ["slow", "drip", "500"])
-def test_the_whole_call_is_bounded(server, misbehave, mode):
-    """Not a measurement: unbounded, the call would take until the end of days."""
+def test_total_timeout_limits_the_whole_call(server, misbehave, mode):
+    """Not a measurement: without the bound, the call would never end."""
     misbehave(mode)
     outcome = []
 
@@ -143,7 +143,7 @@ def test_the_whole_call_is_bounded(server, misbehave, mode):
     assert outcome == ["status" if mode == "500" else "timeout"]
 
 
-def test_waiting_does_not_change_what_is_sampled(server, misbehave):
+def test_retries_leave_the_global_random_state_unchanged(server, misbehave):
     misbehave("500", left=1)
     states = random.getstate(), torch.get_rng_state()
     HTTPRetriever(server.url).search(["film"], 1)
@@ -151,7 +151,7 @@ def test_waiting_does_not_change_what_is_sampled(server, misbehave):
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
-def test_a_server_that_is_killed_and_comes_back_is_survived(local):
+def test_restart_of_the_server_is_survived(local):
     with Server("--corpus", CORPUS) as server:
         retriever = HTTPRetriever(server.url)
         expected = local.search(QUERIES, 3)
@@ -165,14 +165,14 @@ def test_a_server_that_is_killed_and_comes_back_is_survived(local):
 
 
 @pytest.mark.parametrize("charset", ["rot13", "base64", "idna", "nonsense"])
-def test_an_error_in_an_odd_encoding_is_still_an_error_of_the_server(server, misbehave, charset):
+def test_error_with_an_unusual_charset_is_reported(server, misbehave, charset):
     misbehave(f"charset {charset}")
     with pytest.raises(RetrievalError, match="HTTP 404") as error:
         HTTPRetriever(server.url).search(["film"], 3)
     assert error.value.kind == "status"
 
 
-def test_a_password_is_sent_and_not_shown():
+def test_password_is_sent_but_not_shown():
     retriever = HTTPRetriever("http://user:s3cret@127.0.0.1:9/retrieve", total_timeout=0.3)
     assert retriever._address.password == "s3cret"
     with pytest.raises(RetrievalError) as error:
@@ -182,9 +182,9 @@ def test_a_password_is_sent_and_not_shown():
         assert "127.0.0.1:9" in text
 
 
-def test_the_first_searches_of_threads_share_one_loop(server):
-    """Opened twice, a client would have twice as many connections as it may."""
-    retriever = HTTPRetriever(f"{server.url}/retrieve?a=thread", max_connections=2)  # named by its address
+def test_concurrent_first_searches_open_one_loop(server):
+    """Two loops would have twice the maximum number of connections."""
+    retriever = HTTPRetriever(f"{server.url}/retrieve?a=thread", max_connections=2)  # the URL identifies its thread
     barrier = threading.Barrier(8)
 
     def search(_):
@@ -196,7 +196,7 @@ def test_the_first_searches_of_threads_share_one_loop(server):
     assert [thread.name for thread in threading.enumerate()].count(repr(retriever)) == 1
 
 
-def test_a_client_that_is_dropped_leaves_no_thread(server):
+def test_deleted_client_leaves_no_thread(server):
     retriever = HTTPRetriever(f"{server.url}/retrieve?another=thread")
     retriever.search(["film"], 1)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == repr(retriever)]
@@ -206,7 +206,7 @@ def test_a_client_that_is_dropped_leaves_no_thread(server):
     assert not thread.is_alive()
 
 
-def test_threads_may_share_a_client(server, local):
+def test_threads_can_share_a_client(server, local):
     retriever = HTTPRetriever(server.url)
     expected = local.search(QUERIES, 3)
     with ThreadPoolExecutor(8) as pool:
@@ -214,7 +214,7 @@ def test_threads_may_share_a_client(server, local):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_searches_too(server, local):
+def test_forked_process_can_search(server, local):
     retriever = HTTPRetriever(server.url)
     expected = retriever.search(["film"], 2)
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -233,7 +233,7 @@ def retriever_search(url):
     return HTTPRetriever(url).search(["film"], 2)
 
 
-def test_a_call_may_be_made_inside_an_event_loop(server, local):
+def test_search_works_inside_an_event_loop(server, local):
     """As in a notebook."""
     import asyncio
 
@@ -269,7 +269,7 @@ def test_k_below_one_is_an_error():
         HTTPRetriever("http://localhost").search(["a"], 0)
 
 
-def test_the_forms_of_passages_of_other_servers():
+def test_passages_of_other_servers_are_read():
     """Search-R1's dense servers send `contents` only."""
     from tspo_trl.retrieval.http import _read_reply
 
@@ -302,7 +302,7 @@ def test_limits_of_the_server(option, body, message):
         assert httpx2.post(f"{server.url}/retrieve", json={"queries": ["a"], "topk": 1}).status_code == 200
 
 
-def test_the_server_is_ready_when_the_index_is_loaded(monkeypatch):
+def test_server_is_ready_after_the_index_is_loaded(monkeypatch):
     from starlette.testclient import TestClient
 
     from tspo_trl.retrieval.server import create_app
@@ -325,7 +325,7 @@ def test_the_server_is_ready_when_the_index_is_loaded(monkeypatch):
         assert reply["result"][0][0]["document"]["contents"] == '"Paris"\nFrance'
 
 
-def test_a_retriever_that_raises_is_reported_without_its_secrets():
+def test_error_of_a_retriever_is_reported_without_its_message():
     from starlette.testclient import TestClient
 
     from tspo_trl.retrieval.server import create_app
@@ -342,7 +342,7 @@ def test_a_retriever_that_raises_is_reported_without_its_secrets():
         assert response.json() == {"detail": "The retriever failed: RuntimeError."}
 
 
-def test_the_server_checks_the_number_of_results_and_takes_scores_of_numpy():
+def test_server_checks_the_number_of_results_and_accepts_numpy_scores():
     from starlette.testclient import TestClient
 
     from tspo_trl.retrieval.server import create_app
@@ -365,15 +365,15 @@ def test_the_server_checks_the_number_of_results_and_takes_scores_of_numpy():
             assert response.json() == {"detail": "The retriever failed: RetrievalError."}
 
 
-def test_a_body_of_wrong_items_is_refused_at_the_first(server):
-    """An error for each of them would fill the memory."""
+def test_only_the_first_invalid_item_of_a_body_is_reported(server):
+    """An error for each of them would need too much memory."""
     response = httpx2.post(f"{server.url}/retrieve", json={"queries": [1] * 1000})
     assert response.status_code == 422
     assert response.json()["detail"].count("valid string") == 1
 
 
-def test_nothing_is_searched_for_a_client_that_has_gone():
-    """Its next attempt waits already: together they would overload the server for good."""
+def test_server_does_not_search_for_disconnected_clients():
+    """The clients repeat their requests, so searching for both would overload the server permanently."""
     from tspo_trl.retrieval.server import create_app
 
     searched, release = [], threading.Event()
@@ -412,7 +412,7 @@ def test_nothing_is_searched_for_a_client_that_has_gone():
     thread.join(60)
 
 
-def test_a_port_that_is_taken_is_an_error_before_the_index_is_loaded(server, tmp_path):
+def test_occupied_port_is_an_error_before_the_index_is_loaded(server, tmp_path):
     second = Server("--corpus", CORPUS, "--save_index", tmp_path / "index", port=server.port).start()
     _, errors = second.process.communicate(timeout=60)
     assert second.process.returncode not in (0, None)
@@ -421,7 +421,7 @@ def test_a_port_that_is_taken_is_an_error_before_the_index_is_loaded(server, tmp
 
 
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGINT, {130, 0}), (signal.SIGTERM, {-signal.SIGTERM, 0})])
-def test_a_server_that_is_asked_to_stop_stops_quietly(sent, codes):
+def test_server_stops_without_a_traceback(sent, codes):
     server = Server("--corpus", CORPUS).start().wait_until_ready()
     server.process.send_signal(sent)
     _, errors = server.process.communicate(timeout=60)
@@ -429,7 +429,7 @@ def test_a_server_that_is_asked_to_stop_stops_quietly(sent, codes):
     assert "Traceback" not in errors
 
 
-def test_passages_that_cannot_be_encoded_are_served():
+def test_passages_with_lone_surrogates_are_served():
     from starlette.testclient import TestClient
 
     from tspo_trl.retrieval.server import create_app
@@ -453,7 +453,7 @@ def test_passages_that_cannot_be_encoded_are_served():
         ([], "--corpus or --index is required"),
     ],
 )
-def test_a_server_without_a_retriever_ends_with_the_reason(arguments, message):
+def test_server_without_a_retriever_reports_the_reason(arguments, message):
     server = Server(*arguments).start()
     _, errors = server.process.communicate(timeout=60)
     assert server.process.returncode not in (0, None)

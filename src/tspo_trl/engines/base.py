@@ -1,4 +1,4 @@
-"""The ways to generate a turn. An engine continues many contexts by one turn each; it knows nothing of searches."""
+"""The interface of engines. An engine continues many contexts by one turn each; it does not know about searches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ class Generation:
 
     Args:
         token_ids (`list[int]`):
-            The T sampled tokens, the one that ends the turn included.
+            The T sampled tokens, including the one that ends the turn.
         logprobs (`list[float]`, *optional*):
-            Their T log-probabilities under the sampling distribution, where the engine gives them: with temperature
-            applied; before any truncation such as top-p by static batching, after it by the other engines.
+            Log-probabilities of the T tokens under the sampling distribution, if the engine provides them. Temperature is
+            applied. Static batching computes them before truncation such as top-p, the other engines after it.
     """
 
     token_ids: list[int]
@@ -26,15 +26,16 @@ class Generation:
 
 class Engine(Protocol):
     """
-    Continues contexts by one turn each. Turns are submitted and collected under the number of their rollout, so that a
-    rollout can go on while others are still generated or search.
+    Continues contexts by one turn each. Turns are submitted and collected by the number of their rollout, so that a
+    rollout can continue while the turns of other rollouts are generated, or while other rollouts search.
 
     Attributes:
         in_rounds (`bool`):
-            Whether `collect` generates all submitted turns together. A search loop then submits whatever it can before.
-            Otherwise turns are generated from when they are submitted, in the background or during `collect`.
+            Whether `collect` generates all submitted turns together. A search loop then submits all possible turns before
+            it calls `collect`. Otherwise, generation of a turn begins when it is submitted, in the background or during
+            `collect`.
         max_context_length (`int` or `None`):
-            The most tokens of a context and its turn together, where the engine has a limit of its own.
+            Maximum number of tokens of a context and its turn together, if the engine has a limit of its own.
     """
 
     in_rounds: bool
@@ -42,42 +43,44 @@ class Engine(Protocol):
 
     def session(self) -> AbstractContextManager[Any]:
         """
-        Held open around all turns of a rollout, so that what is expensive (gathering sharded parameters, allocating a
-        cache) is done once a rollout and not once a turn. Turns that nobody has collected when it closes are dropped.
+        A context manager that stays open for all turns of a batch of rollouts. Expensive preparations (gathering sharded
+        parameters, allocating a cache) are thus done once per batch of rollouts instead of once per turn. Turns that were
+        not collected are dropped when it closes.
         """
         ...
 
     def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
         """
-        Ask for one turn.
+        Request one turn.
 
         Args:
             number (`int`):
-                The rollout. It has at most one turn under way.
+                Number of the rollout. A rollout has at most one submitted turn at a time.
             context (`list[int]`):
-                Token ids.
+                Token ids of the context.
             max_new_tokens (`int`):
-                The budget of the turn, at least 1.
+                Maximum number of tokens of the turn, at least 1.
         """
         ...
 
     def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
         """
-        Take the turns that are finished.
+        Return the finished turns.
 
         Args:
             wait (`bool`):
-                Whether to wait until at least one is. Otherwise it returns soon, perhaps with none.
+                Whether to wait until at least one turn is finished. Otherwise `collect` returns soon, possibly without a
+                turn.
 
         Returns:
-            `list[tuple[int, Generation]]`: Rollouts and their turns, each ended by an end-of-sequence token, by the
-            token that completes a stop string, or by its budget.
+            `list[tuple[int, Generation]]`: Numbers of rollouts and their turns. Each turn ends with an end-of-sequence
+            token, with the token that completes a stop string, or at its maximum number of tokens.
         """
         ...
 
 
 class BatchEngine(ABC):
-    """An [`Engine`] that generates in rounds: all submitted turns as one batch, in the order of their numbers."""
+    """An [`Engine`] that generates in rounds: all submitted turns form one batch, in the order of their numbers."""
 
     in_rounds = True
     max_context_length: int | None = None
@@ -108,19 +111,19 @@ class BatchEngine(ABC):
     def _generate_round(
         self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
     ) -> list[Generation]:
-        """Generate the turns of a round, for an engine that keeps something of a rollout (by its number) for the next."""
+        """Generate the turns of a round. Engines that keep state of rollouts between rounds override this method."""
         return self.generate(contexts, max_new_tokens)
 
     @abstractmethod
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
         """
-        Generate one turn for each context, within `session()`.
+        Generate one turn for each context. Must be called within `session()`.
 
         Args:
             contexts (`Sequence[list[int]]`):
                 B contexts of token ids, possibly of different lengths.
             max_new_tokens (`Sequence[int]`):
-                B budgets, each at least 1.
+                Maximum number of tokens for each of the B turns, at least 1.
 
         Returns:
             `list[Generation]`: B turns.

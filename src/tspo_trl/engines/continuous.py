@@ -1,4 +1,4 @@
-"""Generation by `transformers`' continuous batching: turns join and leave the batch as they come."""
+"""Generation by continuous batching of `transformers`: turns join the batch when submitted and leave it when finished."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +19,7 @@ from .stopping import StopRule
 
 @dataclass(slots=True)
 class _Request:
-    """A turn under way in a continuous batch."""
+    """A turn that is being generated."""
 
     number: int
     token_ids: list[int] = field(default_factory=list)
@@ -28,12 +28,12 @@ class _Request:
 
 class ContinuousBatchingEngine:
     """
-    Generation by `transformers`' continuous batching, with the model that is being trained: finished turns leave the
-    batch, new ones join it, and what contexts have in common is computed once.
+    Generation by continuous batching of `transformers`, with the model that is being trained. Finished turns leave the
+    batch, new ones join it, and the common beginning of contexts is computed once.
 
     Args:
         model_context (`Callable[[], ContextManager[PreTrainedModel]]`):
-            Opened once for all turns of a rollout; yields the model to generate with.
+            Opened once per session; yields the model that generates.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         generation_config ([`~transformers.GenerationConfig`]):
@@ -65,13 +65,13 @@ class ContinuousBatchingEngine:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Open the model and a cache for all turns of a rollout, see [`Engine.session`]."""
+        """Open the model and allocate a cache, see [`Engine.session`]."""
         with self._model_context() as opened:
             model: Any = opened
             training = model.training
             config = replace(self._batching_config, return_logprobs=True)
             if model.dtype == torch.float32:
-                config.auto_switch_to_flash = False  # which has no kernels for it
+                config.auto_switch_to_flash = False  # flash attention does not support float32
             try:
                 with model.continuous_batching_context_manager(
                     generation_config=self._generation_config, continuous_batching_config=config
@@ -84,7 +84,7 @@ class ContinuousBatchingEngine:
                         self._open.clear()
             finally:
                 self._manager = None
-                model.train(training)  # the manager has put it into evaluation mode
+                model.train(training)  # the manager switches it to evaluation mode
 
     def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
         """See [`Engine.submit`]."""
@@ -93,28 +93,28 @@ class ContinuousBatchingEngine:
         self._count += 1
         request_id = str(self._count)
         self._open[request_id] = _Request(number)
-        # Streamed, because only here it is known where a stop string ends
+        # Streamed, because only this class knows the stop strings
         self._manager.add_request(context, request_id=request_id, max_new_tokens=max_new_tokens, streaming=True)
 
     def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
         """See [`Engine.collect`]."""
-        written: list[tuple[int, Generation]] = []
-        while not written:
+        turns: list[tuple[int, Generation]] = []
+        while not turns:
             running = self._manager.is_running()
             output = self._manager.get_result(timeout=0.1 if wait else 0.005)
             while output is not None:
-                written += self._read(output)
+                turns += self._read_output(output)
                 output = self._manager.get_result(timeout=0)
             if not wait:
                 break
-            if not running and not written:
+            if not running and not turns:
                 raise RuntimeError("Continuous batching has stopped. Its own error is in the log above.")
-        return written
+        return turns
 
-    def _read(self, output: Any) -> list[tuple[int, Generation]]:
-        """The turn that ends with this output of the manager, if one does."""
+    def _read_output(self, output: Any) -> list[tuple[int, Generation]]:
+        """The turn that ends with this output of the manager, if any."""
         request = self._open.get(output.request_id)
-        if request is None:  # it has ended, and the manager did not know yet
+        if request is None:  # the turn has ended, and the manager had not processed the cancellation yet
             return []
         if output.error is not None:
             raise RuntimeError(

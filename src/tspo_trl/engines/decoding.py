@@ -1,4 +1,4 @@
-"""The decode loop of a search turn: what `generate` of `transformers` does, for many short turns that end one by one."""
+"""The decode loop of a search turn: the work of `generate` of `transformers`, for many short turns of different lengths."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,9 +21,9 @@ from transformers import (
 
 from .kv_cache import CacheBlock, GrowingLayer
 from .shared_prefix import Prefix, attending_to
-from .stopping import Recorder, Turns
+from .stopping import ScoreRecorder, TurnBatch
 
-#: Processors that tell rows by their places, or keep something of each: with them, no row may leave the batch
+#: Processors that identify rows by their index or keep state per row: with them, no row may leave the batch
 BOUND_TO_ROWS = (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -36,47 +36,55 @@ BOUND_TO_ROWS = (
 
 class TurnDecoder:
     """
-    Writes one turn for each row of a batch. Passed to `generate` as `custom_generate`, which prepares and checks as ever
-    and then calls it instead of its own loop. It differs in what it does not do:
+    Generates one turn for each row of a batch. It is passed to `generate` as `custom_generate`: `generate` prepares and
+    checks its arguments as usual, and then calls the decoder instead of its own loop. It differs from that loop as follows:
 
-    - Contexts that are the same, as those of a group are in their first turn, are read once. So is what all contexts begin
-      with, as instructions and descriptions of tools are; it is also stored once, and attended to by all rows together.
-    - Rows whose turns have ended leave the batch once they are half of it.
+    - Equal contexts, such as those of a group in its first turn, are read once.
+    - The tokens with which all contexts begin, such as instructions and tool descriptions, are read once and stored once.
+      All rows attend to them together.
+    - Rows whose turns have ended leave the batch as soon as they are at least half of it.
     - A token is appended without copying the cache, the mask or the tokens before it.
-    - A token is drawn with one random number, not with one for each entry of the vocabulary. A row gets the same random
-      numbers whether others have left or not.
+    - A token is drawn with one random number instead of one for each entry of the vocabulary. The random numbers of a row
+      do not depend on whether other rows have left.
 
     Args:
-        turns ([`Turns`]):
-            Ends and collects the turns of the B rows.
-        recorder ([`Recorder`]):
-            One of the processors that `generate` was given.
+        turns ([`TurnBatch`]):
+            Collects the tokens of the B rows and decides when their turns end.
+        recorder ([`ScoreRecorder`]):
+            One of the logits processors passed to `generate`.
         budgets (`Sequence[int]`):
-            The most tokens of each turn.
-        same (`Sequence[int]`):
-            For each row, the first one with the same context, if the cache is still empty; otherwise the row itself.
-        prefix (`int`):
-            How many tokens all contexts begin with are stored once. Padding comes after them.
+            Maximum number of tokens for each turn.
+        first_equal (`Sequence[int]`):
+            For each row, the first row with the same context. If the cache is not empty, the row itself.
+        prefix_length (`int`):
+            Number of tokens at the beginning of all contexts that are stored once. Padding follows them.
 
     Attributes:
         logprobs (`torch.Tensor`):
-            Log-probabilities of what was sampled, of shape (B, T); meaningless from where the turn of a row has ended.
+            Log-probabilities of the sampled tokens, of shape (B, T). Values after the end of a turn are meaningless.
         blocks (`list[CacheBlock]`):
-            What the rows have read and written after the shared prefix.
+            Keys and values of the rows after the shared prefix, in blocks of rows that left the batch together.
         prefix (`Prefix`):
-            Keys and values of the shared prefix; empty if there is none.
+            Keys and values of the shared prefix. Empty if there is none.
         cached (`list[int]`):
-            How many tokens of each turn that is: all, or all but the last.
+            For each turn, the number of its tokens in the cache: all, or all but the last.
     """
 
     logprobs: torch.Tensor
 
-    def __init__(self, turns: Turns, recorder: Recorder, budgets: Sequence[int], same: Sequence[int], prefix: int):
+    def __init__(
+        self,
+        turns: TurnBatch,
+        recorder: ScoreRecorder,
+        budgets: Sequence[int],
+        first_equal: Sequence[int],
+        prefix_length: int,
+    ):
         self._turns = turns
         self._recorder = recorder
         self._budgets = budgets
-        self._same = same
-        self._prefix_length = prefix
+        self._first_equal = first_equal
+        self._prefix_length = prefix_length
         self.prefix: Prefix = []
         self.blocks: list[CacheBlock] = []
         self.cached = [0] * len(budgets)
@@ -91,7 +99,7 @@ class TurnDecoder:
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """
-        Write the turns.
+        Generate the turns.
 
         Args:
             model ([`~transformers.PreTrainedModel`]):
@@ -99,82 +107,89 @@ class TurnDecoder:
             input_ids (`torch.Tensor`):
                 Contexts of shape (B, W), padded on the left.
             logits_processor ([`~transformers.LogitsProcessorList`]):
-                What `generate` has made of the sampling parameters.
+                The processors that `generate` created from the sampling parameters.
             stopping_criteria ([`~transformers.StoppingCriteriaList`]):
-                Not used: `turns` knows when a turn ends.
+                Not used: `turns` decides when a turn ends.
             generation_config ([`~transformers.GenerationConfig`]):
                 Sampling parameters.
             model_kwargs (`Any`):
-                Arguments of the model, among them the mask, the positions and the cache.
+                Arguments of the model, including the mask, the positions and the cache.
 
         Returns:
-            `torch.Tensor`: The contexts. The turns are in `turns`.
+            `torch.Tensor`: The contexts. The turns are in the argument `turns` of the constructor.
 
         Raises:
-            `RuntimeError`: If the model does not use its cache, or its logits are not numbers.
+            `RuntimeError`: If the model does not use its cache, or if its logits are not finite.
         """
         cache: Cache = model_kwargs.pop("past_key_values")
         mask: torch.Tensor | None = model_kwargs.pop("attention_mask")  # `None` if nothing is padding
         positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
         device, width, room = input_ids.device, input_ids.shape[1], max(self._budgets)
-        logits = self._read(model, input_ids, mask, positions, cache, model_kwargs)
 
-        # Buffers with room for the turn, of which views are passed on
+        # Prefill: read the contexts
+        logits = self._read_contexts(model, input_ids, mask, positions, cache, model_kwargs)
+
+        # Buffers with room for the longest turn, so that a step needs views only
         ids = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), room)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
             if self.prefix and positions is not None:
-                # As attention takes it, so that the model does not make it anew for every token
+                # In the form that attention uses, so that the model does not convert it for every token
                 mask = mask[:, None, None].bool()
         if positions is not None:
             positions = positions[:, -1:]
-            # A row whose turn has ended must not run out of the model's positions
+            # A row that stays after its turn has ended must not exceed the positions of the model
             last_positions = positions + torch.tensor(self._budgets, device=device)[:, None]
         self.logprobs = torch.zeros(ids.shape[0], room, device=device)
-        rows = list(range(len(ids)))
-        index = torch.arange(len(ids), device=device)
+        rows = list(range(len(ids)))  # the rows that are still in the batch
+        index = torch.arange(len(ids), device=device)  # the same as a tensor
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
+            # Choose the next token of each row
             seen, scores = ids[:, : width + step], logits
             for processor in logits_processor:
                 scores = processor(seen, scores)
             if generation_config.do_sample:
-                # Drawn for all rows of the turn, so that what one gets does not depend on the others
+                # One number for each of the B rows, so that a row does not depend on the rows that have left
                 uniform = torch.rand(len(self._budgets), dtype=_exact(device), device=device)
                 tokens = sample(scores, uniform[index])
             else:
                 tokens = scores.argmax(dim=-1)
             self.logprobs[index, step] = self._recorder.logprobs(tokens)
             ids[:, width + step] = tokens
-            self._turns.write(dict(zip(rows, tokens.tolist(), strict=True)))
+            self._turns.append(dict(zip(rows, tokens.tolist(), strict=True)))
             if not self._turns.open:
                 break
+
+            # Remove ended rows from the batch once they are at least half of it
             if may_leave and 2 * len(self._turns.open) <= len(rows):
-                going = set(self._turns.open)
-                left = [i for i, row in enumerate(rows) if row not in going]
-                self._keep(cache, mask, rows, width, left)
-                staying = torch.tensor([i for i, row in enumerate(rows) if row in going], device=device)
+                open_rows = set(self._turns.open)
+                ended = [i for i, row in enumerate(rows) if row not in open_rows]
+                self._store_block(cache, mask, rows, width, ended)
+                staying = torch.tensor([i for i, row in enumerate(rows) if row in open_rows], device=device)
                 cache.batch_select_indices(staying)
                 ids, index = ids[staying], index[staying]
                 mask = None if mask is None else mask[staying]
                 if positions is not None:
                     positions, last_positions = positions[staying], last_positions[staying]
                 rows = list(self._turns.open)
+
+            # Read the new tokens
             if positions is not None:
                 positions = torch.minimum(positions + 1, last_positions)
             length = width + step + 1
             seen_mask = None if mask is None else mask[..., :length]
             logits = self._forward(model, cache, ids[:, :length], seen_mask, positions, model_kwargs)
 
-        self._keep(cache, mask, rows, width, list(range(len(rows))))
+        self._store_block(cache, mask, rows, width, list(range(len(rows))))
         if self.logprobs.isnan().any():
             raise RuntimeError(
                 "The model's logits are not numbers (NaN or infinite), so nothing can be sampled from them."
             )
         return input_ids
 
-    def _read(
+    def _read_contexts(
         self,
         model: Any,
         input_ids: torch.Tensor,
@@ -183,11 +198,14 @@ class TurnDecoder:
         cache: Cache,
         model_kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Read the contexts as far as they are not in the cache; return the logits after them, of shape (B, V)."""
+        """Read the tokens of the contexts that are not in the cache. Returns the next logits, of shape (B, V)."""
+        # The shared prefix, once for all rows
         if self._prefix_length and not cache.get_seq_length():
             self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
         self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
-        first = sorted(set(self._same))
+
+        # The rest of each distinct context
+        first = sorted(set(self._first_equal))
         distinct = torch.tensor(first, device=input_ids.device) if len(first) < len(input_ids) else slice(None)
         mask, positions = (None if part is None else part[distinct] for part in (mask, positions))
         logits = self._forward(
@@ -195,10 +213,12 @@ class TurnDecoder:
         )
         if isinstance(distinct, slice):
             return logits
-        places = {row: place for place, row in enumerate(first)}
-        back = torch.tensor([places[row] for row in self._same], device=input_ids.device)
-        cache.batch_select_indices(back)
-        return logits[back]
+
+        # Copies of the cache and the logits for rows with equal contexts
+        index_of = {row: index for index, row in enumerate(first)}
+        copied = torch.tensor([index_of[row] for row in self._first_equal], device=input_ids.device)
+        cache.batch_select_indices(copied)
+        return logits[copied]
 
     def _read_prefix(
         self,
@@ -209,7 +229,7 @@ class TurnDecoder:
         cache: Cache,
         model_kwargs: dict[str, Any],
     ) -> None:
-        """Read what all contexts begin with, and store it once, if the model's attention takes it as it is stored."""
+        """Read the shared prefix from the first row, and store it once if attention uses keys and values unchanged."""
         of_prefix = (slice(1), slice(self._prefix_length))
         ids = input_ids[of_prefix]
         mask, positions = (None if part is None else part[of_prefix] for part in (mask, positions))
@@ -218,10 +238,10 @@ class TurnDecoder:
         if all(layer.attended for layer in layers):
             for layer in layers:
                 layer.share()
-        else:
+        else:  # read whole contexts instead
             self._prefix_length = 0
             for layer in layers:
-                layer.forget()
+                layer.clear()
 
     def _forward(
         self,
@@ -234,7 +254,7 @@ class TurnDecoder:
         *,
         is_first_iteration: bool = False,
     ) -> torch.Tensor:
-        """Read what is not yet in the cache; the logits after it, of shape (B, V), without a hold on those before."""
+        """Read the tokens that are not in the cache. Returns the next logits, of shape (B, V)."""
         if positions is not None:
             model_kwargs = {**model_kwargs, "position_ids": positions}
         inputs = model.prepare_inputs_for_generation(
@@ -252,12 +272,14 @@ class TurnDecoder:
                 "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If "
                 "the model has no cache, set `generation_kwargs={'use_cache': False}`."
             )
+        # A copy, so that the logits of all other positions can be freed
         return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)
 
-    def _keep(
+    def _store_block(
         self, cache: Cache, mask: torch.Tensor | None, rows: Sequence[int], width: int, places: Sequence[int]
     ) -> None:
-        """Keep what the cache holds of some of its rows."""
+        """Store keys and values of some rows of the cache (by their places in the batch) as a block."""
+        # Keys and values of these rows
         length = cache.get_seq_length()
         index = torch.tensor(places, device=self.logprobs.device)
         whole = len(places) == len(rows)
@@ -268,7 +290,9 @@ class TurnDecoder:
             if not whole:
                 keys, values = (part.index_select(0, index.to(part.device)) for part in (keys, values))
             layers.append((keys, values))
-        # The last token of the longest turn was sampled, but not read; rows that ended before have read padding
+
+        # Which columns hold tokens. The last token of the longest turn was sampled, but not read. Rows that ended earlier
+        # have read padding since
         for i in places:
             self.cached[rows[i]] = min(len(self._turns.token_ids[rows[i]]), length - width)
         written = torch.tensor([self.cached[rows[i]] for i in places], device=index.device)
@@ -280,16 +304,16 @@ class TurnDecoder:
 
 def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
-    Draw a token from each row of scores.
+    Sample one token from each row of scores.
 
     Args:
         scores (`torch.Tensor`):
             Unnormalised log-probabilities of shape (B, V).
         uniform (`torch.Tensor`):
-            Random numbers in [0, 1) of shape (B,), in the precision in which probabilities are to be added up.
+            Random numbers in [0, 1) of shape (B,). Probabilities are summed in their data type.
 
     Returns:
-        `torch.Tensor`: B tokens: the first whose probability, added to that of all before it, exceeds the random number.
+        `torch.Tensor`: B tokens. Each is the first token whose cumulative probability exceeds the random number.
     """
     cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=uniform.dtype)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
@@ -297,4 +321,5 @@ def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
+    """The most exact floating-point type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS does not support float64

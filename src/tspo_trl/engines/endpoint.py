@@ -1,10 +1,7 @@
-"""Generation by any server with OpenAI's interface for completions: vLLM, SGLang, llama.cpp, a hosted model."""
+"""Generation by any server with OpenAI's completions API: vLLM, SGLang, llama.cpp, a hosted model."""
 
-import queue
-import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +9,10 @@ import httpx2
 from transformers import PreTrainedTokenizerBase
 
 from .base import Generation
+from .requests import RequestEngine, describe_reply
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.25, 8.0
-_RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
-# What vLLM and SGLang know beyond OpenAI's interface: closing tags are kept, tokens come back as they were sampled, and the
-# model's own generation_config.json does not apply
+# Extensions of OpenAI's API by vLLM and SGLang: replies contain closing tags and the sampled tokens, and parameters of the
+# model's generation_config.json do not apply
 _EXTENSIONS = {
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
@@ -28,13 +24,13 @@ _EXTENSIONS = {
 
 class EndpointError(RuntimeError):
     """
-    A server of completions that could not be reached, or that refused what it was asked.
+    The server cannot be reached, or it refused a request.
 
     Args:
         message (`str`):
-            What happened, naming the server.
+            The failure and the address of the server.
         refused (`bool`, *optional*, defaults to `False`):
-            Whether the server answered, and asking again would not help.
+            Whether the server refused the request, so that sending it again would not help.
     """
 
     def __init__(self, message: str, *, refused: bool = False):
@@ -42,50 +38,48 @@ class EndpointError(RuntimeError):
         self.refused = refused
 
 
-class EndpointEngine:
+class EndpointEngine(RequestEngine):
     """
-    An [`Engine`] that asks a server for completions (`POST /v1/completions`), one request a turn.
+    An [`Engine`] that requests completions from a server (`POST /v1/completions`), one request per turn.
 
-    What the server can do is found out with one token before anything else is asked. Contexts are sent as token ids
-    where it takes them, else as text. Where it gives the sampled tokens back, turns consist of them; else the text is
-    encoded again, and a closing tag that the server has cut off is put back. Such turns are for evaluation, not for
-    training.
+    The constructor requests one token to find out which features the server supports. Contexts are sent as token ids if the server
+    accepts them, otherwise as text. If the server returns the sampled tokens, turns consist of them. Otherwise, the text
+    of a turn is encoded, after a closing tag that the server has removed is added again. Such turns may differ from the
+    sampled tokens, so they are suitable for evaluation, but not for training.
 
-    A request that fails is sent again until `total_timeout` is over. A turn that fails for good is not an exception: it
-    is empty, which ends its rollout, and `failures` says why.
+    A request that fails temporarily is sent again until `total_timeout` has passed. A turn that fails permanently raises no
+    exception: it is empty, which ends its rollout, and `failures` holds the reason.
 
     Args:
         url (`str`):
-            The server, for instance `"http://10.0.0.5:8000"` or `"https://api.example.com/v1"`.
+            Address of the server, for instance `"http://10.0.0.5:8000"` or `"https://api.example.com/v1"`.
         model (`str`):
-            The name of the model on the server.
+            Name of the model on the server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         stop_strings (`Collection[str]`):
-            A turn ends with these.
+            A turn ends with one of these.
         eos_token_ids (`Sequence[int]`):
-            Tokens by which the model ends its message, at least one.
+            Tokens with which the model ends a message, at least one.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of sampling. `0` takes the most probable token.
+            Sampling temperature. `0` selects the most probable token.
         seed (`int`, *optional*, defaults to `0`):
-            Sent along, plus the number of the rollout. Servers that know seeds repeat what they have sampled.
+            Requests have this seed plus the number of their rollout. Servers that support seeds sample the same turns again.
         max_requests (`int`, *optional*, defaults to `32`):
-            The most requests at the same time.
+            Maximum number of concurrent requests.
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for the reply to a request.
         total_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds from the first failure of a turn after which it is not asked for again.
+            Seconds after the first failure of a turn during which its request may be sent again.
         api_key (`str`, *optional*):
-            Sent as a bearer token.
+            API key, sent as a bearer token.
 
     Attributes:
-        failures (`dict[int, str]`): Why turns failed, by the number of their rollout, since the session was opened.
+        failures (`dict[int, str]`): Reasons of failed turns in the current session, by the number of their rollout.
 
     Raises:
         [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
     """
-
-    in_rounds = False
 
     def __init__(
         self,
@@ -102,12 +96,14 @@ class EndpointEngine:
         total_timeout: float = 120.0,
         api_key: str | None = None,
     ):
-        self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
-        if httpx2.URL(self.url).scheme not in ("http", "https"):
+        address = url.rstrip("/")
+        address = address if address.endswith("/v1") else f"{address}/v1"
+        if httpx2.URL(address).scheme not in ("http", "https"):
             raise ValueError(f"The URL of an endpoint must be like 'http://localhost:8000', got {url!r}.")
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        super().__init__(address, max_requests=max_requests, timeout=timeout, headers=headers)
         self.model = model
         self.failures: dict[int, str] = {}
-        self.max_context_length: int | None = None
         self._tokenizer = tokenizer
         self._stop_strings = list(stop_strings)
         self._eos_token_ids = list(eos_token_ids)
@@ -117,17 +113,10 @@ class EndpointEngine:
             **({"stop": self._stop_strings} if stop_strings else {}),
         }
         self._seed = seed
-        self._max_requests = max_requests
-        self._timeout = httpx2.Timeout(timeout, connect=10.0)
         self._total_timeout = total_timeout
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client: Any = None
-        self._executor: Any = None
-        self._closed = threading.Event()
-        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
         with self._open_client():
             self._find_model()
-            self._as_text, self._extensions = self._find_form()
+            self._as_text, self._extensions = self._find_request_form()
 
     def __repr__(self) -> str:
         return f"EndpointEngine({self.url!r}, {self.model!r})"
@@ -135,69 +124,42 @@ class EndpointEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         """See [`Engine.session`]."""
-        self._finished = queue.SimpleQueue()
-        self._closed = threading.Event()
         self.failures = {}
-        with self._open_client():
-            self._executor = ThreadPoolExecutor(self._max_requests, "endpoint")
-            try:
-                yield
-            finally:
-                self._closed.set()
-                self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
-        """See [`Engine.submit`]."""
-        finished = self._finished
-        future = self._executor.submit(self._generate, number, context, max_new_tokens)
-        future.add_done_callback(lambda future: finished.put((number, future)))
-
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]."""
-        written = []
-        try:
-            number, future = self._finished.get(timeout=None if wait else 0.005)
-            while True:
-                try:
-                    generation = future.result()
-                except EndpointError as error:
-                    self.failures[number] = str(error)
-                    generation = Generation(self._eos_token_ids[:1])
-                written.append((number, generation))
-                number, future = self._finished.get_nowait()
-        except queue.Empty:
-            return written
-
-    @contextmanager
-    def _open_client(self) -> Iterator[None]:
-        limits = httpx2.Limits(max_connections=self._max_requests)
-        with httpx2.Client(headers=self._headers, limits=limits, timeout=self._timeout) as self._client:
+        with super().session():
             yield
 
+    def _result(self, number: int, future: Future[Generation]) -> Generation:
+        """The turn of a finished request, which is empty if the request failed."""
+        try:
+            return super()._result(number, future)
+        except EndpointError as error:
+            self.failures[number] = str(error)
+            return Generation(self._eos_token_ids[:1])
+
     def _find_model(self) -> None:
-        """Check that the server has the model, where it says which it has."""
+        """Check that the server has the model, if it lists its models."""
         try:
             reply = self._client.get(f"{self.url}/models", timeout=30.0)
         except httpx2.TransportError as error:
             raise EndpointError(f"The endpoint {self.url} cannot be reached: {error!r}.") from error
         if reply.status_code in (401, 403):
-            raise EndpointError(f"The endpoint {self.url} wants another API key. {_said(reply)}")
+            raise EndpointError(f"The endpoint {self.url} requires another API key. {describe_reply(reply)}")
         try:
             models = {model["id"]: model for model in reply.json()["data"]}
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):  # no list of models
             return
         if self.model not in models:
             raise EndpointError(f"The endpoint {self.url} has no model {self.model!r}, only {sorted(models)}.")
         length = models[self.model].get("max_model_len")
         self.max_context_length = length if isinstance(length, int) else None
 
-    def _find_form(self) -> tuple[bool, dict[str, Any]]:
-        """The first form of request that the server takes: whether contexts are text, and what it knows beyond OpenAI."""
+    def _find_request_form(self) -> tuple[bool, dict[str, Any]]:
+        """The first form of request that the server accepts: whether contexts are text, and the extensions of OpenAI's API."""
         context = self._tokenizer("Question:", add_special_tokens=False)["input_ids"]
         forms: list[tuple[bool, dict[str, Any]]] = [(False, _EXTENSIONS), (False, {}), (True, _EXTENSIONS), (True, {})]
         for self._as_text, self._extensions in forms:
             try:
-                self._ask(0, context, 1)
+                self._request_turn(0, context, 1)
                 return self._as_text, self._extensions
             except EndpointError as error:
                 if not error.refused:
@@ -205,61 +167,48 @@ class EndpointEngine:
                 refusal = error
         raise refusal
 
-    def _generate(self, number: int, context: list[int], max_new_tokens: int) -> Generation:
-        return self._read(self._ask(number, context, max_new_tokens))
-
-    def _ask(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
-        """The only choice of the reply. Asks again after failures that may pass."""
-        body = {
+    def _request_body(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
+        return {
             **self._sampling,
             **self._extensions,
             "model": self.model,
-            "prompt": self._text(context) if self._as_text else context,
+            "prompt": self._decode_context(context) if self._as_text else context,
             "max_tokens": max_new_tokens,
             "seed": self._seed + number,
         }
-        deadline, delay, attempts = float("inf"), _FIRST_DELAY, 0
-        while True:
-            attempts += 1
-            wanted = 0.0
-            try:
-                reply = self._client.post(f"{self.url}/completions", json=body)
-                if reply.status_code == 200:
-                    (choice,) = reply.json()["choices"]
-                    if not isinstance(choice["text"], str):
-                        raise TypeError(f"expected a string under 'text', found {choice['text']!r}")
-                    return choice
-                failure = _said(reply)
-                if reply.status_code not in _RETRIED_STATUS:
-                    message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
-                    raise EndpointError(message, refused=True)
-                wanted = _seconds(reply.headers.get("retry-after", ""))
-            except httpx2.RequestError as error:
-                failure = repr(error)
-            except (ValueError, LookupError, TypeError) as error:
-                failure = f"Its reply is not a completion: {error!r}"
-            now = time.monotonic()
-            deadline = min(deadline, now + self._total_timeout)
-            wait = max(delay, wanted)
-            if now + wait >= deadline or self._closed.wait(wait):
-                raise EndpointError(f"The endpoint {self.url} was asked {attempts} times in vain. {failure}")
-            delay = min(2 * delay, _LONGEST_DELAY)
 
-    def _text(self, context: list[int]) -> str:
-        if context and context[0] == self._tokenizer.bos_token_id:  # servers write it themselves before a text
+    def _may_retry(self, attempts: int, elapsed: float, delay: float) -> bool:
+        return elapsed + delay < self._total_timeout
+
+    def _refusal(self, failure: str) -> EndpointError:
+        message = f"The endpoint {self.url} refuses completions of {self.model!r}. {failure}"
+        return EndpointError(message, refused=True)
+
+    def _exhaustion(self, attempts: int, failure: str) -> EndpointError:
+        return EndpointError(f"A request to the endpoint {self.url} failed {attempts} times. {failure}")
+
+    def _decode_context(self, context: list[int]) -> str:
+        """The context as text."""
+        if context and context[0] == self._tokenizer.bos_token_id:  # the server adds it to a text
             context = context[1:]
         return str(self._tokenizer.decode(context, skip_special_tokens=False))
 
-    def _read(self, choice: dict[str, Any]) -> Generation:
-        """The turn, with the closing tag or the end-of-sequence token that the server may have cut off."""
+    def _read_choice(self, choice: dict[str, Any]) -> Generation:
+        """The turn. Adds a closing tag or an end-of-sequence token that the server has removed."""
         text = choice["text"]
+        if not isinstance(text, str):
+            raise TypeError(f"expected a string under 'text', found {text!r}")
         token_ids = choice.get("token_ids")
+
+        # End the turn at the first stop string, or add the one that the server has removed
         ends = [text.index(stop) + len(stop) for stop in self._stop_strings if stop in text]
-        if ends and min(ends) < len(text):  # it knows no stop strings
+        if ends and min(ends) < len(text):  # the server does not support stop strings
             text, token_ids = text[: min(ends)], None
         stopped = bool(ends)
-        if not ends and choice.get("finish_reason") == "stop" and (tag := self._cut_tag(text, choice)):
+        if not ends and choice.get("finish_reason") == "stop" and (tag := self._removed_tag(text, choice)):
             text, token_ids, stopped = text + tag, None, True
+
+        # Encode the text if the sampled tokens are unknown, and add a missing end-of-sequence token
         if not token_ids:
             token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         ended = choice.get("finish_reason") == "stop" and not stopped
@@ -267,19 +216,11 @@ class EndpointEngine:
             token_ids = [*token_ids, self._eos_token_ids[0]]
         return Generation(list(token_ids))
 
-    def _cut_tag(self, text: str, choice: dict[str, Any]) -> str | None:
-        """The closing tag at which the server has stopped: as it says itself (vLLM, SGLang), or of the last tag left open."""
+    def _removed_tag(self, text: str, choice: dict[str, Any]) -> str | None:
+        """The closing tag at which the server stopped: as reported by vLLM and SGLang, or that of the last open tag."""
         for key in ("stop_reason", "matched_stop"):
             if choice.get(key) in self._stop_strings:
                 return str(choice[key])
         opened = {stop: text.rfind(stop.replace("</", "<", 1)) for stop in self._stop_strings}
         last = max(opened, key=lambda stop: opened[stop], default=None)
         return last if last is not None and opened[last] >= 0 else None
-
-
-def _said(reply: Any) -> str:
-    return f"HTTP {reply.status_code}: {reply.content[:300].decode(errors='replace')}"
-
-
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0

@@ -1,4 +1,4 @@
-"""Keys and values that outlive a turn, so that no context is read twice."""
+"""Key-value caches that are kept between turns, so that no context is read twice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from transformers.cache_utils import DynamicLayer
 
 from .shared_prefix import Prefix
 
-#: Columns that a layer has to spare when it grows
+#: Number of unused columns that a layer allocates when it grows
 SPARE = 64
 
 
 class GrowingLayer(DynamicLayer):
     """
-    Keys and values in buffers with columns to spare: writing a token does not copy all that was written before it. What
-    all rows begin with is stored apart, once.
+    A layer of a cache whose buffers have spare columns: appending a token does not copy the tokens before it. A prefix that
+    all rows share is stored separately, once.
 
     Attributes:
         prefix (`tuple[torch.Tensor, torch.Tensor]` or `None`):
-            Keys and values that all rows have in common, of shape (1, H, P, D). `keys` and `values` are of what follows.
+            Keys and values that all rows share, of shape (1, H, P, D). `keys` and `values` hold the columns after them.
         attended (`bool`):
-            Whether attention has last taken `keys` and `values` as they are, see [`attending_to`].
+            Whether the last call of attention used `keys` and `values` unchanged, see [`attending_to`].
     """
 
     keys: torch.Tensor
@@ -36,66 +36,67 @@ class GrowingLayer(DynamicLayer):
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def get_seq_length(self) -> int:
-        """Columns of a row, those of the prefix included."""
+        """Number of columns of a row, including those of the prefix."""
         return super().get_seq_length() + (0 if self.prefix is None else self.prefix[0].shape[2])
 
     def share(self) -> None:
-        """Make what one row has read the prefix of all rows that follow."""
+        """Turn the keys and values of the only row into the prefix of all rows."""
         self.prefix = (self.keys.clone(), self.values.clone())
-        self.hold(self.keys[:, :, :0], self.values[:, :, :0])
+        self.replace(self.keys[:, :, :0], self.values[:, :, :0])
 
-    def forget(self) -> None:
-        """Be empty again."""
+    def clear(self) -> None:
+        """Remove all keys and values, including the prefix."""
         self.__init__()  # type: ignore[misc]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values of shape (B, H, T, D); return all that are no prefix, as views."""
+        """Append keys and values of shape (B, H, T, D). Returns views of all keys and values after the prefix."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = super().get_seq_length()
         end = start + key_states.shape[2]
         if self._buffers is None or end > self._buffers[0].shape[2]:
             self._buffers = (
-                _with_spare(self.keys, start, key_states, end + SPARE),
-                _with_spare(self.values, start, value_states, end + SPARE),
+                _enlarged(self.keys, start, key_states, end + SPARE),
+                _enlarged(self.values, start, value_states, end + SPARE),
             )
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Go on from these keys and values, of shape (B, H, L, D)."""
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace the keys and values after the prefix, by tensors of shape (B, H, L, D)."""
         self.lazy_initialization(keys, values)
         self.keys, self.values, self._buffers = keys, values, None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be there several times."""
+        """Select these rows, in this order. A row may be selected several times."""
         indices = indices.to(self.keys.device)
-        self.hold(self.keys.index_select(0, indices), self.values.index_select(0, indices))
+        self.replace(self.keys.index_select(0, indices), self.values.index_select(0, indices))
 
 
-def _with_spare(held: torch.Tensor, start: int, states: torch.Tensor, columns: int) -> torch.Tensor:
+def _enlarged(stored: torch.Tensor, start: int, states: torch.Tensor, columns: int) -> torch.Tensor:
+    """A buffer with this many columns, in the form of `states`, that begins with the `start` columns stored so far."""
     buffer = states.new_empty(*states.shape[:2], columns, states.shape[3])
     if start:
-        buffer[:, :, :start] = held
+        buffer[:, :, :start] = stored
     return buffer
 
 
 @dataclass(frozen=True, slots=True)
 class CacheBlock:
     """
-    What R rows of a batch have read and written.
+    Keys and values of R rows of a batch.
 
     Args:
         rows (`list[int]`):
-            The places of the rows in the batch.
+            Indices of the rows in the batch.
         layers (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Keys and values of every layer, of shape (R, H, L, D), without a shared prefix.
         valid (`torch.Tensor`):
-            Which of the L columns hold a token and no padding, booleans of shape (R, L).
+            Which of the L columns hold a token instead of padding, booleans of shape (R, L).
     """
 
     rows: list[int]
@@ -106,17 +107,18 @@ class CacheBlock:
 @dataclass(frozen=True, slots=True)
 class KeptCache:
     """
-    What rollouts have read and written so far.
+    Keys and values of the tokens that rollouts have read and written so far.
 
     Args:
         blocks (`list[CacheBlock]`):
-            The caches: one of the rows that were in the batch to the end of the turn, one of each lot that left before.
+            The caches: one for the rows that stayed in the batch until the end, and one for each set of rows that left
+            earlier.
         numbers (`Sequence[int]`):
-            The numbers of the rollouts, by their places in the batch.
+            The number of the rollout in each row of the batch.
         contexts (`Sequence[list[int]]`):
-            What they have read, and in the turn written, as far as it is in the cache.
+            The tokens of each rollout that are in the cache, including those of its last turn.
         prefix (`Prefix`):
-            Keys and values that all of them begin with, for every layer; empty if there is no shared prefix.
+            Keys and values of the shared prefix, for every layer. Empty if there is none.
     """
 
     blocks: list[CacheBlock]
@@ -126,94 +128,104 @@ class KeptCache:
 
     @property
     def prefix_length(self) -> int:
-        """How many tokens are stored once."""
+        """Number of tokens in the shared prefix."""
         return self.prefix[0][0].shape[2] if self.prefix else 0
 
     def move(self, cache: DynamicCache, numbers: Sequence[int], contexts: Sequence[list[int]]) -> list[int] | None:
         """
-        Move what is kept of some rollouts into an empty cache, padded on the left (after a shared prefix), for contexts
-        that go on where it ends.
+        Move the keys and values of some rollouts into an empty cache, if their contexts continue the kept ones. Rows are
+        padded on the left, after the shared prefix.
 
         Args:
             cache ([`~transformers.DynamicCache`]):
-                An empty cache, see [`new_cache`]. It gets R rows, each as long as the longest.
+                An empty cache, see [`new_cache`]. It receives R rows, each as long as the longest.
             numbers (`Sequence[int]`):
-                R of the rollouts.
+                Numbers of R rollouts.
             contexts (`Sequence[list[int]]`):
                 Their R contexts.
 
         Returns:
-            `list[int]` or `None`: How many tokens of each context the cache now holds, or `None` if a context does not go
-            on where the cache ends: then nothing was moved. Otherwise nothing is kept any more.
+            `list[int]` or `None`: The number of tokens of each context that the cache now holds; this object is empty
+            afterwards. `None` if a context does not continue the kept one; nothing is moved then.
         """
-        places = {number: place for place, number in enumerate(self.numbers)}
+        # Check that every context continues the kept one
+        row_of = {number: row for row, number in enumerate(self.numbers)}
         for number, context in zip(numbers, contexts, strict=True):
-            if number not in places:
+            if number not in row_of:
                 return None
-            tokens = self.contexts[places[number]]
+            tokens = self.contexts[row_of[number]]
             if len(context) <= len(tokens) or context[: len(tokens)] != tokens:
                 return None
-        lengths = [len(self.contexts[places[number]]) for number in numbers]
+
+        # Plan which rows and columns of each block become which rows of the cache
+        lengths = [len(self.contexts[row_of[number]]) for number in numbers]
         own = [length - self.prefix_length for length in lengths]
-        targets = {places[number]: target for target, number in enumerate(numbers)}
-        moves = [move for block in self.blocks if (move := _Move.of(block, targets, own)) is not None]
+        targets = {row_of[number]: target for target, number in enumerate(numbers)}
+        moves = [move for block in self.blocks if (move := _Move.plan(block, targets, own)) is not None]
+
+        # Move layer by layer, so that at most one layer is in memory twice
         for i, layer in enumerate(cache.layers):
             assert isinstance(layer, GrowingLayer)
-            layer.hold(*(self._gather(moves, len(numbers), max(own), i, part) for part in (0, 1)))
+            layer.replace(*(self._gather(moves, len(numbers), max(own), i, part) for part in (0, 1)))
             layer.prefix = self.prefix[i] if self.prefix else None
-            for block in self.blocks:  # so that never more than one layer is there twice
+            for block in self.blocks:
                 block.layers[i] = (torch.empty(0), torch.empty(0))
         return lengths
 
     @staticmethod
     def _gather(moves: "list[_Move]", rows: int, width: int, layer: int, part: int) -> torch.Tensor:
-        if len(moves) == 1:  # of all rows, in their order
+        """Keys or values (part 0 or 1) of a layer of the next batch, of shape (rows, H, width, D)."""
+        if len(moves) == 1:  # it contains all rows, in their order
             return moves[0].read(layer, part)
         # Padding is masked, but must be finite
-        held = moves[0].block.layers[layer][part]
-        gathered = held.new_zeros(rows, held.shape[1], width, held.shape[3])
+        stored = moves[0].block.layers[layer][part]
+        gathered = stored.new_zeros(rows, stored.shape[1], width, stored.shape[3])
         for move in moves:
-            gathered[move.target.to(held.device), :, width - move.columns.shape[1] :] = move.read(layer, part)
+            gathered[move.target.to(stored.device), :, width - move.columns.shape[1] :] = move.read(layer, part)
         return gathered
 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """Some rows of a block, and which rows of the next batch they become, in ascending order."""
+    """Rows of a block, and the rows of the next batch that they become, in ascending order of the latter."""
 
     block: CacheBlock
     source: torch.Tensor  # (R,)
-    columns: torch.Tensor  # (R, W): padding first, then the tokens in their order
+    columns: torch.Tensor  # (R, W): columns of padding first, then those of the tokens in their order
     target: torch.Tensor  # (R,)
 
     @classmethod
-    def of(cls, block: CacheBlock, targets: dict[int, int], lengths: Sequence[int]) -> "_Move | None":
-        """The rows of a block that go on, by `targets` (place in the last batch -> in the next); `None` if there are none."""
-        taken = [(i, targets[row]) for i, row in enumerate(block.rows) if row in targets]
-        taken.sort(key=lambda move: move[1])
-        if not taken:
+    def plan(cls, block: CacheBlock, targets: dict[int, int], lengths: Sequence[int]) -> "_Move | None":
+        """The rows of a block that continue. `targets` maps rows of the last batch to rows of the next one."""
+        continued = [(i, targets[row]) for i, row in enumerate(block.rows) if row in targets]
+        continued.sort(key=lambda move: move[1])
+        if not continued:
             return None
-        source, target = (torch.tensor(part, device=block.valid.device) for part in zip(*taken, strict=True))
-        width = max(lengths[row] for _, row in taken)
+        source, target = (torch.tensor(part, device=block.valid.device) for part in zip(*continued, strict=True))
+        width = max(lengths[row] for _, row in continued)
         # A stable sort moves padding to the left and leaves the order of the tokens as it is
         columns = block.valid[source].byte().argsort(dim=1, stable=True)[:, -width:]
         return cls(block, source, columns, target)
 
     def read(self, layer: int, part: int) -> torch.Tensor:
         """Keys or values (part 0 or 1) of a layer, of shape (R, H, W, D)."""
-        held = self.block.layers[layer][part]
-        heads = torch.arange(held.shape[1], device=held.device)[:, None]
-        return held[self.source.to(held.device)[:, None, None], heads, self.columns.to(held.device)[:, None]]
+        stored = self.block.layers[layer][part]
+        heads = torch.arange(stored.shape[1], device=stored.device)[:, None]
+        return stored[self.source.to(stored.device)[:, None, None], heads, self.columns.to(stored.device)[:, None]]
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     """
-    An empty cache whose rows and columns can be moved, or `None` where the model's cannot: with sliding windows, states of
-    linear attention and the like, what is kept of a token depends on its place; prompt tuning puts columns before it.
+    Create an empty cache whose rows and columns can be moved.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model, or one that PEFT has wrapped.
+            The model, possibly wrapped by PEFT.
+
+    Returns:
+        [`~transformers.DynamicCache`] or `None`: The cache. `None` if the columns of the model's cache cannot be moved: with
+        sliding windows or states of linear attention they depend on their positions, and prompt tuning adds columns before
+        them.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return None

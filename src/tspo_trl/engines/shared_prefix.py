@@ -1,4 +1,4 @@
-"""Attention to what all rows of a batch begin with: stored once, and read by all queries in one matrix product."""
+"""Attention to a prefix that all rows of a batch share: it is stored once, and all queries read it in one matrix product."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 #: Keys and values of every layer, of shape (1, H, P, D)
 Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
-#: A shorter prefix is not worth a forward pass of its own
+#: Minimum length of a prefix, in tokens. A shorter one is not worth a separate forward pass
 SHORTEST = 32
 NAME = "tspo_shared_prefix"
 _layers: ContextVar[Sequence[Any]] = ContextVar("layers")
@@ -22,23 +22,24 @@ _layers: ContextVar[Sequence[Any]] = ContextVar("layers")
 
 def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
     """
-    How many tokens contexts begin with in common, as far as they can be stored once.
+    Number of tokens at the beginning of all contexts that are equal and can be stored once.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model, or one that PEFT has wrapped.
+            The model, possibly wrapped by PEFT.
         contexts (`Sequence[list[int]]`):
             B contexts.
 
     Returns:
-        `int`: The length; 0 if there is one context only, if the prefix is short, or if the model does not call PyTorch's
-        attention by the interface of `transformers`. At least one token of each context is left.
+        `int`: The length, such that at least one token of each context remains after the prefix. 0 if there is only one
+        context, if the prefix is shorter than `SHORTEST`, or if the model does not call PyTorch's attention through the
+        interface of `transformers`.
     """
     config = model.config
     replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
     if len(contexts) < 2 or not replaceable or config.sub_configs:
         return 0
-    # All contexts agree as far as the first and the last in lexicographic order do
+    # The common prefix of all contexts is that of the first and the last one in lexicographic order
     pairs = zip(min(contexts), max(contexts), strict=False)
     agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     length = min(agreed, min(map(len, contexts)) - 1)
@@ -48,13 +49,13 @@ def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
 @contextmanager
 def attending_to(cache: DynamicCache, model: PreTrainedModel) -> Iterator[None]:
     """
-    Let the rows of a model attend to the shared prefix of a cache too, before the keys and values of their own. Masks are of
-    both together.
+    Make the rows of a model attend to the shared prefix of a cache, followed by their own keys and values. Attention masks
+    cover both.
 
     Args:
         cache ([`~transformers.DynamicCache`]):
-            A cache of `GrowingLayer`s. Each notes whether attention takes what it holds as it is: only then can a prefix be
-            left out of it. Some models (those with latent attention) compute keys and values of what is in the cache.
+            A cache of `GrowingLayer`s. Each records in `attended` whether attention uses its keys and values unchanged. Only
+            then can a prefix be stored separately. Models with latent attention compute other keys and values from the cache.
         model ([`~transformers.PreTrainedModel`]):
             A model for which [`shared_length`] is not 0.
     """
@@ -79,14 +80,16 @@ def _forward(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """In the form of `transformers`: queries (B, H, T, D); the result is of shape (B, T, H, D)."""
+    """An attention function of `transformers`: takes queries of shape (B, H, T, D), returns shape (B, T, H, D)."""
     layer = _layers.get()[module.layer_idx]
     layer.attended = key is layer.keys and value is layer.values
     if layer.prefix is not None:
+        # A single query per row: attend to the prefix without copying it for every row
         if query.shape[2] == 1 and not dropout and position_bias is None:
             mask = None if attention_mask is None else attention_mask[..., layer.prefix[0].shape[2] :]
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             return attend(query, layer.prefix, key, value, mask, scaling), None
+        # Otherwise, copy it before the keys and values of every row
         key, value = (
             torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
             for shared, own in zip(layer.prefix, (key, value), strict=True)
@@ -105,7 +108,8 @@ def attend(
     scaling: float,
 ) -> torch.Tensor:
     """
-    Softmax attention of one query a row to a shared prefix and to keys of its own. Scores are computed in single precision.
+    Softmax attention of one query per row to a shared prefix and to the keys of the row. Scores are computed in single
+    precision.
 
     Args:
         query (`torch.Tensor`):
@@ -117,22 +121,26 @@ def attend(
         value (`torch.Tensor`):
             Values of shape (B, K, L, D).
         mask (`torch.Tensor`, *optional*):
-            Which of a row's own keys it attends to, booleans of shape (B, 1, 1, L); `None` for all.
+            Which of its own keys a row attends to, booleans of shape (B, 1, 1, L). All if `None`.
         scaling (`float`):
-            Scores are multiplied by it.
+            Factor by which scores are multiplied.
 
     Returns:
-        `torch.Tensor`: Shape (B, 1, H, D).
+        `torch.Tensor`: The result of attention, of shape (B, 1, H, D).
     """
     rows, heads, _, size = query.shape
     groups = key.shape[1]
     shared_key, shared_value = (part[0] for part in prefix)
     shared = shared_key.shape[1]
+
+    # Scores of the prefix, for all rows in one product, and of each row's own keys
     queries = query.view(rows, groups, heads // groups, size).float() * scaling
     to_shared = _by_row(_by_group(queries) @ shared_key.float().mT, rows)
     to_own = queries @ key.float().mT
     if mask is not None:
         to_own.masked_fill_(~mask, -torch.inf)
+
+    # One softmax over both, then the weighted values of both
     weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
     result = weights[..., shared:] @ value
     result += _by_row(_by_group(weights[..., :shared]) @ shared_value, rows)
@@ -140,12 +148,12 @@ def attend(
 
 
 def _by_group(values: torch.Tensor) -> torch.Tensor:
-    """(B, K, G, X) as (K, B * G, X): what one matrix product can take."""
+    """Reshape (B, K, G, X) to (K, B * G, X), so that one matrix product covers all rows."""
     return values.transpose(0, 1).flatten(1, 2)
 
 
 def _by_row(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """(K, B * G, X) as (B, K, G, X)."""
+    """Reshape (K, B * G, X) to (B, K, G, X)."""
     return values.unflatten(1, (rows, -1)).transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Generation by `transformers`' static batching, in rounds, with a key-value cache kept from turn to turn."""
+"""Generation by static batching of `transformers`, in rounds, with a key-value cache that is kept between turns."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,24 +18,24 @@ from .base import BatchEngine, Generation
 from .decoding import TurnDecoder
 from .kv_cache import KeptCache, new_cache
 from .shared_prefix import shared_length
-from .stopping import Recorder, StopRule, TurnEnd, Turns
+from .stopping import ScoreRecorder, StopRule, TurnBatch, TurnStoppingCriteria
 
 
 class TransformersEngine(BatchEngine):
     """
-    Generation by `transformers`' static batching, with the model that is being trained. The key-value cache is kept from turn
-    to turn, so that only observations are read anew.
+    Generation by static batching of `transformers`, with the model that is being trained. The key-value cache is kept
+    between the turns of a rollout, so that only observations are read in later turns.
 
     Args:
         model_context (`Callable[[], ContextManager[PreTrainedModel]]`):
-            Opened once for all turns of a rollout; yields the model to generate with.
+            Opened once per session; yields the model that generates.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         generation_config ([`~transformers.GenerationConfig`]):
             Sampling parameters. `eos_token_id` and `pad_token_id` must be set.
         stop_strings (`Collection[str]`):
-            A turn ends as soon as its text ends with one of these (text that the same token carries after it is kept:
-            tokens are never cut). May be empty: then only end-of-sequence tokens and budgets end turns.
+            A turn ends with the token that completes one of these. The whole token is kept, even if it carries more text
+            after the stop string. If empty, only end-of-sequence tokens and budgets end turns.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TransformersEngine(BatchEngine):
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Open the model for all turns of a rollout, see [`Engine.session`]."""
+        """Open the model, see [`Engine.session`]."""
         with super().session(), self._model_context() as self._model:
             try:
                 yield
@@ -62,53 +62,59 @@ class TransformersEngine(BatchEngine):
                 self._model = self._kept = None
 
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
-        """Generate one turn for each of B contexts, within `session()`, see [`BatchEngine.generate`]."""
+        """Generate one turn for each of B contexts, see [`BatchEngine.generate`]."""
         return self._generate(None, contexts, max_new_tokens)
 
     def _generate_round(
         self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
     ) -> list[Generation]:
-        """What the rollouts have read so far is kept, and not read again in their next turn."""
+        """Generate the turns of a round, and keep the cache of these rollouts for their next turn."""
         return self._generate(numbers, contexts, max_new_tokens)
 
     @torch.no_grad()
     def _generate(
         self, numbers: Sequence[int] | None, contexts: Sequence[list[int]], budgets: Sequence[int]
     ) -> list[Generation]:
-        """Generate turns; where the rollouts have numbers, go on from what is kept of them, and keep what they read."""
+        """Generate one turn per context. If `numbers` are given, continue from the kept cache and keep the new one."""
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
-        recorder, turns = Recorder(self._generation_config), Turns(self._stop, budgets)
+        recorder, turns = ScoreRecorder(self._generation_config), TurnBatch(self._stop, budgets)
         cache = new_cache(self._model) if _fits_decoder(self._generation_config) else None
+
+        # The loop of `generate`, if the model or the options do not allow ours
         if cache is None:
-            turn_end = TurnEnd(turns, recorder)
-            self._call(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([turn_end]))
-            return _generations(turns, torch.stack(turn_end.logprobs, dim=1))
+            criteria = TurnStoppingCriteria(turns, recorder)
+            self._call_generate(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([criteria]))
+            return _generations(turns, torch.stack(criteria.logprobs, dim=1))
+
+        # Continue from the kept cache, or find equal contexts and a shared prefix to read once
         past = kept = None
         if numbers is not None:
             kept, self._kept = self._kept, None
             past = kept.move(cache, numbers, contexts) if kept else None
         if kept and past:
-            same, prefix = list(range(len(contexts))), kept.prefix_length
+            first_equal, prefix = list(range(len(contexts))), kept.prefix_length
         else:
-            same, prefix = _first_equal(contexts), shared_length(self._model, contexts)
-        decoder = TurnDecoder(turns, recorder, budgets, same, prefix)
-        self._call(contexts, past, budgets, recorder, prefix, custom_generate=decoder, past_key_values=cache)
+            first_equal, prefix = _first_equal(contexts), shared_length(self._model, contexts)
+
+        decoder = TurnDecoder(turns, recorder, budgets, first_equal, prefix)
+        self._call_generate(contexts, past, budgets, recorder, prefix, custom_generate=decoder, past_key_values=cache)
         if numbers is not None:
             written = zip(contexts, turns.token_ids, decoder.cached, strict=True)
-            read = [ids + turn[:length] for ids, turn, length in written]
-            self._kept = KeptCache(decoder.blocks, numbers, read, decoder.prefix)
+            cached = [context + turn[:length] for context, turn, length in written]
+            self._kept = KeptCache(decoder.blocks, numbers, cached, decoder.prefix)
         return _generations(turns, decoder.logprobs)
 
-    def _call(
+    def _call_generate(
         self,
         contexts: Sequence[list[int]],
         past: Sequence[int] | None,
         budgets: Sequence[int],
-        recorder: Recorder,
+        recorder: ScoreRecorder,
         prefix: int = 0,
         **options: Any,
     ) -> None:
+        """Call `generate` of the model for padded contexts, of which `past` tokens are in the cache."""
         config = copy(self._generation_config)
         config.max_new_tokens = max(budgets)
         input_ids, mask = _pad_left(contexts, past or [prefix] * len(contexts), prefix, config.pad_token_id)
@@ -117,25 +123,25 @@ class TransformersEngine(BatchEngine):
             attention_mask=mask.to(self._model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([recorder]),
-            # Every rank generates on its own (parameters are gathered for the session); in step they would deadlock
+            # Each rank generates on its own, because the session gathers sharded parameters. Waiting would deadlock
             synced_gpus=False,
             **options,
         )
 
 
 def _fits_decoder(config: GenerationConfig) -> bool:
-    """Whether nothing is asked of `generate` that a [`TurnDecoder`] leaves out."""
+    """Whether a [`TurnDecoder`] supports all options of `generate` that are set."""
     options = (config.cache_implementation, config.prefill_chunk_size, config.max_time)
     return config.use_cache is not False and all(option is None for option in options)
 
 
 def _first_equal(contexts: Sequence[list[int]]) -> list[int]:
-    """For each context, the place of the first one that is equal to it."""
-    places: dict[tuple[int, ...], int] = {}
-    return [places.setdefault(tuple(context), place) for place, context in enumerate(contexts)]
+    """For each context, the index of the first context that is equal to it."""
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(context), i) for i, context in enumerate(contexts)]
 
 
-def _generations(turns: Turns, logprobs: torch.Tensor) -> list[Generation]:
+def _generations(turns: TurnBatch, logprobs: torch.Tensor) -> list[Generation]:
     rows = zip(turns.token_ids, logprobs.tolist(), strict=True)
     return [Generation(token_ids=ids, logprobs=values[: len(ids)]) for ids, values in rows]
 
@@ -144,15 +150,17 @@ def _pad_left(
     contexts: Sequence[list[int]], past: Sequence[int], prefix: int, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Contexts as a batch with its attention mask, both of shape (B, W). All begin with the same `prefix` tokens. Those after
-    them that are in a cache (up to `past`) are padded on the left, and so are the others.
+    Contexts as a batch with its attention mask, both of shape (B, W). A row consists of the shared prefix, padding, the
+    other cached tokens (up to `past`), padding, and the tokens that are not in the cache.
     """
+    # Columns of the cache, and columns that are still to be read
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
     rows = []
     for ids, n in zip(contexts, past, strict=True):
-        # Within a context, padding repeats a token of it: it is masked, but a repetition penalty would see it
+        # Padding between tokens repeats the first token: it is masked, but a repetition penalty would see a pad token
         before, between = (ids[0] if length else pad_token_id for length in (prefix, n))
         rows.append(ids[:prefix] + [before] * (old - n) + ids[prefix:n] + [between] * (new - (len(ids) - n)) + ids[n:])
+    # Prefix and cached tokens among the old columns, unread tokens at the end of the new ones
     columns, cached = torch.arange(old + new), torch.tensor(past)[:, None]
     unread = torch.tensor([len(ids) for ids in contexts])[:, None] - cached
     in_cache = (columns < prefix) | (columns >= old - cached + prefix)

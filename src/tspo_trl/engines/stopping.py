@@ -1,4 +1,4 @@
-"""When a turn ends, and what is written down of it while it is generated."""
+"""The end of a turn, and the tokens and scores of turns while they are generated."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -8,7 +8,17 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 
 class StopRule:
-    """Whether a turn ends with a token: decodes only after tokens that can complete a stop string."""
+    """
+    Decides whether a turn ends with its last token. Decodes only after tokens that can complete a stop string.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the model.
+        stop_strings (`Collection[str]`):
+            A turn ends with the token that completes one of these.
+        generation_config ([`~transformers.GenerationConfig`]):
+            Its `eos_token_id` ends a turn too.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop_strings: Collection[str], generation_config: GenerationConfig
@@ -20,11 +30,11 @@ class StopRule:
         last_chars = {stop[-1] for stop in stop_strings}
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._candidates = frozenset(i for i, t in enumerate(tokens) if t is not None and last_chars & set(t))
-        # A token may end a few characters after the stop string, and begin before it: one per character is enough
+        # A stop string spans at most one token per character, and its last token may carry more text
         self._tail = 2 * max(map(len, stop_strings), default=0)
 
     def __call__(self, token_ids: list[int]) -> bool:
-        """Whether the turn with these tokens (T,) has just ended; it had not before the last one."""
+        """Whether the last of these T tokens ends the turn. The tokens before it must not end it."""
         last = token_ids[-1]
         if last in self._eos:
             return True
@@ -34,8 +44,8 @@ class StopRule:
         return any(stop in text for stop in self._stop_strings)
 
 
-class Recorder(LogitsProcessor):
-    """Keeps the scores of the current step, so that no (B, T, V) tensor of scores has to exist."""
+class ScoreRecorder(LogitsProcessor):
+    """Keeps the scores of the current step only, so that no tensor of shape (B, T, V) is needed for log-probabilities."""
 
     def __init__(self, generation_config: GenerationConfig):
         sampled = generation_config.do_sample and generation_config.temperature
@@ -47,27 +57,27 @@ class Recorder(LogitsProcessor):
         return scores
 
     def logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of shape (B,) of the tokens (B,) that were sampled from the scores of this step."""
+        """Log-probabilities, of shape (B,), of the tokens sampled from the scores of this step, of shape (B,)."""
         assert self.scores is not None
         scores = self.scores.float() / self._temperature
         return scores.gather(1, token_ids[:, None]).squeeze(1) - scores.logsumexp(dim=1)
 
 
-class Turns:
+class TurnBatch:
     """
-    The turns of a batch while they are written.
+    The turns of a batch while they are generated.
 
     Args:
         stop ([`StopRule`]):
-            Ends a turn before its budget.
+            Ends turns before their budgets.
         budgets (`Sequence[int]`):
-            The most tokens of each of the B turns.
+            Maximum number of tokens for each of the B turns.
 
     Attributes:
         token_ids (`list[list[int]]`):
-            What was written so far.
+            The tokens generated so far, for each turn.
         open (`list[int]`):
-            The turns that have not ended, in ascending order.
+            Rows of the turns that have not ended, in ascending order.
     """
 
     def __init__(self, stop: StopRule, budgets: Sequence[int]):
@@ -76,8 +86,8 @@ class Turns:
         self.token_ids: list[list[int]] = [[] for _ in budgets]
         self.open = list(range(len(budgets)))
 
-    def write(self, tokens: dict[int, int]) -> None:
-        """Append a token to every open turn; `tokens` may hold more than these."""
+    def append(self, tokens: dict[int, int]) -> None:
+        """Append a token to every open turn. `tokens` maps rows to tokens; rows of ended turns are ignored."""
         still_open = []
         for row in self.open:
             token_ids = self.token_ids[row]
@@ -87,18 +97,18 @@ class Turns:
         self.open = still_open
 
 
-class TurnEnd(StoppingCriteria):
-    """Ends each row of `generate` with its turn."""
+class TurnStoppingCriteria(StoppingCriteria):
+    """Stops each row of `generate` when its turn ends, and collects the log-probabilities of its tokens."""
 
-    def __init__(self, turns: Turns, recorder: Recorder):
+    def __init__(self, turns: TurnBatch, recorder: ScoreRecorder):
         self._turns = turns
         self._recorder = recorder
-        self.logprobs: list[torch.Tensor] = []  # one of shape (B,) a step
+        self.logprobs: list[torch.Tensor] = []  # one tensor of shape (B,) per step
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> Any:
         last = input_ids[:, -1]
         self.logprobs.append(self._recorder.logprobs(last))
-        self._turns.write(dict(enumerate(last.tolist())))
+        self._turns.append(dict(enumerate(last.tolist())))
         done = torch.ones(len(last), dtype=torch.bool)
         done[self._turns.open] = False
         return done.to(input_ids.device)

@@ -1,10 +1,7 @@
-"""Generation by vLLM, in the processes that train or on a server. TRL makes the engine and keeps its weights in step."""
+"""Generation by vLLM, in the training processes or on a server. TRL creates vLLM and updates its weights."""
 
-import queue
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,20 +11,22 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from .base import BatchEngine, Engine, Generation
+from .requests import RequestEngine
 
-_ATTEMPTS = 6  # of a request to a server: the delays between them add up to half a minute
-_TURN_SECONDS = 600.0
+_ATTEMPTS = 6  # requests for one turn from a server: the delays between them add up to about half a minute
+_LONGEST_RETRY_AFTER = 120.0  # seconds: a request is given up if the server asks for a longer delay
+_TURN_SECONDS = 600.0  # to wait for the reply to a request
 
 
 def check_vllm() -> None:
     """
-    Refuse to start without a vLLM that TRL can work with.
+    Check that a version of vLLM is installed that TRL supports.
 
     Raises:
-        `ImportError`: If vLLM is missing or of a version that TRL does not support.
+        `ImportError`: If vLLM is not installed, or if TRL does not support its version.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # TRL knows which versions it supports, and only warns
+        warnings.simplefilter("error", UserWarning)  # TRL only warns about versions that it does not support
         try:
             available = is_vllm_available()
         except UserWarning as warning:
@@ -46,7 +45,7 @@ def vllm_engine(
     wait_for_everyone: Callable[[], None],
 ) -> Engine:
     """
-    The engine for what TRL has set up.
+    Create the engine for TRL's connection to vLLM.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
@@ -54,12 +53,12 @@ def vllm_engine(
         stop_strings (`Collection[str]`):
             A turn ends with the token that completes one of these.
         eos_token_ids (`Sequence[int]`):
-            Tokens by which the model ends its message.
+            Tokens with which the model ends a message.
         wait_for_everyone (`Callable[[], None]`):
             A barrier of all processes.
 
     Returns:
-        [`Engine`]: Of this process, or of the server.
+        [`Engine`]: An engine in this process, or a client of the server.
     """
     sampling = {
         "temperature": generation.temperature,
@@ -68,10 +67,10 @@ def vllm_engine(
         "min_p": 0.0 if generation.min_p is None else generation.min_p,
         "repetition_penalty": generation.repetition_penalty,
         **generation.generation_kwargs,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # only those of the sampled tokens
         "stop": list(stop_strings),
         "stop_token_ids": list(eos_token_ids),
-        "skip_special_tokens": False,  # a tokenizer may have the stop strings as special tokens
+        "skip_special_tokens": False,  # stop strings may be special tokens
     }
     if generation.mode == "server":
         if generation.server_base_url is not None:
@@ -86,7 +85,7 @@ def vllm_engine(
 
 @contextmanager
 def _awake(generation: VLLMGeneration) -> Iterator[None]:
-    """Give vLLM its memory for all turns of a rollout, where it sleeps while the model is trained."""
+    """Wake vLLM up for a session, if it sleeps (has released its memory) during training."""
     if not generation.enable_sleep_mode:
         yield
         return
@@ -101,7 +100,7 @@ def _awake(generation: VLLMGeneration) -> Iterator[None]:
 
 
 def _read_output(output: Any) -> Generation:
-    """The only completion of a finished request."""
+    """The turn in the only completion of a finished request."""
     (completion,) = output.outputs
     token_ids = list(completion.token_ids)
     logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, token_ids, strict=True)]
@@ -126,7 +125,7 @@ class VLLMEngine:
         self._sampling = sampling
         self.max_context_length: int | None = generation.llm.llm_engine.model_config.max_model_len
         self._engine: Any = generation.llm.llm_engine
-        self._open: dict[str, int] = {}
+        self._open: dict[str, int] = {}  # numbers of rollouts, by the names of their requests
         self._count = 0
 
     @contextmanager
@@ -149,20 +148,21 @@ class VLLMEngine:
 
     def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
         """See [`Engine.collect`]."""
-        written: list[tuple[int, Generation]] = []
-        while not written:
+        turns: list[tuple[int, Generation]] = []
+        while not turns:
             for output in self._engine.step():
                 if output.finished and output.request_id in self._open:
-                    written.append((self._open.pop(output.request_id), _read_output(output)))
+                    turns.append((self._open.pop(output.request_id), _read_output(output)))
             if not wait:
                 break
-        return written
+        return turns
 
 
 class VLLMParallelEngine(BatchEngine):
     """
-    Generation by vLLM in these processes, each model spread over several of them (`vllm_tensor_parallel_size`). They must
-    generate the same, so they advance in rounds, and a process whose rollouts are done goes on generating for the others.
+    Generation by vLLM in the training processes, with each model spread over several of them
+    (`vllm_tensor_parallel_size`). The processes of a model must generate the same turns. They therefore advance in rounds,
+    and a process whose rollouts have ended continues to generate for the others.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
@@ -182,26 +182,30 @@ class VLLMParallelEngine(BatchEngine):
         """See [`Engine.session`]."""
         with super().session(), _awake(self._generation):
             yield
-            while self._round([], []) is not None:
+            # Take part in the rounds of the other processes until their rollouts have ended too
+            while self._generate_together([], []) is not None:
                 pass
 
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
         """Generate one turn for each of B contexts of this process, see [`BatchEngine.generate`]."""
-        generations = self._round(list(contexts), list(max_new_tokens))
+        generations = self._generate_together(list(contexts), list(max_new_tokens))
         assert generations is not None
         return generations
 
-    def _round(self, contexts: list[list[int]], budgets: list[int]) -> list[Generation] | None:
-        """Generate for all processes of the model and return what is ours, or `None` if no process wants anything."""
-        asked: list[Any] = [None] * self._generation.tensor_parallel_size
-        torch.distributed.all_gather_object(asked, (contexts, budgets), group=self._generation.tp_group)
-        prompts = [{"prompt_token_ids": ids} for theirs, _ in asked for ids in theirs]
+    def _generate_together(self, contexts: list[list[int]], budgets: list[int]) -> list[Generation] | None:
+        """Generate for all processes of the model. Returns the turns of this process, or `None` if no process has any."""
+        # Requests of all processes, in the order of their ranks
+        requests: list[Any] = [None] * self._generation.tensor_parallel_size
+        torch.distributed.all_gather_object(requests, (contexts, budgets), group=self._generation.tp_group)
+        prompts = [{"prompt_token_ids": ids} for theirs, _ in requests for ids in theirs]
         if not prompts:
             return None
-        params = [_sampling_params(self._sampling, budget) for _, theirs in asked for budget in theirs]
+        params = [_sampling_params(self._sampling, budget) for _, theirs in requests for budget in theirs]
         outputs = self._generation.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+
+        # The part of this process
         rank = torch.distributed.get_rank(group=self._generation.tp_group)
-        start = sum(len(theirs) for theirs, _ in asked[:rank])
+        start = sum(len(theirs) for theirs, _ in requests[:rank])
         return [_read_output(output) for output in outputs[start : start + len(contexts)]]
 
 
@@ -217,36 +221,36 @@ def _sampling_params(sampling: dict[str, Any], max_tokens: int) -> Any:
     )
 
 
-class VLLMServerEngine:
+class VLLMServerEngine(RequestEngine):
     """
-    Generation by a vLLM server (`vllm_mode="server"`). Every process asks it by itself, one request a turn.
+    Generation by a vLLM server (`vllm_mode="server"`). Every process sends its own requests, one per turn.
+
+    A request that fails temporarily is sent up to 6 times. If the last attempt fails too, or if the server refuses a
+    request, the run ends with an error.
 
     Args:
         url (`str`):
-            The server, for instance `"http://10.0.0.5:8000"`.
+            Address of the server, for instance `"http://10.0.0.5:8000"`.
         sampling (`dict[str, Any]`):
-            What the requests for turns have in common.
+            Parameters that all requests share.
         wait_for_everyone (`Callable[[], None]`):
-            A barrier of all processes: only one of them sends the weights, and the others must not be ahead of it.
+            A barrier of all processes. Only one process sends the weights to the server, and the others must wait for it.
         max_requests (`int`, *optional*, defaults to `256`):
-            The most requests of this process at the same time.
+            Maximum number of concurrent requests of this process.
 
     Raises:
         `ConnectionError`: If the server does not answer.
     """
 
-    in_rounds = False
+    _completions_path = "/v1/completions"
+    _first_delay, _longest_delay = 1.5, 30.0
 
     def __init__(
         self, url: str, sampling: dict[str, Any], wait_for_everyone: Callable[[], None], *, max_requests: int = 256
     ):
-        self.url = url
+        super().__init__(url, max_requests=max_requests, timeout=_TURN_SECONDS)
         self._sampling = sampling
         self._wait_for_everyone = wait_for_everyone
-        self._max_requests = max_requests
-        self._client: Any = None
-        self._executor: Any = None
-        self._finished: queue.SimpleQueue[tuple[int, Future[Generation]]] = queue.SimpleQueue()
         try:
             reply = httpx2.get(f"{url}/v1/models", timeout=30.0)
             reply.raise_for_status()
@@ -257,41 +261,17 @@ class VLLMServerEngine:
                 "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."
             ) from error
         self._model = model["id"]
-        self.max_context_length: int | None = model.get("max_model_len")
+        self.max_context_length = model.get("max_model_len")
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """See [`Engine.session`]."""
         self._wait_for_everyone()
-        self._finished = queue.SimpleQueue()
-        limits = httpx2.Limits(max_connections=self._max_requests)
-        timeout = httpx2.Timeout(_TURN_SECONDS, connect=10.0)
-        with httpx2.Client(limits=limits, timeout=timeout) as self._client:
-            self._executor = ThreadPoolExecutor(self._max_requests, "vllm")
-            try:
-                yield
-            finally:
-                self._executor.shutdown(wait=False, cancel_futures=True)
+        with super().session():
+            yield
 
-    def submit(self, number: int, context: list[int], max_new_tokens: int) -> None:
-        """See [`Engine.submit`]."""
-        finished = self._finished
-        future = self._executor.submit(self._ask, context, max_new_tokens)
-        future.add_done_callback(lambda future: finished.put((number, future)))
-
-    def collect(self, *, wait: bool) -> list[tuple[int, Generation]]:
-        """See [`Engine.collect`]."""
-        written = []
-        try:
-            number, future = self._finished.get(timeout=None if wait else 0.005)
-            while True:
-                written.append((number, future.result()))
-                number, future = self._finished.get_nowait()
-        except queue.Empty:
-            return written
-
-    def _ask(self, context: list[int], max_new_tokens: int) -> Generation:
-        body = {
+    def _request_body(self, number: int, context: list[int], max_new_tokens: int) -> dict[str, Any]:
+        return {
             **self._sampling,
             "model": self._model,
             "prompt": context,
@@ -299,23 +279,18 @@ class VLLMServerEngine:
             "include_stop_str_in_output": True,
             "return_token_ids": True,
         }
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                reply = self._client.post(f"{self.url}/v1/completions", json=body)
-                if reply.status_code < 500:
-                    break
-                failure = f"HTTP {reply.status_code}: {reply.text[:300]}"
-            except httpx2.TransportError as error:
-                failure = repr(error)
-            if attempt == _ATTEMPTS:
-                raise ConnectionError(
-                    f"The vLLM server {self.url} was asked {attempt} times in vain. {failure}. Start it again and resume "
-                    "from the last checkpoint."
-                )
-            time.sleep(2 ** (attempt - 1))
-        if reply.status_code != 200:
-            raise RuntimeError(
-                f"The vLLM server {self.url} refuses a turn. HTTP {reply.status_code}: {reply.text[:300]}"
-            )
-        (choice,) = reply.json()["choices"]
+
+    def _read_choice(self, choice: Any) -> Generation:
         return Generation(token_ids=choice["token_ids"], logprobs=choice["logprobs"]["token_logprobs"])
+
+    def _may_retry(self, attempts: int, elapsed: float, delay: float) -> bool:
+        return attempts < _ATTEMPTS and delay <= _LONGEST_RETRY_AFTER
+
+    def _refusal(self, failure: str) -> RuntimeError:
+        return RuntimeError(f"The vLLM server {self.url} refuses a turn. {failure}")
+
+    def _exhaustion(self, attempts: int, failure: str) -> ConnectionError:
+        return ConnectionError(
+            f"The vLLM server {self.url} was asked {attempts} times in vain. {failure}. Start it again and resume "
+            "from the last checkpoint."
+        )

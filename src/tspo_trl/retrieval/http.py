@@ -1,10 +1,9 @@
-"""Retrieval over HTTP: a client that outlives the hiccups of its server."""
+"""Retrieval over HTTP: a client that survives outages of its server."""
 
 import asyncio
 import json
 import logging
 import os
-import random
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,45 +12,46 @@ from typing import Any
 
 import httpx2
 
+from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError, check_k
 from .corpus import parse_passage
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
-_RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
 
 
 class HTTPRetriever:
     """
-    Searches by a retrieval server with the interface of Search-R1: `POST` of
-    `{"queries": [...], "topk": k, "return_scores": true}`, answered by `{"result": [[{"document": {...}, "score": ...}]]}`
-    or by the bare documents. `recipes/serve_retriever.py` is such a server.
+    Searches with a retrieval server that has the interface of Search-R1: a `POST` request of
+    `{"queries": [...], "topk": k, "return_scores": true}` returns `{"result": [[{"document": {...}, "score": ...}]]}`, or
+    the documents without scores. `recipes/serve_retriever.py` is such a server.
 
-    A timeout, a refused or broken connection, an HTTP 5xx or 429, a reply that is not JSON or has the wrong number of
-    results are tried again, after delays that double up to 5 seconds and are drawn at random, until `total_timeout` is
-    over, or the server asks to wait for longer than that; then [`RetrievalError`] says what happened last. Any other HTTP error is final at once. Idle connections are
-    kept for the next call.
+    A request is sent again after temporary failures: a timeout, a refused or broken connection, an HTTP status 408, 425,
+    429 or 5xx, and a reply that is not JSON or has the wrong number of results. Delays between requests double up to 5
+    seconds and are drawn at random; the server can ask for longer ones with a `Retry-After` header. When `total_timeout`
+    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error is
+    raised at once. Idle connections are kept for the next call.
 
     Args:
         url (`str`):
-            The server, for instance `"http://10.0.0.5:8000"`. Without a path, `/retrieve` is meant.
+            Address of the server, for instance `"http://10.0.0.5:8000"`. Without a path, `/retrieve` is appended.
         timeout (`float`, *optional*, defaults to `30.0`):
             Seconds for one request, from the connection to the last byte of the reply.
         total_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for a whole call of `search` with all its retries: an outage that is shorter is survived. With several
-            processes the others wait meanwhile, so it should stay well below `ddp_timeout` (1800 by default).
+            Seconds for a whole call of `search`, including retries. Shorter outages are survived. In distributed training,
+            the other processes wait meanwhile, so it should be well below `ddp_timeout` (1800 by default).
         batch_size (`int`, *optional*, defaults to `64`):
-            The most queries of a request. More are sent as several requests at the same time.
+            Maximum number of queries per request. More queries are sent in several concurrent requests.
         max_connections (`int`, *optional*, defaults to `8`):
-            The most requests at the same time.
+            Maximum number of concurrent requests.
         headers (`Mapping[str, str]`, *optional*):
             Headers of every request, for instance for authorization.
 
     Attributes:
-        retries (`int`): Requests that were sent again so far.
+        retries (`int`): Number of requests sent again so far.
 
     Raises:
-        `ValueError`: If an argument is out of its range or the URL is not one of HTTP.
+        `ValueError`: If an argument is out of range, or if the URL is not an HTTP URL.
     """
 
     def __init__(
@@ -80,20 +80,19 @@ class HTTPRetriever:
             if not isinstance(text, str) or not text.isascii() or not text.isprintable():
                 raise ValueError(f"`headers`: the value of {name!r} must be printable ASCII, without a line feed.")
         self._address = parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
-        self.url = str(self._address.copy_with(username=None, password=None))  # what messages may show
+        self.url = str(self._address.copy_with(username=None, password=None))  # messages must not show the password
         self.timeout = timeout
         self.total_timeout = total_timeout
         self.batch_size = batch_size
         self.max_connections = max_connections
         self.headers = dict(headers or {})
         self.retries = 0
-        self._random = random.Random()  # of its own: waiting must not change what the model samples
         self._process: int | None = None
         self._opening = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
-        """The URL: whoever puts another corpus behind it must choose another cache."""
+        """The URL. If the server gets another corpus, another cache must be used."""
         return f"http {self.url}"
 
     def __repr__(self) -> str:
@@ -107,13 +106,13 @@ class HTTPRetriever:
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each, at least 1.
+                Maximum number of passages per query, at least 1.
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
 
         Raises:
-            [`RetrievalError`]: If the server did not answer within `total_timeout`, or refused the request.
+            [`RetrievalError`]: If the server did not answer within `total_timeout`, or if it refused the request.
         """
         check_k(k)
         if not queries:
@@ -123,17 +122,17 @@ class HTTPRetriever:
         try:
             return call.result()
         finally:
-            call.cancel()  # does nothing to a finished call; an interrupt leaves no request behind
+            call.cancel()  # no effect on a finished call; after an interrupt, it cancels open requests
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
-        """A loop on a thread of its own, so that notebooks, which run one already, can search too."""
+        """An event loop in a separate thread, because notebooks already run a loop in theirs."""
         with self._opening:
             if self._process != os.getpid():  # threads and connections do not survive a fork
                 self._client = httpx2.AsyncClient(
                     headers=self.headers,
-                    timeout=None,  # a timeout per read or write would not bound the request
+                    timeout=None,  # a timeout per read or write does not limit the whole request
                     limits=httpx2.Limits(max_connections=self.max_connections, keepalive_expiry=60.0),
-                    trust_env=not _is_loopback(self._address.host),  # a cluster's proxy cannot reach it
+                    trust_env=not _is_loopback(self._address.host),  # a proxy cannot reach this machine's loopback
                 )
                 self._slots = asyncio.Semaphore(self.max_connections)
                 self._loop = loop = asyncio.new_event_loop()
@@ -143,17 +142,18 @@ class HTTPRetriever:
             return self._loop
 
     async def _search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """Search in batches that are requested concurrently."""
         deadline = self._loop.time() + self.total_timeout
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
-        tasks = [asyncio.ensure_future(self._ask(batch, k, deadline)) for batch in batches]
+        tasks = [asyncio.ensure_future(self._search_batch(batch, k, deadline)) for batch in batches]
         try:
             return [passages for results in await asyncio.gather(*tasks) for passages in results]
         finally:
             for task in tasks:  # the first failure ends the call
                 task.cancel()
 
-    async def _ask(self, queries: list[str], k: int, deadline: float) -> list[list[Passage]]:
-        """Ask until there is an answer or the deadline would pass."""
+    async def _search_batch(self, queries: list[str], k: int, deadline: float) -> list[list[Passage]]:
+        """Send a request until it succeeds, fails permanently, or the deadline passes."""
         attempt = 0
         failure: _Failure | None = None
         while True:
@@ -163,7 +163,8 @@ class HTTPRetriever:
                 try:
                     return await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
                 except (TimeoutError, asyncio.TimeoutError):
-                    if failure is None or left >= self.timeout:  # too little time was left to learn anything new
+                    # If the request had less time than `timeout`, the failure before it says more
+                    if failure is None or left >= self.timeout:
                         failure = _Failure("timeout", f"no answer within {min(self.timeout, left):.3g} s")
                 except httpx2.DecodingError as error:
                     failure = _Failure("reply", f"{type(error).__name__}: {error}")
@@ -171,13 +172,12 @@ class HTTPRetriever:
                     failure = _Failure("connection", f"{type(error).__name__}: {error}")
                 except _Failure as error:
                     failure = error
-            longest = min(_FIRST_DELAY * 2 ** min(attempt - 1, 10), _LONGEST_DELAY)
-            delay = max(self._random.uniform(longest / 2, longest), failure.retry_after)
+            delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
             now = self._loop.time()
             if failure.final or now + delay >= deadline:
                 times = "once" if attempt == 1 else f"{attempt} times"
                 raise RetrievalError(
-                    f"The retrieval server {self.url} was asked {times} in vain. {failure}", failure.kind
+                    f"A request to the retrieval server {self.url} failed {times}. {failure}", failure.kind
                 ) from failure
             if attempt == 1:
                 logger.warning("%r failed, trying again for up to %.0f s: %s", self, deadline - now, failure)
@@ -185,25 +185,26 @@ class HTTPRetriever:
             await asyncio.sleep(delay)
 
     async def _request(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """Send one request and read its reply."""
         body = {"queries": queries, "topk": k, "return_scores": True}
-        content = json.dumps(body).encode()  # escaped: half a surrogate pair cannot be sent otherwise
+        content = json.dumps(body).encode()  # escapes lone surrogates, which UTF-8 cannot encode
         response = await self._client.post(self._address, content=content, headers={"Content-Type": "application/json"})
         if not response.is_success:
             status = response.status_code
             raise _Failure(
                 "status",
                 f"HTTP {status} {response.reason_phrase}: {response.content[:300].decode(errors='replace')}",
-                final=status not in _RETRIED_STATUS,
-                retry_after=_seconds(response.headers.get("retry-after", "")),
+                final=not is_temporary(status),
+                retry_after=retry_after_seconds(response.headers.get("retry-after")),
             )
         try:
             return _read_reply(response.json(), len(queries), k)
         except (ValueError, OverflowError, RecursionError) as error:
-            raise _Failure("reply", f"Its reply is not what was asked for: {error}") from error
+            raise _Failure("reply", f"Its reply does not match the request: {error}") from error
 
 
 class _Failure(Exception):
-    """A request that failed: its kind, whether to ask again, and how many seconds the server wants us to wait."""
+    """A failed request: its kind, whether the failure is final, and the seconds that the server asks to wait."""
 
     def __init__(self, kind: FailureKind, message: str, *, final: bool = False, retry_after: float = 0.0):
         super().__init__(message)
@@ -211,6 +212,7 @@ class _Failure(Exception):
 
 
 def _read_reply(reply: Any, num_queries: int, k: int) -> list[list[Passage]]:
+    """The passages for each query. Raises `ValueError` if the reply has another form."""
     results = reply.get("result") if isinstance(reply, dict) else None
     if not isinstance(results, list):
         raise ValueError(f'expected an object with a list under "result", found {str(reply)[:200]!r}')
@@ -222,15 +224,12 @@ def _read_reply(reply: Any, num_queries: int, k: int) -> list[list[Passage]]:
 
 
 def _read_passage(item: Any) -> Passage:
+    """A passage in the form of Search-R1 (with a score), or without a score."""
     scored = isinstance(item, dict) and "document" in item
     score = item.get("score", 0.0) if scored else 0.0
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise ValueError(f'expected a number under "score", found {type(score).__name__}')
     return parse_passage(item["document"] if scored else item, "a passage of the reply", score=float(score))
-
-
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _is_loopback(host: str) -> bool:
