@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """
-    What a request may ask for. More is answered with an HTTP 4xx that names the limit.
+    The largest request that a server answers. A larger one gets an HTTP 4xx that names the limit.
 
     Args:
         max_body_bytes (`int`, *optional*, defaults to `16777216`):
-            Bytes of a request.
+            Maximum number of bytes of a request.
         max_queries (`int`, *optional*, defaults to `1024`):
-            Queries of a request.
+            Maximum number of queries of a request.
         max_query_chars (`int`, *optional*, defaults to `10000`):
-            Characters of a query.
+            Maximum number of characters of a query.
         max_topk (`int`, *optional*, defaults to `100`):
-            Passages for each query.
+            Maximum number of passages for each query.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -76,85 +76,36 @@ def create_app(
     """
     The server as an ASGI application.
 
+    A bad request is answered with 422 (400 for an empty `query` of `/search`, 413 for a body that is too large) and one
+    sentence in `detail`. While the retriever is being opened, every search is answered with 503; if it cannot be opened
+    or a search fails, with 500.
+
     Args:
         open_retriever (`Callable[[], Retriever]`):
-            Opens the retriever, in the background: meanwhile `GET /health` and every search are answered with 503, and
-            with 500 if it raises.
+            Opens the retriever. It is called in the background when the server starts.
         topk (`int`, *optional*, defaults to `3`):
-            Passages for each query of requests that do not say how many.
+            Number of passages for each query of a request that does not give one.
         limits ([`ServerLimits`], *optional*):
-            What a request may ask for.
+            Largest request that is answered.
         on_failure (`Callable[[BaseException], None]`, *optional*):
-            Called with what `open_retriever` has raised.
+            Called with the exception if `open_retriever` raises one.
     """
     limits = limits or ServerLimits()
-    # One thread opens the retriever and searches: backends need not be thread-safe, and health is answered meanwhile
-    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
-    turn = (
-        asyncio.Lock()
-    )  # requests wait here and not in the queue of the worker, which would serve clients that are gone
-    retriever: asyncio.Future[Retriever] | None = None
+    service = _Service(open_retriever, topk, limits, on_failure)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        nonlocal retriever
-        retriever = asyncio.get_running_loop().run_in_executor(worker, open_retriever)
-        retriever.add_done_callback(opened)
+        service.start()
         yield
-        worker.shutdown(wait=False, cancel_futures=True)
+        service.stop()
 
     app = FastAPI(title="Retrieval server", lifespan=lifespan)
     app.add_middleware(_BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_exception_handler(RequestValidationError, _explain)
 
-    def opened(opening: asyncio.Future[Retriever]) -> None:
-        if not opening.cancelled() and (error := opening.exception()) is not None:
-            logger.error("The retriever cannot be opened: %s", error)
-            if on_failure is not None:
-                on_failure(error)
-
-    def ready() -> Retriever:
-        if retriever is None or not retriever.done():
-            raise HTTPException(503, "The index is being loaded.", headers={"Retry-After": "1"})
-        if (error := retriever.exception()) is not None:
-            raise HTTPException(500, f"The retriever cannot be opened: {type(error).__name__}.")
-        return retriever.result()
-
-    async def search(
-        http: Request, queries: Sequence[str], k: int | None, encode: Callable[[list[list[Passage]]], Any]
-    ) -> Response:
-        k = topk if k is None else k
-        if not 1 <= k <= limits.max_topk:
-            raise HTTPException(422, f"The number of passages must be between 1 and {limits.max_topk}, got {k}.")
-        if len(queries) > limits.max_queries:
-            raise HTTPException(422, f"At most {limits.max_queries} queries a request, got {len(queries)}.")
-        for number, query in enumerate(queries):
-            if len(query) > limits.max_query_chars:
-                raise HTTPException(
-                    422, f"At most {limits.max_query_chars} characters a query, query {number} has {len(query)}."
-                )
-        backend = ready()
-
-        def answer() -> str:
-            results = backend.search(queries, k)
-            if len(results) != len(queries):
-                raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
-            # Escaped, because a corpus may hold half a surrogate pair, which UTF-8 cannot
-            return json.dumps(encode(results), default=float)
-
-        async with turn:
-            if await http.is_disconnected():  # its next attempt waits already
-                return Response(status_code=499)
-            try:
-                content = await asyncio.get_running_loop().run_in_executor(worker, answer)
-            except Exception as error:
-                logger.exception("The retriever failed")
-                raise HTTPException(500, f"The retriever failed: {type(error).__name__}.") from error
-        return Response(content, media_type="application/json")
-
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
-        return {"status": "ready", "retriever": repr(ready())}
+        return {"status": "ready", "retriever": repr(service.retriever())}
 
     @app.post("/retrieve")
     async def retrieve(http: Request, body: RetrieveRequest) -> Response:
@@ -162,25 +113,113 @@ def create_app(
             raise HTTPException(422, "Give either `queries`, a list of strings, or `query`, one string.")
         queries = body.queries or [] if body.query is None else [body.query]
         encode = _scored if body.return_scores else _bare
-        return await search(http, queries, body.topk, lambda results: {"result": [encode(found) for found in results]})
+        return await service.search(
+            http, queries, body.topk, lambda results: {"result": [encode(found) for found in results]}
+        )
 
     @app.post("/search")
     async def search_one(http: Request, body: SearchRequest) -> Response:
         if not body.query.strip():
             raise HTTPException(400, "`query` is empty.")
         encode = _with_scores_apart if body.return_score else _bare
-        return await search(http, [body.query], body.top_n, lambda results: encode(results[0]))
+        return await service.search(http, [body.query], body.top_n, lambda results: encode(results[0]))
 
     @app.post("/batch_search")
     async def search_batch(http: Request, body: BatchSearchRequest) -> Response:
-        def encode(results: list[list[Passage]]) -> Any:
-            if not body.return_score:
-                return [_bare(found) for found in results]
-            return [[_bare(found) for found in results], [[passage.score for passage in found] for found in results]]
-
-        return await search(http, body.query, body.top_n, encode)
+        encode = _batch_with_scores_apart if body.return_score else _batch
+        return await service.search(http, body.query, body.top_n, encode)
 
     return app
+
+
+def check_request(queries: Sequence[str], k: int, limits: ServerLimits) -> None:
+    """
+    Check that a request stays within the limits of the server.
+
+    Args:
+        queries (`Sequence[str]`):
+            Q queries.
+        k (`int`):
+            Number of passages for each.
+        limits ([`ServerLimits`]):
+            The limits.
+
+    Raises:
+        `HTTPException`: With status 422 and a sentence that names the limit, if the request exceeds one.
+    """
+    if not 1 <= k <= limits.max_topk:
+        raise HTTPException(422, f"The number of passages must be between 1 and {limits.max_topk}, got {k}.")
+    if len(queries) > limits.max_queries:
+        raise HTTPException(422, f"At most {limits.max_queries} queries a request, got {len(queries)}.")
+    for number, query in enumerate(queries):
+        if len(query) > limits.max_query_chars:
+            raise HTTPException(
+                422, f"At most {limits.max_query_chars} characters a query, query {number} has {len(query)}."
+            )
+
+
+class _Service:
+    """The retriever of a server: opened in the background, then searched for one request at a time."""
+
+    def __init__(
+        self,
+        open_retriever: Callable[[], Retriever],
+        topk: int,
+        limits: ServerLimits,
+        on_failure: Callable[[BaseException], None] | None,
+    ):
+        self._open_retriever, self._topk, self._limits, self._on_failure = open_retriever, topk, limits, on_failure
+        # One thread opens the retriever and searches: backends need not be thread-safe, and health is answered meanwhile
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
+        # Requests wait for this lock and not in the worker's queue, which would serve clients that have disconnected
+        self._turn = asyncio.Lock()
+        self._opening: asyncio.Future[Retriever] | None = None
+
+    def start(self) -> None:
+        self._opening = asyncio.get_running_loop().run_in_executor(self._worker, self._open_retriever)
+        self._opening.add_done_callback(self._opened)
+
+    def stop(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _opened(self, opening: asyncio.Future[Retriever]) -> None:
+        if not opening.cancelled() and (error := opening.exception()) is not None:
+            logger.error("The retriever cannot be opened: %s", error)
+            if self._on_failure is not None:
+                self._on_failure(error)
+
+    def retriever(self) -> Retriever:
+        """The retriever, or the HTTP error for a server that has none (yet)."""
+        if self._opening is None or not self._opening.done():
+            raise HTTPException(503, "The index is being loaded.", headers={"Retry-After": "1"})
+        if (error := self._opening.exception()) is not None:
+            raise HTTPException(500, f"The retriever cannot be opened: {type(error).__name__}.")
+        return self._opening.result()
+
+    async def search(
+        self, http: Request, queries: Sequence[str], k: int | None, encode: Callable[[list[list[Passage]]], Any]
+    ) -> Response:
+        """Search for the queries of a request, and encode the passages as its dialect does."""
+        k = self._topk if k is None else k
+        check_request(queries, k, self._limits)
+        retriever = self.retriever()
+
+        def answer() -> str:
+            results = retriever.search(queries, k)
+            if len(results) != len(queries):
+                raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
+            # Escaped, because a corpus may hold half a surrogate pair, which UTF-8 cannot encode
+            return json.dumps(encode(results), default=float)
+
+        async with self._turn:
+            if await http.is_disconnected():  # the client has sent its next attempt already
+                return Response(status_code=499)
+            try:
+                content = await asyncio.get_running_loop().run_in_executor(self._worker, answer)
+            except Exception as error:
+                logger.exception("The retriever failed")
+                raise HTTPException(500, f"The retriever failed: {type(error).__name__}.") from error
+        return Response(content, media_type="application/json")
 
 
 def _bare(passages: Sequence[Passage]) -> list[Any]:
@@ -195,13 +234,21 @@ def _with_scores_apart(passages: Sequence[Passage]) -> list[Any]:
     return [_bare(passages), [passage.score for passage in passages]]
 
 
+def _batch(results: Sequence[Sequence[Passage]]) -> list[Any]:
+    return [_bare(passages) for passages in results]
+
+
+def _batch_with_scores_apart(results: Sequence[Sequence[Passage]]) -> list[Any]:
+    return [_batch(results), [[passage.score for passage in passages] for passages in results]]
+
+
 def _document(passage: Passage) -> dict[str, str]:
     contents = f'"{passage.title}"\n{passage.text}'  # as in the corpora of Search-R1
     return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": contents}
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    """A bad request, as one sentence."""
+    """Answer a body that is not as described with 422 and one sentence."""
     assert isinstance(error, RequestValidationError)
     problems = (
         f"{'.'.join(map(str, problem['loc'][1:])) or 'the body'}: {problem['msg']}" for problem in error.errors()
@@ -210,7 +257,7 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 
 class _BodyLimit:
-    """Refuses bodies that are too large, before they are held in memory."""
+    """Answers bodies that are too large with 413, before they are held in memory."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
