@@ -490,7 +490,7 @@ def test_text_of_another_encoding_is_named(tmp_path):
         ({"question": "quory"}, "no column 'quory', from which 'question' is to be read.*Did you mean 'query'"),
         ({"question": "query", "golden_answers": "answers.txt"}, "no field 'txt' in 'answers'.*Did you mean 'text'"),
         ({"question": "query", "golden_answers": "all.nam"}, "no field 'nam' in 'all'.*Did you mean 'name'"),
-        ({"query": "question"}, r"got the key 'query'. Turn it round: \{'question': 'query'\}"),
+        ({"query": "question"}, r"got the key 'query'. Swap key and value: \{'question': 'query'\}"),
         ({"golden_answer": "answers.text"}, "got the key 'golden_answer'. Did you mean 'golden_answers'"),
         ({"question": None}, r"`columns\['question'\]` must be the name of a column, got None"),
     ],
@@ -507,7 +507,7 @@ def test_golds_that_normalise_to_nothing_are_counted(caplog):
         dataset = load_questions(rows)
     assert [row["golden_answers"] for row in dataset] == golds  # The The is a band
     (message,) = caplog.messages
-    assert "`source`: in 2 of 4 rows every golden answer normalises to nothing" in message
+    assert "`source`: in 2 of 4 rows every golden answer normalises to the empty string" in message
     assert "`source`, row 1 (from 0): ['The The']" in message
 
 

@@ -1,4 +1,4 @@
-"""Questions with their golden answers, from the forms in which they are found, and the seven benchmarks by name."""
+"""Questions with golden answers: loading, mixing and checking them, and the seven benchmarks. May import: `scoring`, `support`."""
 
 from .catalogue import BENCHMARKS, Benchmark, load_benchmark
 from .load import load_questions, question_splits, source_name

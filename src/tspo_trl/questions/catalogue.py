@@ -10,29 +10,29 @@ from .load import load_questions
 
 _FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
 _DEV = "The test answers are not public: this is the dev split, which papers report as the test set."
-_ORIGINAL_DEV = "What is called test here is the dev split of the original data set, whose test answers are not public."
+_ORIGINAL_DEV = "This test split is the dev split of the original data set, whose test answers are not public."
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """
-    Where a benchmark is found.
+    A benchmark and its place on the Hub.
 
     Args:
         name (`str`):
-            Its name in [`load_benchmark`].
+            Name in [`load_benchmark`].
         title (`str`):
-            Its name in papers.
+            Name in papers.
         config (`str`):
-            Its configuration in the repository.
+            Configuration in the repository.
         split (`str`):
-            The split that it is evaluated on.
+            Split that is evaluated.
         num_questions (`int`):
-            How many questions the split has, by the repository's own table.
+            Number of questions of the split, according to the table of the repository.
         repository (`str`, *optional*, defaults to `"RUC-NLPIR/FlashRAG_datasets"`):
             The data set on the Hub.
         note (`str`, *optional*, defaults to `""`):
-            What to say beside a result.
+            Note printed with the results.
     """
 
     name: str
@@ -70,11 +70,11 @@ def load_benchmark(
             `"nq"`, `"triviaqa"`, `"popqa"`, `"hotpotqa"`, `"2wikimultihopqa"`, `"musique"` or `"bamboogle"`, in lower or
             upper case.
         max_questions (`int`, *optional*):
-            Draw so many questions.
+            Number of questions to draw. Defaults to all.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
         repository (`str` or `Path`, *optional*):
-            Another data set of the same layout, for instance a local copy: a folder with `nq/test.jsonl` and so on.
+            Another data set with the same layout, for instance a local folder with `nq/test.jsonl` and so on.
 
     Returns:
         [`~datasets.Dataset`]: See [`load_questions`]; `data_source` is the name.

@@ -1,4 +1,4 @@
-"""Files of questions: their formats, and where in a file something is wrong."""
+"""Files of questions: their formats, and the place of an error in a file."""
 
 import gzip
 import json
@@ -28,13 +28,13 @@ def file_format(file: str | Path) -> str | None:
 
 def row_of_file(file: str, index: int) -> str:
     """
-    Name a row of a file as its reader would look for it.
+    The name of a row of a file in error messages.
 
     Args:
         file (`str`):
-            The file.
+            Path of the file.
         index (`int`):
-            The row from 0; below 0 for the file itself.
+            Number of the row, from 0. A negative number stands for the whole file.
 
     Returns:
         `str`: The file with the line from 1 (JSONL), or with the row from 0.
@@ -49,15 +49,15 @@ def row_of_file(file: str, index: int) -> str:
 
 def explain_file(file: str, kind: str, error: BaseException) -> str:
     """
-    Why a file could not be read.
+    Explain why a file could not be read.
 
     Args:
         file (`str`):
-            The file.
+            Path of the file.
         kind (`str`):
             Its format, see [`file_format`].
         error (`BaseException`):
-            What `datasets` raised.
+            Exception raised by `datasets`.
 
     Returns:
         `str`: A message that names the file and, where it can be found, the line or row.
@@ -77,7 +77,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _json_fault(file: str) -> str | None:
-    """The first line or row of a JSON file that is no object, or in which a column changes its type."""
+    """The first row of a JSON file that is not an object, or in which the type of a column changes."""
     expected = 'expected an object such as {"question": "...", "golden_answers": ["..."]}'
     try:
         rows: Iterator[tuple[str, Any]]
@@ -110,7 +110,7 @@ def _parse(line: str, number: int) -> Any:
 
 
 def _kinds(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The types of the values in a row, each with the path that leads to it."""
+    """The paths of the values in a row, and their types."""
     if path and value is not None:
         yield path, _KINDS[type(value)]
     if isinstance(value, dict):

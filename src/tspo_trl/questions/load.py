@@ -45,34 +45,35 @@ def load_questions(
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of splits, or a list of these):
             A file, a folder (of files named after their splits, of `save_to_disk`, or a copy of a data set on the Hub),
-            the name of a data set on the Hub, or one that is loaded. Several are mixed: concatenated, or, if any is a
-            stream, interleaved until all are exhausted.
+            the name of a data set on the Hub, or a loaded data set. Several are mixed: they are concatenated or, if one
+            is a stream, interleaved until all are exhausted.
         name (`str`, *optional*):
             Configuration of a data set on the Hub, or the subfolder of a folder of files.
         split (`str`, *optional*):
-            Which split. A file is the split `"train"`. Required where there are several.
+            Name of the split. A file is the split `"train"`. Required if there are several splits.
         columns (`dict[str, str]`, *optional*):
-            Where the columns `id`, `question`, `golden_answers` and `data_source` are found if they have other names,
-            for instance `{"question": "query", "golden_answers": "answers.text"}`. A dot leads into a struct or a list
+            Columns of the source for `id`, `question`, `golden_answers` and `data_source`, if they have other names, for
+            instance `{"question": "query", "golden_answers": "answers.text"}`. A dot leads into a struct or a list
             of structs. `{"prompt": "prompt"}` keeps prompts that are already written.
         streaming (`bool`, *optional*, defaults to `False`):
-            Return an [`~datasets.IterableDataset`] whose rows are read, and checked, as they are needed.
+            Whether to return an [`~datasets.IterableDataset`], whose rows are read and checked when they are needed.
         max_questions (`int`, *optional*):
-            Draw so many questions, stratified by `data_source`, in their order. Of a stream, take the first.
+            Number of questions to draw, stratified by `data_source`; they keep their order. Of a stream, the first ones
+            are taken. Defaults to all.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The columns `id` (a string; the number of the row where
-        there was none), `question`, `golden_answers` (a list of strings, blank ones left out) and `data_source` (the
-        name of the configuration, data set or file where there was none), and what other columns there were. A
-        `prompt` is left out: the protocol writes its own.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The columns `id` (a string; by default
+        the number of the row), `question`, `golden_answers` (a list of strings, blank ones left out) and `data_source` (by
+        default the name of the configuration, data set or file), and the other columns of the source. A `prompt` is
+        dropped: the protocol writes its own.
 
     Raises:
         `FileNotFoundError`: If there is no such file or data set.
-        `TypeError`: If `source` is none of these.
+        `TypeError`: If `source` has another type.
         `ValueError`: If it is empty or cannot be read, or a split, a column or a value is not as described. The message
-            names the file, the line (from 1, in JSONL) or the row (from 0) and the column, what was found and what is
+            names the file, the line (from 1, in JSONL) or the row (from 0), the column, the value found and the value
             expected.
 
     Example:
@@ -132,7 +133,7 @@ def question_splits(source: Source, name: str | None = None) -> list[str]:
 
 def source_name(source: Source, name: str | None = None) -> str:
     """
-    What a source is called: the `data_source` of rows that have none.
+    The name of a source. Rows without a `data_source` get it.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of splits):
@@ -157,7 +158,7 @@ def source_name(source: Source, name: str | None = None) -> str:
 def _open(
     source: Source, label: str, name: str | None, split: str | None, columns: Mapping[str, str], streaming: bool
 ) -> tuple[AnyDataset, Callable[[int], str]]:
-    """A data set as it is, and a function that names one of its rows."""
+    """The unchanged data set, and a function that names a row in error messages."""
     dataset: Any
     in_memory = (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
     if isinstance(source, in_memory):
@@ -213,7 +214,7 @@ def _open_file(
         raise ValueError(f"{file}: a file is the split 'train', but `split` is {split!r}.")
     options: dict[str, Any] = {}
     if kind == "csv":
-        # An answer stays as it is written: "1952" is no number, "NA" not missing
+        # Answers are not converted: "1952" is not a number, and "NA" is not a missing value
         text = {column.split(".")[0] for column in (*FEATURES, *columns.values())}
         options = {"keep_default_na": False, "converters": dict.fromkeys(sorted(text), str)}
     try:
@@ -234,12 +235,12 @@ def _load_hub(source: str, name: str | None, split: str | None, streaming: bool)
         raise FileNotFoundError(
             f"{source!r} is neither a file nor a folder here, and was not found on the Hub: {error}{hint}"
         ) from error
-    except ValueError as error:  # an unknown configuration or split: the message lists those that there are
+    except ValueError as error:  # an unknown configuration or split: the message lists the known ones
         raise ValueError(f"{_hub_label(source, name)}: {error}") from error
 
 
 def _files_of_folder(folder: Path, name: str | None) -> dict[str, Path]:
-    """The files that are named after their splits, as in copies of FlashRAG's and Search-R1's repositories."""
+    """The files named after their splits, as in copies of FlashRAG's and Search-R1's repositories."""
     files = sorted((folder / (name or "")).glob("*.*")) if folder.is_dir() else []
     named = {path.name.split(".")[0]: path for path in files if file_format(path)}
     return {split: path for split, path in named.items() if split.isidentifier()}  # no train-00000-of-00002

@@ -1,4 +1,4 @@
-"""Several data sets into one, and a subset of one."""
+"""Mixing data sets, and drawing a subset."""
 
 import logging
 import random
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 
 def mix(parts: list[AnyDataset]) -> AnyDataset:
     """
-    One data set of several: concatenated, or, if any is a stream, interleaved until all are exhausted.
+    Mix data sets: concatenate them or, if one is a stream, interleave them until all are exhausted.
 
     Args:
         parts (`list` of [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Questions.
+            Data sets of questions.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Columns that have different types are left out. In a
-        concatenation, rows have `None` in columns that only others have; a stream has the columns that all have.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The mixed data set. Columns with different types are left
+        out. Concatenated rows have `None` in columns that their source lacks; a stream has the columns common to all.
     """
     streamed = any(isinstance(part, IterableDataset) for part in parts)
     columns = list(dict.fromkeys(column for part in parts for column in part.features or FEATURES))
@@ -50,13 +50,13 @@ def mix(parts: list[AnyDataset]) -> AnyDataset:
 
 def draw(dataset: AnyDataset, count: int, seed: int) -> AnyDataset:
     """
-    A subset, stratified by `data_source`: a larger draw of the same seed adds to a smaller one of every source.
+    Draw a subset, stratified by `data_source`. With the same seed, a larger subset contains a smaller one.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Questions.
         count (`int`):
-            How many to draw.
+            Number of questions to draw.
         seed (`int`):
             Seed of the draw.
 
@@ -78,7 +78,7 @@ def draw(dataset: AnyDataset, count: int, seed: int) -> AnyDataset:
 
 
 def _shares(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """`count` in proportion to sizes, by largest remainder; where it suffices, at least one each."""
+    """Divide `count` in proportion to sizes, by largest remainder; each gets at least one if `count` allows."""
     total = sum(sizes.values())
     shares = {name: count * size // total for name, size in sizes.items()}
     remainders = sorted(sizes, key=lambda name: (shares[name] > 0, -(count * sizes[name] % total), name))

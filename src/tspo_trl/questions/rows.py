@@ -1,4 +1,4 @@
-"""Rows of any data set into questions: which column is which, and what its values must be."""
+"""Reading the rows of any data set as questions: the mapping of columns, and the check of values."""
 
 import json
 import logging
@@ -35,10 +35,10 @@ def check_mapping(columns: Mapping[str, str]) -> None:
 
     Args:
         columns (`dict[str, str]`):
-            Columns of questions to those of a source.
+            Names of our columns to names of columns of the source.
 
     Raises:
-        `ValueError`: If a key is no column of questions; the message suggests the nearest.
+        `ValueError`: If a key is not one of our columns; the message suggests the nearest.
     """
     known = [*FEATURES, "prompt"]
     for ours, theirs in columns.items():
@@ -46,7 +46,7 @@ def check_mapping(columns: Mapping[str, str]) -> None:
             near = get_close_matches(ours, known, n=1)
             turned = theirs in known
             hint = (
-                f" Turn it round: {{{theirs!r}: {ours!r}}}."
+                f" Swap key and value: {{{theirs!r}: {ours!r}}}."
                 if turned
                 else f" Did you mean {near[0]!r}?"
                 if near
@@ -60,7 +60,7 @@ def check_mapping(columns: Mapping[str, str]) -> None:
 def _find_columns(
     label: str, names: list[str], features: Features | None, columns: Mapping[str, str]
 ) -> dict[str, str]:
-    """Where each of our columns is found, as a path of names with dots between them."""
+    """The column of the source for each of our columns, as names joined by dots."""
     found = dict(columns)
     for ours in FEATURES:
         if ours not in found and ours in names:
@@ -75,7 +75,7 @@ def _find_columns(
             while isinstance(level, (List, LargeList, list)):
                 level = level[0] if isinstance(level, list) else level.feature
             if not isinstance(level, dict):
-                break  # what it holds is not known before it is read
+                break  # its fields are not known before it is read
             if key not in level:
                 near = _nearest(key, list(level))
                 missing = f"column {key!r}" if i == 0 else f"field {key!r} in {'.'.join(path.split('.')[:i])!r}"
@@ -113,17 +113,17 @@ def to_questions(
     dataset: AnyDataset, where: Callable[[int], str], columns: Mapping[str, str], data_source: str
 ) -> AnyDataset:
     """
-    Read the questions of a data set.
+    Read the rows of a data set as questions.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as they are.
+            Unchanged rows.
         where (`Callable[[int], str]`):
-            Names a row, or with -1 the data set, in error messages.
+            Gets the number of a row and returns its name in error messages; -1 stands for the data set.
         columns (`dict[str, str]`):
-            Where columns of other names are found.
+            Columns of the source with other names.
         data_source (`str`):
-            What rows without a `data_source` get.
+            The `data_source` of rows that have none.
 
     Returns:
         The same kind of data set, see [`load_questions`].
@@ -141,16 +141,16 @@ def to_questions(
     paths = {ours: (path,) if path in names else tuple(path.split(".")) for ours, path in found.items()}
     read = partial(_read_rows, paths=paths, where=where, data_source=data_source)
     used = list(dict.fromkeys(path[0] for path in paths.values()))
-    # A column that is read whole is renamed; what else there is stays. Prompts that others wrote are not ours.
-    gone = {*FEATURES, "prompt", *(path[0] for path in paths.values() if len(path) == 1)}
-    rest = [column for column in names if column not in gone]
+    # A column that is read whole is renamed, other columns stay. Prompts of the source are dropped.
+    dropped = {*FEATURES, "prompt", *(path[0] for path in paths.values() if len(path) == 1)}
+    rest = [column for column in names if column not in dropped]
     features = Features(FEATURES)
     if "prompt" in paths and len(paths["prompt"]) == 1 and dataset.features is not None:
         features["prompt"] = dataset.features[paths["prompt"][0]]
 
     if isinstance(dataset, Dataset):
         known = None if "prompt" in paths and "prompt" not in features else features
-        # Only what is read is decoded; passages and other metadata may be large
+        # Decode only the columns that are read: passages and other metadata may be large
         questions = dataset.select_columns(used).map(
             read,
             batched=True,
@@ -175,7 +175,7 @@ def to_questions(
         remove_columns=[column for column in names if column not in rest],
         features=known,
     )
-    if next(iter(stream), None) is None:  # the first row is checked at once
+    if next(iter(stream), None) is None:  # this also checks the first row at once
         raise ValueError(f"{label} has no rows.")
     return stream
 
@@ -188,7 +188,7 @@ def _read_rows(
     where: Callable[[int], str],
     data_source: str,
 ) -> dict[str, list[Any]]:
-    """A batch of rows in our columns."""
+    """Read a batch of rows into our columns."""
     columns: dict[str, list[Any]] = defaultdict(list)
     for position, index in enumerate(indices):
         for ours in (*FEATURES, *(["prompt"] if "prompt" in paths else [])):
@@ -230,7 +230,7 @@ def _read_question(value: Any, *_: Any) -> str:
 
 def _read_answers(value: Any, *_: Any) -> list[str]:
     if isinstance(value, str) and value.strip().startswith("["):
-        # A list in a cell of a table; what pandas or numpy write there cannot be told from other text with certainty
+        # A list in a cell of a table. Lists written by pandas or numpy cannot be distinguished from text with certainty
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
@@ -271,8 +271,8 @@ def _warn_of_degenerate(questions: Dataset, where: Callable[[int], str]) -> None
     rows = [i for i, golds in enumerate(questions["golden_answers"]) if not any(map(normalize_answer, golds))]
     if rows:
         logger.warning(
-            "%s: in %d of %d rows every golden answer normalises to nothing, so that only the same text as it is written "
-            "is right. The first is %s: %s.",
+            "%s: in %d of %d rows every golden answer normalises to the empty string, so that only an identical "
+            "answer is correct. The first is %s: %s.",
             where(-1),
             len(rows),
             len(questions),

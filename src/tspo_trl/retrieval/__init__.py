@@ -1,4 +1,4 @@
-"""Where passages come from: the [`Passage`], the [`Retriever`] protocol, and retrievers that follow it."""
+"""Passages, the [`Retriever`] protocol, the retrievers and their server. May import: `support`."""
 
 from .base import Passage, RetrievalError, Retriever
 from .bm25 import BM25Retriever

@@ -1,10 +1,10 @@
-"""The passage, the protocol that every retriever follows, and how it fails."""
+"""The passage, the protocol of retrievers, and the errors of a search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-#: Why a search failed: no answer in time; no connection; an HTTP error; a reply that is not what was asked for; other.
+#: Why a search failed: no answer in time; no connection; an HTTP error; a malformed reply; another reason.
 FailureKind = Literal["timeout", "connection", "status", "reply", "other"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
@@ -12,7 +12,7 @@ FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 @dataclass(frozen=True, slots=True)
 class Passage:
     """
-    A piece of foreign text that a search returned.
+    A passage returned by a search. Its text is foreign: it is not trusted.
 
     Args:
         id (`str`):
@@ -33,11 +33,11 @@ class Passage:
 
 class RetrievalError(RuntimeError):
     """
-    A retriever could not answer.
+    Raised when a retriever cannot answer.
 
     Args:
         message (`str`):
-            What happened, naming the retriever.
+            Description of the failure, with the name of the retriever.
         kind (`str`, *optional*, defaults to `"other"`):
             `"timeout"`, `"connection"` (refused, reset, unknown host), `"status"` (an HTTP error), `"reply"` (malformed,
             or the wrong number of results) or `"other"`.
@@ -49,11 +49,11 @@ class RetrievalError(RuntimeError):
 
 
 class RetrievalLogError(RuntimeError):
-    """A run that is repeated from its retrieval log asked for something else: it is stopped, not marked as failed."""
+    """Raised when a run is repeated from its retrieval log and the log does not have a query. It stops the run."""
 
 
 def failure_kind(error: BaseException) -> FailureKind:
-    """The kind of a failure, for any exception that a retriever may raise."""
+    """The kind of failure that an exception of a retriever stands for."""
     if isinstance(error, RetrievalError):
         return error.kind
     if isinstance(error, TimeoutError):
@@ -64,14 +64,13 @@ def failure_kind(error: BaseException) -> FailureKind:
 @runtime_checkable
 class Retriever(Protocol):
     """
-    Anything with a batched `search`.
+    The protocol of retrievers: any object with a batched `search`.
 
-    An exception raised by `search` is data, not a crash: the turns that asked are marked `"timeout"` (for a
-    [`RetrievalError`] of this kind, or a `TimeoutError`) or `"error"`, and their rollouts are left out of the training
-    signal.
+    An exception raised by `search` does not stop training. The turns that searched are marked `"timeout"` (for a
+    [`RetrievalError`] of this kind, or a `TimeoutError`) or `"error"`, and their rollouts are excluded from training.
 
-    A retriever may have a string `fingerprint` that changes whenever its results may change. A cache on disk uses it, so
-    that results of another corpus are never taken for its own.
+    A retriever may have a string `fingerprint` that changes whenever its results may change. A cache on disk uses it to
+    keep the results of different corpora apart.
     """
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -82,15 +81,15 @@ class Retriever(Protocol):
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each.
+                Maximum number of passages for each query.
 
         Returns:
-            `list[list[Passage]]`: Q lists of at most `k` passages, best first. An empty list means nothing was found.
+            `list[list[Passage]]`: Q lists of at most `k` passages, best first. An empty list means that no passage was found.
         """
         ...
 
 
 def check_k(k: int) -> None:
-    """Raise a `ValueError` if `k` is not a number of passages that can be asked for."""
+    """Raise a `ValueError` if `k` is less than 1."""
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")

@@ -1,4 +1,4 @@
-"""BM25 inside the training process: nothing to install, nothing to start, nothing that dies mid-run."""
+"""BM25 inside the training process, without a server and without Java."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ class BM25Retriever:
     """
     Okapi BM25 over passages held in memory, by `bm25s` (default) or by `rank_bm25`.
 
-    A document is the title followed by the text. With `bm25s`, English stop words are removed and words are stemmed
-    (Snowball), and the inverse document frequency is Lucene's. With `rank_bm25`, documents are lower-cased words, and a
-    word in more than half of the documents gets a positive weight by that library's `epsilon`: slower by orders of
-    magnitude, finds a little less, and is there for comparison with projects that use it.
+    A document is the title followed by the text. `bm25s` removes English stop words, stems words (Snowball), and uses the
+    inverse document frequency of Lucene. `rank_bm25` lower-cases words, and gives a word in more than half of the
+    documents a positive weight by its `epsilon`. It is slower by orders of magnitude and finds a little less; it is
+    there for comparison with projects that use it.
 
     Args:
         passages (`Iterable[Passage]`):
-            The corpus.
+            Passages of the corpus.
         backend (`str`, *optional*, defaults to `"bm25s"`):
             `"bm25s"` or `"rank_bm25"`.
         k1 (`float`, *optional*, defaults to `1.5`):
@@ -81,7 +81,7 @@ class BM25Retriever:
         self._score: Callable[[str], tuple[np.ndarray, np.ndarray]]
         if backend == "bm25s":
             index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            self._use(index)
+            self._set_index(index)
             index.index(self._require_words(self._tokenize(documents)), show_progress=False)
         elif backend == "rank_bm25":
             tokens = self._require_words([_WORD.findall(document.lower()) for document in documents])
@@ -97,7 +97,7 @@ class BM25Retriever:
 
         Args:
             path (`str` or `Path`):
-                The corpus file, see [`~retrieval.iter_corpus`] for its format.
+                The corpus file. See [`~retrieval.iter_corpus`] for its format.
             **kwargs:
                 Passed to the constructor.
         """
@@ -105,14 +105,14 @@ class BM25Retriever:
 
     def save(self, folder: str | Path) -> None:
         """
-        Save index and passages, for [`BM25Retriever.load`].
+        Save the index and its passages. [`BM25Retriever.load`] opens them.
 
         Args:
             folder (`str` or `Path`):
-                A new or empty folder, or one that holds an index, which is replaced.
+                A new or empty folder, or a folder with an index, which is replaced.
 
         Raises:
-            `ValueError`: If the backend is `"rank_bm25"`, whose index is Python objects that cannot be mapped.
+            `ValueError`: If the backend is `"rank_bm25"`, whose index consists of Python objects and cannot be mapped.
             `FileExistsError`: If the folder holds something else.
         """
         folder = Path(folder).resolve()
@@ -123,7 +123,7 @@ class BM25Retriever:
         if folder.exists() and not (folder / "index.json").is_file() and any(folder.iterdir()):
             raise FileExistsError(f"{str(folder)!r} is not empty and holds no index: choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Complete before it gets its name: a crash leaves no half index, and an old one stays until then
+        # The folder gets its name when it is complete, so a crash leaves no partial index and keeps an old one
         with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
             unfinished = Path(temporary) / "new"
             unfinished.mkdir()
@@ -144,10 +144,10 @@ class BM25Retriever:
 
         Args:
             folder (`str` or `Path`):
-                Where [`BM25Retriever.save`] has put it.
+                Folder that [`BM25Retriever.save`] has written.
             corpus (`str` or `Path`, *optional*):
-                The JSONL corpus that the index should be of. Then corpus and index are read once, to compare and to
-                find damage.
+                The JSONL corpus of the index. If it is given, corpus and index are read once to check that they belong
+                together and are not damaged.
 
         Raises:
             `FileNotFoundError`: If there is no index in the folder.
@@ -178,7 +178,7 @@ class BM25Retriever:
                 raise ValueError(f"its files have changed: {', '.join(changed)}")
         except Exception as error:
             raise ValueError(f"The BM25 index in {str(folder)!r} cannot be read: {error}") from error
-        self._use(index)
+        self._set_index(index)
         if corpus is not None and (found := corpus_fingerprint(iter_corpus(corpus))) != self._corpus_fingerprint:
             raise ValueError(
                 f"The index in {str(folder)!r} is not of the corpus {str(corpus)!r}: its passages have the fingerprint "
@@ -192,7 +192,7 @@ class BM25Retriever:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the corpus, the backend and its parameters."""
+        """A string that changes with the corpus, the backend and its parameters."""
         return f"bm25 {self.backend} k1={self.k1} b={self.b} {self._corpus_fingerprint}"
 
     def __repr__(self) -> str:
@@ -200,7 +200,7 @@ class BM25Retriever:
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """
-        The best passages for each query.
+        Search for all queries at once.
 
         Passages that share no term with the query are never returned, so a list may be shorter than `k` or empty.
         Equal scores are ordered as in the corpus.
@@ -209,7 +209,7 @@ class BM25Retriever:
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each, at least 1. More than the corpus has returns all that match.
+                Maximum number of passages for each query, at least 1. It may exceed the size of the corpus.
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
@@ -222,7 +222,7 @@ class BM25Retriever:
             for scores, matches in map(self._score, queries)
         ]
 
-    def _use(self, index: bm25s.BM25) -> None:
+    def _set_index(self, index: bm25s.BM25) -> None:
         self._index = index
         self._stemmer = Stemmer.Stemmer("english")
         self._score = self._score_bm25s
@@ -249,7 +249,7 @@ class BM25Retriever:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the files of an index, by name."""
+    """SHA-256 of each file of an index, by file name."""
     hashes = {}
     for file in sorted(folder.iterdir()):
         if file.name != "index.json":
@@ -262,7 +262,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _best(scores: np.ndarray, matches: np.ndarray, k: int) -> np.ndarray:
-    """The indices of the k best matches; ties in corpus order, so that a run can be repeated bit for bit."""
+    """Indices of the k best matches. Ties are in corpus order, so that a run can be repeated bit for bit."""
     candidates = np.flatnonzero(matches)
     if k < len(candidates):
         threshold = np.partition(scores[candidates], -k)[-k]

@@ -1,4 +1,4 @@
-"""Answers that are already known: in memory, and on disk for the next run."""
+"""A cache of search results, in memory and on disk."""
 
 import hashlib
 import json
@@ -18,25 +18,25 @@ _FORMAT = 1
 
 class CachedRetriever:
     """
-    Asks another retriever only for what is not known yet. Failures are not kept.
+    A retriever that caches the results of another retriever. Failures are not cached.
 
     Args:
         retriever ([`Retriever`]):
-            The retriever to ask.
+            The retriever that searches.
         max_queries (`int`, *optional*, defaults to `10000`):
-            How many queries to keep in memory; those that were used least recently are dropped. 0 keeps none.
+            Maximum number of queries in memory. The least recently used queries are dropped. 0 keeps none.
         folder (`str` or `Path`, *optional*):
-            Keep all queries in this folder too, one file for each. The name of a file is a hash of the query, `k` and the
-            retriever's `fingerprint`, so that processes, runs and retrievers may share a folder, also over a network. It
-            is never emptied.
+            Folder in which all queries are also kept, one file for each. The name of a file is a hash of the query, `k`
+            and the retriever's `fingerprint`, so processes, runs and retrievers can share a folder, also over a network.
+            The folder is never emptied.
 
     Attributes:
-        hits (`int`): Queries that were known.
-        misses (`int`): Queries that the retriever was asked for.
+        hits (`int`): Number of queries answered from the cache.
+        misses (`int`): Number of queries sent to the retriever.
 
     Raises:
-        `ValueError`: If `folder` is given and the retriever has no `fingerprint`, which would mix up its results with
-            those of another.
+        `ValueError`: If `folder` is given and the retriever has no `fingerprint`. Its results could be confused with
+            those of another retriever.
     """
 
     def __init__(self, retriever: Retriever, max_queries: int = 10_000, folder: str | Path | None = None):
@@ -62,7 +62,7 @@ class CachedRetriever:
 
     @property
     def retries(self) -> int:
-        """Requests that the retriever has sent again so far."""
+        """Number of requests that the retriever has repeated so far."""
         return getattr(self.retriever, "retries", 0)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
@@ -73,45 +73,45 @@ class CachedRetriever:
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each, at least 1.
+                Maximum number of passages for each query, at least 1.
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
         check_k(k)
-        known = {query: self._recall(query, k) for query in dict.fromkeys(queries)}
+        known = {query: self._find(query, k) for query in dict.fromkeys(queries)}
         unknown = [query for query, passages in known.items() if passages is None]
         self.hits += len(known) - len(unknown)
         if unknown:
             self.misses += len(unknown)
             results = self.retriever.search(unknown, k)
-            if len(results) != len(unknown):  # kept, this would be wrong for ever
+            if len(results) != len(unknown):  # a cached error would stay
                 raise RetrievalError(f"asked for {len(unknown)} queries, got {len(results)} results", "reply")
             for query, found in zip(unknown, results, strict=True):
                 known[query] = found
-                self._write(query, k, found)
+                self._keep_on_disk(query, k, found)
         for query, passages in known.items():
-            self._keep(query, k, passages or [])
+            self._keep_in_memory(query, k, passages or [])
         return [list(known[query] or []) for query in queries]
 
-    def _recall(self, query: str, k: int) -> list[Passage] | None:
+    def _find(self, query: str, k: int) -> list[Passage] | None:
         passages = self._memory.get((query, k))
         if passages is not None or self.folder is None:
             return passages
         try:
             record = json.loads(self._file(query, k).read_bytes())
             if record["query"] != query or not isinstance(record["passages"], list):
-                raise ValueError("it is not what was written")
+                raise ValueError("its content is not that of a cached query")
             return [
                 parse_passage(passage, "a passage", score=float(passage["score"])) for passage in record["passages"]
             ]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning("%s cannot be read and is asked for again: %r", self._file(query, k), error)
+            logger.warning("%s cannot be read, so the retriever is asked again: %r", self._file(query, k), error)
             return None
 
-    def _keep(self, query: str, k: int, passages: list[Passage]) -> None:
+    def _keep_in_memory(self, query: str, k: int, passages: list[Passage]) -> None:
         self._memory[query, k] = passages
         self._memory.move_to_end((query, k))
         while len(self._memory) > self.max_queries:
@@ -123,7 +123,7 @@ class CachedRetriever:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
-    def _write(self, query: str, k: int, passages: list[Passage]) -> None:
+    def _keep_on_disk(self, query: str, k: int, passages: list[Passage]) -> None:
         if self.folder is None:
             return
         file = self._file(query, k)
@@ -131,7 +131,7 @@ class CachedRetriever:
             file.parent.mkdir(exist_ok=True)
             record = {"query": query, "k": k, "passages": [asdict(passage) for passage in passages]}
             replace_file(file, json.dumps(record, default=float))
-        except OSError as error:  # a full disk must not cost the rollouts
+        except OSError as error:  # a full disk must not fail the rollouts
             if not self._warned:
                 logger.warning("Retrieved passages are not kept on disk, %s cannot be written: %r", file, error)
                 self._warned = True

@@ -1,4 +1,4 @@
-"""Corpora: JSONL files of passages, read once or mapped into memory."""
+"""Corpora: JSONL files of passages, read into memory or mapped into it."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
 
     Args:
         path (`str` or `Path`):
-            The file.
+            Path of the file.
 
     Yields:
         [`Passage`]: The passages in file order, with score 0.
@@ -49,20 +49,20 @@ def load_corpus(path: str | Path) -> list[Passage]:
 
 def parse_passage(record: Any, where: str, *, default_id: str = "", score: float = 0.0) -> Passage:
     """
-    Read a passage in any of the forms of [`iter_corpus`].
+    Read a passage in one of the formats of [`iter_corpus`].
 
     Args:
         record (`dict`):
             The decoded JSON.
         where (`str`):
-            Where it was found, for the error message.
+            Name of its place in error messages.
         default_id (`str`, *optional*, defaults to `""`):
-            The id of a passage without one.
+            Id of a passage that has none.
         score (`float`, *optional*, defaults to `0.0`):
-            Its score.
+            Score of the passage.
 
     Raises:
-        `ValueError`: If it is not a passage.
+        `ValueError`: If the record is not a passage.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}.")
@@ -101,12 +101,12 @@ def corpus_fingerprint(passages: Iterable[Passage]) -> str:
 
 class PassageFile(Sequence[Passage]):
     """
-    Passages in a file that is mapped into memory: several processes on a machine share its pages, and only what is read
-    is loaded.
+    Passages in a file that is mapped into memory. The processes of a machine share its pages, and only the passages that
+    are read are loaded.
 
     Args:
         folder (`str` or `Path`):
-            A folder that [`PassageFile.write`] has filled.
+            A folder that [`PassageFile.write`] has written to.
 
     Raises:
         `ValueError`: If the files are damaged.
@@ -126,7 +126,7 @@ class PassageFile(Sequence[Passage]):
     @classmethod
     def write(cls, folder: str | Path, passages: Iterable[Passage]) -> None:
         """
-        Write passages in this form.
+        Write passages to a folder, for [`PassageFile`].
 
         Args:
             folder (`str` or `Path`):

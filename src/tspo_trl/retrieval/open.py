@@ -1,4 +1,4 @@
-"""One way to name a retriever, for command lines and YAML files."""
+"""Opening a retriever from the options of a command line or YAML file."""
 
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,17 +19,17 @@ def open_retriever(
     backend: str = "bm25",
 ) -> Retriever:
     """
-    Open a retriever by what it searches in.
+    Open a retriever for a corpus, an index or a server.
 
     Args:
         corpus (`str` or `Path`, *optional*):
-            A JSONL corpus, indexed in memory by `backend`. Together with a saved BM25 `index`, the corpus that the index
-            must be of.
+            A JSONL corpus, which `backend` indexes in memory. With a saved BM25 `index`, the corpus that the index must
+            belong to.
         index (`str` or `Path`, *optional*):
             A saved index: of BM25 (see [`BM25Retriever.save`]), or with the backend `"lucene"` the path of a Lucene index
             or the name of a prebuilt one.
         url (`str`, *optional*):
-            A retrieval server instead.
+            Address of a retrieval server, used instead of a corpus or an index.
         backend (`str`, *optional*, defaults to `"bm25"`):
             `"bm25"` (the same as `"bm25s"`), `"rank_bm25"` or `"lucene"`.
 
@@ -37,7 +37,7 @@ def open_retriever(
         [`Retriever`]: The retriever.
 
     Raises:
-        `ValueError`: If it is not clear what to search in; the message names the options.
+        `ValueError`: If the options name no source or more than one; the message names them.
     """
     if backend not in get_args(BackendName):
         raise ValueError(f"The backend must be one of {list(get_args(BackendName))}, got {backend!r}.")

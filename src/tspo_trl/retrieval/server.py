@@ -1,4 +1,4 @@
-"""Any retriever as an HTTP server, in the dialects of Search-R1, SkyRL, FlashRAG and ReCall."""
+"""An HTTP server for any retriever, with the interfaces of Search-R1, SkyRL, FlashRAG and ReCall."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ class ServerLimits:
 class RetrieveRequest(BaseModel):
     """`POST /retrieve`: `queries` as in Search-R1, or one `query` as in SkyRL."""
 
-    queries: list[StrictStr] | None = Field(None, fail_fast=True)  # an error object for each item could fill the memory
+    queries: list[StrictStr] | None = Field(None, fail_fast=True)  # an error for each item could fill the memory
     query: StrictStr | None = None
     topk: int | None = None
     return_scores: bool = False
