@@ -111,7 +111,7 @@ class LoggedRetriever:
             if (query, k) not in self._found:
                 raise RetrievalLogError(
                     f"The query {query!r} (k={k}) is not in the retrieval log {str(self.folder)!r}: this run differs from "
-                    "the logged run, or is longer. Repeat it with the same configuration, seed and software, or give a "
+                    "the logged one, or is longer. Repeat it with the same configuration, seed and software, or give a "
                     "retriever."
                 )
 
