@@ -306,7 +306,7 @@ def test_a_bounded_run_resumes_exactly(make_trainer, tmp_path):
 
 
 def test_a_bound_must_be_a_size(make_trainer):
-    with pytest.raises(ValueError, match=r"`log_trajectories_max_gib` must be above 0, or None for no bound, got 0"):
+    with pytest.raises(ValueError, match=r"`log_trajectories_max_gib` must be above 0, or None for no limit, got 0"):
         make_trainer(log_trajectories_max_gib=0)
 
 

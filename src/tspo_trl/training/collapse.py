@@ -1,4 +1,4 @@
-"""Warnings before a run is lost: a callback that compares what is logged now with how the run began."""
+"""Warnings before a run collapses: a callback that compares current metrics with those at the start of the run."""
 
 import logging
 import math
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Watch:
     """
-    A way in which a run can be lost.
+    A way in which a run can collapse, and how to detect it.
 
     Args:
         kind (`str`):
-            Its name.
+            Name of the warning.
         metric (`str`):
-            The logged metric that shows it.
+            Name of the logged metric.
         lost (`Callable[[float, float], bool]`):
-            Whether it has happened, from the means of the metric at the beginning of the run and now.
+            Whether the run has collapsed, given the means of the metric at the start of the run and now.
         meaning (`str`):
-            What has happened, in words.
+            Description of the collapse.
         advice (`str`):
-            What to try.
+            Advice to the user.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Watch:
     advice: str
 
 
-#: What is watched. The thresholds are rules of thumb: far from what healthy runs do, and passed before a run is lost.
+#: The warnings. The thresholds are rules of thumb: far from the values of healthy runs, and reached before a run is lost.
 WATCHES = (
     Watch(
         "searches",
@@ -51,8 +51,8 @@ WATCHES = (
         "search/duplicate",
         lambda begin, now: now > max(0.3, 2 * begin),
         "the model repeats its own queries",
-        "A repeated query brings nothing new. Lower `max_searches`, reward fewer searches, or look whether the retriever "
-        "answers what is asked (`recipes/audit.py`).",
+        "A repeated query finds nothing new. Lower `max_searches`, reward fewer searches, or check with `tspo audit` whether "
+        "the retriever finds the evidence.",
     ),
     Watch(
         "invalid",
@@ -65,15 +65,15 @@ WATCHES = (
         "length",
         "completions/mean_length",
         lambda begin, now: not begin / 2.5 <= now <= 2.5 * begin,
-        "the length of what the model writes has drifted",
-        'Longer: `mask_truncated_completions=True`, `loss_type="dr_grpo"`, a smaller `max_turn_tokens`. Shorter: look whether '
+        "the length of completions has drifted",
+        'Longer: `mask_truncated_completions=True`, `loss_type="dr_grpo"`, a smaller `max_turn_tokens`. Shorter: check whether '
         "rollouts still search and reason.",
     ),
     Watch(
         "entropy",
         "entropy",
         lambda begin, now: now < min(0.02, 0.1 * begin),
-        "the model has become certain of every token, and its rollouts are all alike",
+        "the model has become certain of every token, and its rollouts are nearly identical",
         "Set `entropy_coef` > 0, raise `temperature` or `epsilon_high`, or lower `learning_rate`.",
     ),
     Watch(
@@ -81,8 +81,9 @@ WATCHES = (
         "groups/no_signal",
         lambda begin, now: now > 0.9,
         "almost no group has an advantage to learn from",
-        "If groups are all wrong (`groups/all_wrong`), the questions are too hard or the retriever does not find: run "
-        "`recipes/audit.py`, start from a better model, raise `num_generations`. If they are all correct, take harder questions.",
+        "If groups are all wrong (`groups/all_wrong`), the questions are too hard or the retriever does not find the "
+        "evidence: run `tspo audit`, start from a better model, or raise `num_generations`. If they are all correct, use harder "
+        "questions.",
     ),
     Watch(
         "likelihood",
@@ -97,17 +98,17 @@ WATCHES = (
 
 class CollapseCallback(TrainerCallback):
     """
-    Warns, once for each kind, when a run is about to be lost: `"searches"`, `"duplicates"`, `"invalid"`, `"length"`,
+    Warns, once for each kind, when a run is about to collapse: `"searches"`, `"duplicates"`, `"invalid"`, `"length"`,
     `"entropy"`, `"signal"` and `"likelihood"`, see `collapse.WATCHES`.
 
-    Each watches one logged metric and compares its mean over the first `window` logged steps of the run with that over the
-    last ones. A resumed run goes on with the beginning of the run that it resumes.
+    Each warning compares the mean of one logged metric over the first `window` logged steps of the run with its mean over
+    the last `window` ones. A resumed run uses the first steps of the run that it resumes.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
-            How many logged steps make a mean.
+            Number of logged steps in a mean.
         stop_on (`Collection[str]`, *optional*):
-            The kinds that end the training, with a checkpoint.
+            Kinds of warnings that stop training, with a checkpoint.
 
     Attributes:
         warned (`dict[str, str]`): The warnings so far, by kind.
@@ -127,11 +128,11 @@ class CollapseCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._values = {watch.metric: [] for watch in WATCHES}
         for logs in state.log_history:
-            self._keep(logs)
+            self._record(logs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Compare what is logged with the beginning of the run; warn, and stop the training where it is asked to."""
-        self._keep(logs or {})
+        """Compare the logged metrics with the start of the run, warn, and stop training for the kinds in `stop_on`."""
+        self._record(logs or {})
         for watch in WATCHES:
             values = self._values.get(watch.metric, [])
             if watch.kind in self.warned or watch.metric not in (logs or {}) or len(values) < 2 * self.window:
@@ -148,7 +149,7 @@ class CollapseCallback(TrainerCallback):
             if watch.kind in self.stop_on:
                 control.should_save = control.should_training_stop = True
 
-    def _keep(self, logs: dict[str, Any]) -> None:
+    def _record(self, logs: dict[str, Any]) -> None:
         for metric, values in self._values.items():
             value = logs.get(metric)
             if isinstance(value, (int, float)) and not math.isnan(value):

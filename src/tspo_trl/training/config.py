@@ -1,4 +1,4 @@
-"""Every option of the library, in one place."""
+"""The configuration of the trainer."""
 
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -39,9 +39,9 @@ class TSPOConfig(GRPOConfig):
         > Parameters that control the search loop
 
         protocol (`str`, *optional*, defaults to `"tags"`):
-            How the model writes its actions. `"tags"`: `<search>query</search>` and `<answer>…</answer>`, passages come
-            back between `<information>` and `</information>`. `"tool_call"`: the chat template's own tool calls (Qwen2.5,
-            Qwen3 and others that write `<tool_call>{…}</tool_call>`); passages come back as the response of the tool
+            How the model writes its actions. `"tags"`: `<search>query</search>` and `<answer>…</answer>`; passages are
+            shown between `<information>` and `</information>`. `"tool_call"`: the chat template's own tool calls (Qwen2.5,
+            Qwen3 and others that write `<tool_call>{…}</tool_call>`); passages are shown as the response of the tool
             `search`, and a message without a call is the answer.
         max_searches, num_passages, max_turn_tokens, max_query_tokens, max_observation_tokens, max_completion_length:
             The limits of the search loop, see [`SearchLimits`].
@@ -51,32 +51,31 @@ class TSPOConfig(GRPOConfig):
         max_retrieval_failure_rate (`float`, *optional*, defaults to `0.5`):
             If more than this share of the searches of a step fail, training saves a checkpoint and stops with an error.
         retrieval_cache_size (`int`, *optional*, defaults to `10000`):
-            How many queries to keep in memory with their passages, in each process. 0 keeps none. With a retriever whose
-            answers change, for instance a search engine on the web, the kept ones go on being used.
+            Number of queries that each process keeps in memory with their passages. 0 disables this cache. Cached results
+            are reused even if the answers of the retriever change, as those of a web search engine do.
         retrieval_cache_dir (`str`, *optional*):
-            A folder to keep all queries with their passages in, for this run and others. Runs, processes and retrievers
-            may share it.
+            Folder of a cache on disk for all queries and their passages. Runs, processes and retrievers can share it.
         retrieval_log (`str`, *optional*):
-            A folder to write down what is retrieved. With `retriever=None` a run is repeated from it bit for bit; with a
-            retriever, what the log knows is not asked again.
+            Folder of a log of all retrieved passages. With `retriever=None`, a run is repeated from the log bit for bit;
+            with a retriever, queries in the log are answered from it.
 
         > Parameters that control the turn rewards and advantages
 
         folr_alpha (`float`, *optional*, defaults to `0.5`):
-            The partial reward α of the turn whose passages first contain a golden answer, in a rollout that is not
+            Partial reward α of the turn whose passages first contain a golden answer, in a rollout that is not
             correct.
         folr_placement (`str`, *optional*, defaults to `"first"`):
             `"first"` pays the turn of the first occurrence, `"up_to_first"` every turn up to and including it.
         folr_guard (`str`, *optional*, defaults to `"degenerate"`):
-            Which golden answers may earn it. `"none"`: all, as published. `"degenerate"`: not those that normalise to
-            nothing, yes, no, noanswer or a single character. `"strict"`: also not those that the question contains,
-            nor an occurrence in a turn whose own query names the gold.
+            Golden answers that cannot earn the partial reward. `"none"`: no restriction, as published. `"degenerate"`:
+            answers that normalise to the empty string, yes, no, noanswer or a single character. `"strict"`: also answers
+            that the question contains, and occurrences in a turn whose own query names the golden answer.
         advantage_level (`str`, *optional*, defaults to `"stage"`):
             `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
             `"turn"`: turn advantages always. `"trajectory"`: GRPO.
         turn_baseline (`str`, *optional*, defaults to `"turn"`):
-            What a turn reward is compared with: `"turn"`, the same turn of the other rollouts of the group, or
-            `"group"`, all turns of the group.
+            Turn rewards that a turn reward is compared with. `"turn"`: those of the same turn in the group. `"group"`:
+            those of all turns in the group.
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least this.
 
@@ -84,24 +83,24 @@ class TSPOConfig(GRPOConfig):
 
         log_trajectories (`bool`, *optional*, defaults to `True`):
             Whether to write every rollout, with the rewards and advantages of its turns, to
-            `output_dir/trajectories/*.jsonl`, one line a rollout, in files for each process. `tspo inspect` shows
-            them.
+            `output_dir/trajectories/*.jsonl`, one line for each rollout, in separate files for each process. `tspo inspect`
+            shows them.
         log_trajectories_max_gib (`float`, *optional*, defaults to `10.0`):
-            The most disk, in GiB, that these files take. Every process has an equal share, half of it for training and
-            half for evaluation. When a share is used up its recent half stays complete, and before that every 2nd file
-            is dropped, then every 2nd of those that are left, and so on: the beginning of the run stays. `None` keeps
-            everything.
+            Maximum size of these files on disk, in GiB. Every process has an equal share, half of it for training and
+            half for evaluation. When a share is used up, its recent half stays complete. Of the older files, every 2nd is
+            deleted, then every 2nd of the remaining ones, and so on, so that the start of the run stays visible. `None`
+            keeps all files.
         warn_on_collapse (`bool`, *optional*, defaults to `True`):
-            Whether to warn, with the evidence and what to try, when a run is about to be lost: when it stops searching,
-            repeats itself, writes malformed actions and more, see [`CollapseCallback`].
+            Whether to warn when a run is about to collapse, for instance because the model stops searching, repeats its
+            queries or writes malformed actions. The warning gives the evidence and advice, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
-            Kinds of these warnings that end the training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
+            Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
             `"length"`, `"entropy"`, `"signal"`, `"likelihood"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `max_completion_length`: Defaults to `4096` instead of `256`.
-    > - `bf16`: Defaults to `False` instead of `True` where no device supports it, so that a run also starts on a CPU.
+    > - `bf16`: Defaults to `False` instead of `True` if no device supports it, so that a run also starts on a CPU.
     """
 
     # Parameters that control the search loop
@@ -129,17 +128,19 @@ class TSPOConfig(GRPOConfig):
     )
     retrieval_cache_size: int = field(
         default=10_000,
-        metadata={"help": "How many queries to keep in memory with their passages, in each process. 0 keeps none."},
+        metadata={
+            "help": "Number of queries that each process keeps in memory with their passages. 0 disables this cache."
+        },
     )
     retrieval_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "A folder to keep all queries with their passages in, for this run and others."},
+        metadata={"help": "Folder of a cache on disk for all queries and their passages."},
     )
     retrieval_log: str | None = field(
         default=None,
         metadata={
-            "help": "A folder to write down what is retrieved. With `retriever=None` a run is repeated from it bit for "
-            "bit; with a retriever, what the log knows is not asked again."
+            "help": "Folder of a log of all retrieved passages. With `retriever=None`, a run is repeated from the log bit "
+            "for bit; with a retriever, queries in the log are answered from it."
         },
     )
 
@@ -147,7 +148,7 @@ class TSPOConfig(GRPOConfig):
     folr_alpha: float = field(
         default=0.5,
         metadata={
-            "help": "The partial reward of the turn whose passages first contain a golden answer, in a rollout that is "
+            "help": "Partial reward of the turn whose passages first contain a golden answer, in a rollout that is "
             "not correct."
         },
     )
@@ -160,9 +161,9 @@ class TSPOConfig(GRPOConfig):
     folr_guard: Guard = field(
         default="degenerate",
         metadata={
-            "help": "Which golden answers may earn the partial reward. 'none': all, as published. 'degenerate': not "
-            "those that normalise to nothing, yes, no, noanswer or a single character. 'strict': also not those that "
-            "the question contains, nor an occurrence in a turn whose own query names the gold.",
+            "help": "Golden answers that cannot earn the partial reward. 'none': no restriction, as published. "
+            "'degenerate': answers that normalise to the empty string, yes, no, noanswer or a single character. 'strict': "
+            "also answers that the question contains, and occurrences in a turn whose own query names the golden answer.",
         },
     )
     advantage_level: Level = field(
@@ -175,8 +176,8 @@ class TSPOConfig(GRPOConfig):
     turn_baseline: Baseline = field(
         default="turn",
         metadata={
-            "help": "What a turn reward is compared with: 'turn', the same turn of the other rollouts of the group, or "
-            "'group', all turns of the group.",
+            "help": "Turn rewards that a turn reward is compared with. 'turn': those of the same turn in the group. "
+            "'group': those of all turns in the group.",
         },
     )
     success_threshold: float = field(
@@ -192,25 +193,25 @@ class TSPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Whether to write every rollout, with the rewards and advantages of its turns, to "
-            "`output_dir/trajectories/*.jsonl`, one line a rollout, in files for each process."
+            "`output_dir/trajectories/*.jsonl`, one line for each rollout, in separate files for each process."
         },
     )
     log_trajectories_max_gib: float | None = field(
         default=10.0,
         metadata={
-            "help": "The most disk, in GiB, that these files take. What is recent stays complete, what is older is "
-            "thinned evenly, so that the beginning of the run stays. None keeps everything."
+            "help": "Maximum size of these files on disk, in GiB. Recent files stay complete, older files are deleted "
+            "evenly. None keeps all files."
         },
     )
 
     warn_on_collapse: bool = field(
         default=True,
-        metadata={"help": "Whether to warn, with the evidence and what to try, when a run is about to be lost."},
+        metadata={"help": "Whether to warn, with evidence and advice, when a run is about to collapse."},
     )
     stop_on_collapse: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Kinds of these warnings that end the training, with a checkpoint: 'searches', 'duplicates', "
+            "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'duplicates', "
             "'invalid', 'length', 'entropy', 'signal', 'likelihood'."
         },
     )
@@ -236,12 +237,12 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(f"`stop_on_collapse` must hold some of {kinds}, got {unknown}.")
         if self.stop_on_collapse and not self.warn_on_collapse:
             raise ValueError(
-                f"`stop_on_collapse` is {self.stop_on_collapse}, but with `warn_on_collapse=False` nothing is watched. Set "
+                f"`stop_on_collapse` is {self.stop_on_collapse}, but `warn_on_collapse=False` disables the warnings. Set "
                 "`warn_on_collapse=True`, or leave `stop_on_collapse` empty."
             )
         if self.log_trajectories_max_gib is not None and not self.log_trajectories_max_gib > 0:
             raise ValueError(
-                f"`log_trajectories_max_gib` must be above 0, or None for no bound, got {self.log_trajectories_max_gib}. "
+                f"`log_trajectories_max_gib` must be above 0, or None for no limit, got {self.log_trajectories_max_gib}. "
                 "To write no rollouts set `log_trajectories=False`."
             )
         if self.use_vllm and self.use_transformers_continuous_batching:
@@ -250,7 +251,7 @@ class TSPOConfig(GRPOConfig):
             )
         if self.vllm_structured_outputs_regex is not None:
             raise ValueError(
-                "`vllm_structured_outputs_regex` would hold every turn of a search to one pattern, got "
+                "`vllm_structured_outputs_regex` would force every turn to match one pattern, got "
                 f"{self.vllm_structured_outputs_regex!r}. Set it to None and reward the format instead, see "
                 "`tspo_trl.rewards`."
             )

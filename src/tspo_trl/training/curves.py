@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""The picture of the curves of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, t
     """
     Draw reward, hit rate and near misses against steps, and the composition of the groups.
 
-    Thin lines are the logged values, thick lines their running mean over nine of them; dots are results on the
-    evaluation set, or on each of several.
+    Thin lines show the logged values, thick lines their running mean over nine values. Dots show the results on the
+    evaluation sets.
 
     Args:
         log_history (`Sequence[Mapping]`):
             `trainer.state.log_history`, with a `step` in each entry.
         path (`str` or `Path`):
-            The picture to write, for instance a PNG; its folder is made.
+            Path of the picture, for instance a PNG. Its folder is created.
         title (`str`, *optional*, defaults to `""`):
             Title of the picture.
 
@@ -43,7 +43,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, t
 
     steps = [entry for entry in log_history if "reward" in entry]
     if not steps:
-        raise ValueError("`log_history` has no entry with a 'reward': nothing was trained, or nothing was logged.")
+        raise ValueError("`log_history` has no entry with a 'reward': no step was trained or logged.")
     evaluated = False
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
 

@@ -1,4 +1,4 @@
-"""Question-answer data sets into the rows that the trainer reads."""
+"""Preparing question-answer data sets for the trainer."""
 
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -14,24 +14,24 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "train_dataset") -> AnyDataset:
     """
-    Check a data set and give it a `prompt` column.
+    Check a data set and add a `prompt` column.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a string or
-            a conversation). A `prompt` is used as it is; without one, the protocol writes it from the `question`.
-            Other columns are kept and reach the reward functions.
+            a conversation). A `prompt` is used unchanged; without one, the protocol writes it from the `question`.
+            Other columns are kept and passed to the reward functions.
         protocol ([`SearchProtocol`]):
-            Writes the prompts.
+            Protocol that writes the prompts.
         name (`str`, *optional*, defaults to `"train_dataset"`):
-            How error messages call the data set.
+            Name of the data set in error messages.
 
     Returns:
         The same kind of data set, with the columns `prompt`, `question` and `golden_answers`.
 
     Raises:
         `ValueError`: If the data set is empty, a column is missing, or a value is not as described; the message names
-            the row, the column and what was found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
+            the row, the column and the value found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
     """
     check_columns(dataset, name)
 
@@ -49,18 +49,18 @@ def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "
 
 def map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """
-    Apply a function to the training set and to every evaluation set.
+    Apply a function to the training set and each evaluation set.
 
     Args:
         function (`Callable[[Any, str], Any]`):
-            Gets a data set, and how error messages call it.
+            Function that gets a data set and its name in error messages.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The training set.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
             The evaluation sets.
 
     Returns:
-        `tuple`: What it returned, in the same form.
+        `tuple`: The results for the training set and the evaluation sets, in the same form.
     """
     if isinstance(eval_dataset, dict):
         evaluated: Any = {k: function(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()}
@@ -71,7 +71,7 @@ def map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_d
 
 def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
     """
-    Check that the metric that decides which model is best is of one of the data sets, if there are several.
+    Check that the metric for the best model belongs to one of the evaluation sets, if there are several.
 
     Args:
         metric (`str`, *optional*):
@@ -80,7 +80,7 @@ def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
             The evaluation sets.
 
     Raises:
-        `ValueError`: If it is of none of them.
+        `ValueError`: If it belongs to none of them.
     """
     if metric is None or not isinstance(eval_dataset, dict):
         return
@@ -127,16 +127,16 @@ def _last_user_text(prompt: str | list[dict[str, Any]]) -> str:
 
 def find_prompt_template(dataset: Any, protocol: SearchProtocol) -> str | None:
     """
-    The template that the prompts of a data set were written from, so that prompts can be written from other questions.
+    Find the template of the prompts of a data set, so that prompts can be written for other questions.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `question`, `prompt`, or both.
         protocol ([`SearchProtocol`]):
-            Writes the prompts of rows without one, from its own template.
+            Protocol that writes the prompts of rows without one.
 
     Returns:
-        `str` or `None`: The template; `None` if some of the first 1000 prompts differ from it in more than the question.
+        `str` or `None`: The template; `None` if the first 1000 prompts do not have a common template.
     """
     conversational = not isinstance(protocol.prompt("?"), str)
     template = None

@@ -1,4 +1,4 @@
-"""How a trainer generates: its engine, and rollouts in the form that TRL reads."""
+"""Generation in training: the engine, and rollouts in the format of TRL."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -33,11 +33,11 @@ class RetrieverStack:
 
     Args:
         retriever ([`Retriever`]):
-            The outermost one, which the search loop calls.
+            The outermost retriever, which the search loop calls.
         cache ([`CachedRetriever`], *optional*):
-            The cache in it.
+            The cache, if there is one.
         log ([`LoggedRetriever`], *optional*):
-            The log in it.
+            The log, if there is one.
     """
 
     retriever: Retriever
@@ -47,11 +47,11 @@ class RetrieverStack:
     @classmethod
     def build(cls, retriever: Retriever | None, args: TSPOConfig) -> "RetrieverStack":
         """
-        Add the cache and the log that a configuration asks for.
+        Wrap a retriever in the cache and the log of a configuration.
 
         Args:
             retriever ([`Retriever`], *optional*):
-                The retriever. Only a run that is repeated from its `retrieval_log` needs none.
+                The retriever. It can be `None` only if the run is repeated from its `retrieval_log`.
             args ([`TSPOConfig`]):
                 The configuration.
         """
@@ -64,19 +64,19 @@ class RetrieverStack:
         return cls(stack, cache, log)
 
     def counters(self) -> tuple[int, int]:
-        """Queries that the cache has answered, and requests that the retriever has sent again, so far."""
+        """Numbers of queries answered by the cache and of repeated requests so far."""
         return (self.cache.hits, self.cache.retries) if self.cache else (0, 0)
 
 
 class SearchRollouts:
     """
-    The rollouts of a [`TSPOTrainer`], as a rollout function of TRL: called with the local prompts and the trainer, it runs
-    the search loop and returns what TRL trains on. It logs what retrieval cost. If too many searches of a step fail, it
-    ends the run with a checkpoint, and nothing is trained on that step.
+    The rollout function of a [`TSPOTrainer`], in the format of TRL: it gets the local prompts and the trainer, runs the
+    search loop, and returns the tokens to train on. It also logs the metrics of retrieval. If too many searches of a step
+    fail, it saves a checkpoint and stops the run, and the step is not trained on.
 
     Args:
         search_loop ([`SearchLoop`]):
-            Turns prompts into trajectories.
+            The search loop.
         retrievers ([`RetrieverStack`]):
             The retriever of the loop, with its cache and its log.
     """
@@ -98,7 +98,7 @@ class SearchRollouts:
 
         Returns:
             `dict[str, Any]`: For each of the B rollouts `prompt_ids`, `completion_ids`, `env_mask` (1 on tokens that the
-            model sampled, 0 on observations), `logprobs` where the engine's differ from the model's (vLLM), and the
+            model sampled, 0 on observations), `logprobs` if the engine's differ from the model's (vLLM), and the
             `trajectory`, which becomes a column of the rows.
 
         Raises:
@@ -117,7 +117,7 @@ class SearchRollouts:
 
         eos, ends = trainer._tokenizer.eos_token_id, trainer.eos_token_ids
         logprobs = None
-        if trainer.use_vllm:  # its model differs slightly from the one that is trained: TRL corrects for the difference
+        if trainer.use_vllm:  # vLLM's probabilities differ slightly from the model's: TRL corrects for it
             logprobs = [with_end(t, t.logprobs or [], 0.0, ends) for t in trajectories]
         return {
             "prompt_ids": prompt_ids,
@@ -128,13 +128,13 @@ class SearchRollouts:
         }
 
     def _encode(self, prompts: list[Any]) -> list[list[int]]:
-        """The tokens of the prompts. The rollouts of a group share one prompt, which is rendered and encoded once."""
+        """Encode the prompts. The rollouts of a group share one prompt, which is encoded once."""
         groups = [(prompt, len(list(rows))) for prompt, rows in groupby(prompts)]
         encoded = self.search_loop.protocol.encode_prompts([prompt for prompt, _ in groups])
         return [list(ids) for ids, (_, size) in zip(encoded, groups, strict=True) for _ in range(size)]
 
     def _check_retrieval(self, trainer: Any, stats: RolloutStats, counters: tuple[int, int], num_rollouts: int) -> None:
-        """Log what retrieval cost, and end the run if too many searches failed."""
+        """Log the metrics of retrieval, and stop the run if too many searches failed."""
         args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
         cached, retries = (now - then for now, then in zip(self.retrievers.counters(), counters, strict=True))
         max_calls = num_rollouts * args.max_searches
@@ -149,7 +149,7 @@ class SearchRollouts:
             return
         advice = "Start again when it works."  # nothing has been trained yet, or this is an evaluation
         if trainer.is_in_train and state.global_step > 0:
-            # The resumed run samples again what this step has sampled
+            # The resumed run samples the same rollouts as this step
             set_rng_state(accelerator.device, self._rng_state)
             trainer._save_checkpoint(trainer.model, trial=None)
             advice = "When it works again, `trainer.train(resume_from_checkpoint=True)` continues from here."
@@ -163,13 +163,13 @@ class SearchRollouts:
 
 def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
     """
-    The engine that the configuration of a trainer asks for.
+    Make the engine that the configuration of a trainer selects.
 
     Args:
         trainer ([`TSPOTrainer`]):
             The trainer, after TRL has set it up.
         stop_strings (`Collection[str]`):
-            A turn ends with the token that completes one of these.
+            Strings that end a turn. The token that completes one is its last.
     """
     if trainer.use_vllm:
         barrier = trainer.accelerator.wait_for_everyone
@@ -186,7 +186,7 @@ def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
 @contextmanager
 def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
     """
-    The model of a trainer, to generate with. Sharded parameters are gathered once, for all turns of a rollout.
+    The model of a trainer, prepared for generation. Sharded parameters are gathered once for all turns of a rollout.
 
     Args:
         trainer ([`TSPOTrainer`]):
@@ -210,8 +210,8 @@ def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
 
 def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_ids: Collection[int]) -> list[Any]:
     """
-    End a rollout with an end-of-sequence token that is not trained on. A rollout that ends at a closing tag has none, and
-    TRL counts completions without it as truncated (`mask_truncated_completions`, `clipped_ratio`).
+    Append an end-of-sequence token that is not trained on. A rollout that ends at a closing tag has none, and TRL treats a
+    completion without it as truncated (`mask_truncated_completions`, `clipped_ratio`).
 
     Args:
         trajectory ([`Trajectory`]):
@@ -219,12 +219,12 @@ def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_id
         values (`list`):
             One value for each of its completion tokens.
         end (`int` or `float`):
-            The value of the token that ends it.
+            Value for the appended token.
         eos_token_ids (`Collection[int]`):
             Tokens that end a completion.
 
     Returns:
-        `list`: The values, with `end` unless the rollout was truncated or the model has ended it.
+        `list`: The values, followed by `end` unless the rollout was truncated or the model wrote an end-of-sequence token.
     """
     ended = trajectory.turns[-1].token_ids[-1] in eos_token_ids
     return values if ended or trajectory.status == "truncated" else [*values, end]
@@ -232,13 +232,13 @@ def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_id
 
 def as_messages(trajectory: Trajectory, protocol: SearchProtocol) -> list[dict[str, str]]:
     """
-    A rollout as a conversation: the turns of the model, and the observations as messages of the tool `search`.
+    Convert a rollout to a conversation: turns become messages of the assistant, observations messages of the tool `search`.
 
     Args:
         trajectory ([`Trajectory`]):
             The rollout.
         protocol ([`SearchProtocol`]):
-            Its protocol, which reads observations.
+            The protocol of the rollout, which reads observations.
     """
     messages = []
     for turn in trajectory.turns:

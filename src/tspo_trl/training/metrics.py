@@ -1,4 +1,4 @@
-"""What is logged about the rollouts of a step: pure functions of trajectories and of what was gathered over ranks."""
+"""The metrics of a step: pure functions of trajectories and of values gathered over ranks."""
 
 import math
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ _RETRIEVAL = ("generate", "searches", "queries", "cached", "retries", *FAILURE_K
 
 def mean_logprob(trajectory: Trajectory) -> float:
     """
-    The mean log-probability of the tokens that the model sampled, NaN where the engine gives none.
+    The mean log-probability of the tokens that the model sampled, NaN if the engine returns no log-probabilities.
 
     Args:
         trajectory ([`Trajectory`]):
-            A rollout.
+            The rollout.
     """
     values: list[float] = []
     for turn in trajectory.turns:
@@ -48,21 +48,21 @@ def rollout_metrics(
 
     Args:
         facts (`torch.Tensor`):
-            Integers of shape (N, F), one row of [`rollout_facts`] a rollout, group-major.
+            Integers of shape (N, F), one row of [`rollout_facts`] for each rollout. The rollouts of a group are adjacent.
         outcomes (`torch.Tensor`):
-            Outcome rewards of shape (N,), NaN for unscorable rollouts.
+            Outcome rewards of shape (N,), NaN for rollouts without an outcome.
         has_signal (`torch.Tensor`):
             Whether any turn of a rollout has a non-zero advantage, booleans of shape (N,).
         logps (`torch.Tensor`):
-            The mean log-probability of the sampled tokens of a rollout, of shape (N,), NaN where the engine gives none.
+            Mean log-probabilities of the sampled tokens of each rollout, shape (N,), see [`mean_logprob`].
         num_generations (`int`):
-            The size of a group.
+            Number of rollouts in a group.
         success_threshold (`float`):
             A rollout is correct if its outcome is at least this.
 
     Returns:
-        `dict[str, float]`: Metrics by name. Groups without a scorable rollout count in no share of groups; a share of
-        nothing is NaN, which TRL leaves out.
+        `dict[str, float]`: Metrics by name. Groups in which no rollout has an outcome are excluded from the shares of
+        groups. A share of an empty set is NaN, which TRL does not log.
     """
     column: Any = RolloutFacts(*facts.float().unbind(dim=1))  # type: ignore[arg-type]
     scorable = ~outcomes.isnan()
@@ -104,26 +104,26 @@ def rollout_metrics(
 
 
 def _share(flags: Iterable[bool]) -> torch.Tensor:
-    """The share of flags that are set; NaN where there are none."""
+    """The share of true flags; NaN if there are no flags."""
     return torch.tensor(list(flags)).float().mean()
 
 
 def retrieval_facts(stats: RolloutStats, *, cached: int, retries: int, max_calls: int) -> list[float]:
     """
-    What the metrics of retrieval are computed from, as numbers that can be gathered over ranks.
+    Numbers from which the metrics of retrieval are computed, in a form that can be gathered over ranks.
 
     Args:
         stats ([`RolloutStats`]):
-            What the rollouts of a rank cost.
+            Counts and times of the rollouts of a rank.
         cached (`int`):
-            How many of their queries a cache answered.
+            Number of queries answered by the cache.
         retries (`int`):
-            Requests that the retriever sent again.
+            Number of repeated requests of the retriever.
         max_calls (`int`):
-            The most calls of the retriever that the rollouts of a rank can make.
+            Maximum number of calls of the retriever by the rollouts of a rank.
 
     Returns:
-        `list[float]`: As many values on every rank: counts, then the latencies, filled up with NaN.
+        `list[float]`: Counts, then latencies, padded with NaN to the same length on every rank.
     """
     counts = [stats.generate_seconds, stats.searches, stats.queries, cached, retries]
     failed = [stats.failed_searches[kind] for kind in FAILURE_KINDS]
@@ -136,15 +136,15 @@ def retrieval_metrics(facts: torch.Tensor) -> dict[str, float]:
 
     Args:
         facts (`torch.Tensor`):
-            Shape (R, F), one row of [`retrieval_facts`] a rank.
+            Shape (R, F), one row of [`retrieval_facts`] for each rank.
 
     Returns:
-        `dict[str, float]`: Metrics by name; NaN where there was no search.
+        `dict[str, float]`: Metrics by name; NaN if there was no search.
     """
     total = dict(zip(_RETRIEVAL, facts.sum(dim=0), strict=False))
     latencies = facts[:, len(_RETRIEVAL) :]
     values = {
-        # Ranks wait for the slowest
+        # All ranks wait for the slowest one
         "time/generate": facts[:, 0].max(),
         "time/search": latencies.nansum(dim=1).max() if latencies.numel() else torch.tensor(0.0),
         "retrieval/searches": total["searches"],

@@ -1,4 +1,4 @@
-"""Several processes: sharded models that are gathered once for all turns of a rollout, and what is refused."""
+"""Training on several processes: gathering sharded models for a rollout, and the check of unsupported settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ from trl.distributed import DistributedBackend
 @contextmanager
 def gathered_fsdp2(model: torch.nn.Module, *, reshard_after_forward: Any) -> Iterator[None]:
     """
-    Hold the whole parameters of an FSDP2 model. Within, a forward talks to no other process, so that processes may make
-    different numbers of them; otherwise each forward gathers layer by layer, and processes that make fewer hang the
-    others. A model that is not sharded by FSDP2 is left as it is.
+    Gather all parameters of an FSDP2 model. Inside the context, a forward does not communicate, so processes can make
+    different numbers of forwards. Outside, each forward gathers its layers, and a process that makes fewer forwards makes
+    the others hang. A model that FSDP2 does not shard is not changed.
 
     Args:
         model (`torch.nn.Module`):
             The model.
         reshard_after_forward (`bool` or `int`):
-            What FSDP2 is configured to do in training, which is restored.
+            The setting of FSDP2 in training, which is restored afterwards.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -40,15 +40,15 @@ def gathered_fsdp2(model: torch.nn.Module, *, reshard_after_forward: Any) -> Ite
 
 def check_processes(accelerator: Accelerator, args: GRPOConfig, train_dataset: Any) -> None:
     """
-    Refuse what would hang or go wrong in some step, because processes need different numbers of turns.
+    Refuse settings that would hang or fail because processes need different numbers of turns.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Knows the strategy.
+            The accelerator, which knows the parallel strategy.
         args ([`~trl.GRPOConfig`]):
             The configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The questions of this process.
+            The training set of this process.
 
     Raises:
         `ValueError`: If parameters would be gathered in every forward, or the processes have different data.

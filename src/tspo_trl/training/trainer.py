@@ -1,4 +1,4 @@
-"""The trainer: rollouts, evaluation and the credit of turns. Only it and its two mixins override methods of TRL."""
+"""The trainer: rollouts, evaluation and turn credit. Only this class and its two mixins override methods of TRL."""
 
 import textwrap
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
 
     The only changes with respect to [`~trl.GRPOTrainer`] are that a completion is a search rollout (the model writes
-    queries, reads passages, writes an answer) and that the advantage of a token is that of its turn: in groups without
+    queries, reads passages, writes an answer) and that every token gets the advantage of its turn: in groups without
     any correct rollout, the turn whose passages first contain a golden answer earns a partial reward.
 
     Args:
@@ -64,25 +64,25 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a text or a
-            conversation, used as it is; a conversation with `protocol="tool_call"`).
+            conversation, used unchanged; a conversation with `protocol="tool_call"`).
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Data sets to use for evaluation, of the same form. With a `dict`, every metric is logged for each by its
-            name, for instance `eval_nq_reward`, with `eval_nq_em` and `eval_nq_hit` for short.
+            Evaluation sets, in the same format. With a `dict`, every metric is logged for each data set with its name,
+            for instance `eval_nq_reward`, and also as the short `eval_nq_em` and `eval_nq_hit`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. If `None`, it is loaded from the model's name.
         reward_processing_classes ([`~transformers.PreTrainedTokenizerBase`] or `list`, *optional*):
-            Tokenizers of reward models, see [`~trl.GRPOTrainer`].
+            Tokenizers of the reward models, see [`~trl.GRPOTrainer`].
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks that customise the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             The optimizer and the scheduler to use, see [`~trl.GRPOTrainer`].
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantisation of a model that is loaded by its name, see [`~trl.GRPOTrainer`].
+            Quantization of a model that is loaded by name, see [`~trl.GRPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. If `None`, the model is not wrapped.
         retriever ([`Retriever`], *optional*):
-            Executes the searches, for instance a [`BM25Retriever`]. Only a run that is repeated from the `retrieval_log`
-            of its configuration needs none.
+            Retriever that executes the searches, for instance a [`BM25Retriever`]. It can be `None` only if the run is
+            repeated from its `retrieval_log`.
 
     Example:
 
@@ -100,7 +100,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
     ```
     """
 
-    # What `Trainer` leaves open and this trainer knows
+    # Types that `Trainer` does not declare
     args: TSPOConfig
     rollout_func: Any
     chat_template_kwargs: Any
@@ -148,7 +148,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
-        # Everything that can be checked is checked before anything large is loaded
+        # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
         retrievers = RetrieverStack.build(retriever, args)
 
@@ -196,7 +196,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             limits=SearchLimits.of(args),
             max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
         )
-        # TRL's own seam for custom rollouts. Set here and not passed, because TRL warns users who pass one.
+        # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
         self.rollout_func = SearchRollouts(search_loop, retrievers)
         if args.warn_on_collapse:
             self.add_callback(CollapseCallback(stop_on=args.stop_on_collapse))
@@ -211,7 +211,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # one that `evaluate` was given
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
             eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
@@ -223,7 +223,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]; with several data sets, each logs under its own name."""
+        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]. Several data sets log metrics under their own names."""
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
@@ -239,7 +239,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
             super()._generate(prompts)
         )
-        # TRL decodes completions whole, but what reward functions read as model-written must not hold passages
+        # TRL decodes whole completions, but reward functions must not read passages as text of the model
         trajectories: list[Trajectory] = extra_fields["trajectory"]
         if is_conversational({"prompt": prompts[0]}):
             completions = [as_messages(trajectory, self.search_loop.protocol) for trajectory in trajectories]
@@ -248,12 +248,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # TRL names the arguments of reward functions after columns; this one gets a list, like `prompts`
+        # TRL names the arguments of reward functions after columns; the plural is for a list, as in `prompts`
         renamed = [{"trajectories" if key == "trajectory" else key: row[key] for key in row} for row in inputs]
         rewards_per_func = super()._calculate_rewards(renamed, prompts, completions, completion_ids_list)
         failed = [row["trajectory"].status == "retrieval_failed" for row in inputs]
         rewards_per_func[gather(torch.tensor(failed, device=rewards_per_func.device))] = torch.nan
-        self._rewards_per_func = rewards_per_func  # of all ranks, for the credit of turns
+        self._rewards_per_func = rewards_per_func  # of all ranks, needed for the turn credit
         return rewards_per_func
 
     def compute_turn_advantages(
@@ -266,26 +266,27 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         success_threshold: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The credit of every turn, by the options of the configuration. Override it to try another.
+        Compute the credit of every turn from the options of the configuration. Override this method to try another
+        credit assignment.
 
         Args:
             outcomes (`torch.Tensor`):
-                Outcome rewards of the N rollouts of all ranks, shape (N,), NaN for unscorable ones. The G rollouts of a
-                question are adjacent.
+                Outcome rewards of the N rollouts of all ranks, shape (N,), NaN for rollouts without an
+                outcome. The G rollouts of a group are adjacent.
             first_occurrence (`torch.Tensor`):
-                The 0-based turn whose passages first contain a golden answer that the guard lets pass, integers of shape
-                (N,), -1 for none.
+                The 0-based turn whose passages first contain a golden answer accepted by `folr_guard`, integers of shape
+                (N,), -1 if there is none.
             num_turns (`torch.Tensor`):
-                The number of turns of each rollout, integers of shape (N,).
+                Number of turns of each rollout, integers of shape (N,).
             num_generations (`int`):
-                The size of a group, G.
+                Number of rollouts in a group, G.
             success_threshold (`float`):
                 A rollout is correct if its outcome is at least this.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Turn rewards of shape (N, K), NaN where a rollout has no
-            k-th turn, which are logged; turn advantages of shape (N, K); and which rollouts are trained with them,
-            booleans of shape (N,): the others are trained with TRL's own advantage of the whole rollout.
+            k-th turn, which are logged; turn advantages of shape (N, K); and booleans of shape (N,), true for rollouts that are
+            trained with turn advantages. The others are trained with the advantage that TRL computes for the rollout.
         """
         args = self.args
         rewards = folr_rewards(
@@ -307,7 +308,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         return rewards, advantages, uses_turn_level(outcomes, **stage)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # TRL generates, rewards and computes the advantages of whole rollouts; the rows now hold their trajectory
+        # Generate, compute rewards and trajectory advantages by TRL; each row then holds its trajectory
         output = super()._generate_and_score_completions(inputs)
         trajectory_advantages = output["advantages"]
         mode = "train" if self.model.training else "eval"
@@ -316,12 +317,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         start = self.accelerator.process_index * len(inputs)
         local = slice(start, start + len(inputs))
 
-        # Credit of turns, over the rollouts of all ranks: a group may span several
+        # Turn credit, over the rollouts of all ranks, because a group may span several ranks
         outcomes = self._outcomes()
         facts = gather(torch.tensor([self._facts(row) for row in inputs], device=outcomes.device))
-        columns: Any = RolloutFacts(*facts.unbind(dim=1))
-        turn_rewards, advantages, by_turn = self.compute_turn_advantages(
-            outcomes, columns.credited, columns.turns, **groups
+        by_fact: Any = RolloutFacts(*facts.unbind(dim=1))
+        turn_rewards, advantages, uses_turns = self.compute_turn_advantages(
+            outcomes, by_fact.credited, by_fact.turns, **groups
         )
 
         # Metrics
@@ -331,27 +332,27 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
             self._metrics[mode][name].append(value)
 
-        # Where the advantage of the rollout applies it is TRL's own, so that every option about it keeps its meaning
-        local_advantages = torch.where(by_turn[local, None], advantages[local], trajectory_advantages[:, None])
+        # Token advantages: those of turns, or TRL's advantage of the rollout, to which all options of TRL apply
+        local_advantages = torch.where(uses_turns[local, None], advantages[local], trajectory_advantages[:, None])
         local_advantages = local_advantages.masked_fill(turn_rewards[local].isnan(), 0.0)
-        if self.args.advantage_level != "trajectory" or by_turn.any():
+        if self.args.advantage_level != "trajectory" or uses_turns.any():
             turn_index = self._turn_index(inputs, output["completion_ids"])
             output["advantages"] = token_advantages(local_advantages, turn_index)
 
         if self.args.log_trajectories:
-            of_rollouts = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
-            self._log_rollouts(inputs, [*of_rollouts, local_advantages], num_generations)
+            columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
+            self._log_rollouts(inputs, [*columns, local_advantages], num_generations)
         return output
 
     def _outcomes(self) -> torch.Tensor:
-        """The outcome rewards of the N rollouts of all ranks, shape (N,), NaN where no reward function gave a value."""
+        """The outcome rewards of the N rollouts of all ranks, shape (N,), NaN if no reward function returned a value."""
         rewards = self._rewards_per_func
         outcomes = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return outcomes.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
     def _facts(self, row: dict[str, Any]) -> RolloutFacts:
         trajectory: Trajectory = row["trajectory"]
-        # Metrics keep one meaning whatever the guard is, so that runs can be compared
+        # Metrics always use the default guard, so that runs with different guards can be compared
         occurrence, credited = (
             first_occurrence(
                 trajectory.passage_texts,
@@ -373,7 +374,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         return turn_index
 
     def _log_rollouts(self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int) -> None:
-        """Append the local rollouts to the log, each with its row of every column, see [`rollout_record`]."""
+        """Append the local rollouts to the log. `columns` hold a row for each, see [`rollout_record`]."""
         file = self._log_file("train" if self.model.training else "eval")
         rewards, outcomes, facts, turn_rewards, advantages = (column.tolist() for column in columns)
         first = self.accelerator.process_index * len(rows)
@@ -409,7 +410,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
 
 def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """
-    Check the arguments of a [`TSPOTrainer`], as far as that needs no model.
+    Check the arguments of a [`TSPOTrainer`] that can be checked without its model.
 
     Args:
         args ([`TSPOConfig`]):
@@ -422,9 +423,9 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
             The evaluation sets.
 
     Raises:
-        `TypeError`: If an argument is of another type.
+        `TypeError`: If an argument has a wrong type.
         `ValueError`: If an argument is missing, a column is missing, or an option cannot be used.
-        `ImportError`: If vLLM is asked for and cannot be used.
+        `ImportError`: If `use_vllm=True` and vLLM cannot be used.
     """
     if not isinstance(args, TSPOConfig):
         raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
