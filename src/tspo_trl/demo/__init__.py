@@ -1,4 +1,4 @@
-"""A small fictional encyclopedia and a tiny model, so that everything runs offline on two CPU cores."""
+"""A fictional encyclopedia and a tiny model, which run offline on two CPU cores. May import: `engines`, `rollout`, `retrieval`, `scoring`."""
 
 from .model import make_model, make_tokenizer
 from .warmup import demonstrate, supervise, warm_start

@@ -1,4 +1,4 @@
-"""A tokenizer of whole words and a tiny language model, made on the spot: nothing is downloaded."""
+"""A tokenizer of whole words and a tiny language model, made without any download."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -21,11 +21,11 @@ _FRAMES = (
 
 def make_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """
-    A tokenizer with one token for each word of the encyclopedia, and one for each tag of the protocol.
+    Make a tokenizer with one token for each word of the encyclopedia and for each tag of the protocol.
 
     Args:
         texts (`Iterable[str]`, *optional*):
-            More texts whose words should be tokens of their own; other words become `<unk>`.
+            Texts whose words also become tokens. All other words become `<unk>`.
 
     Returns:
         [`~transformers.PreTrainedTokenizerBase`]: A tokenizer without a chat template, which pads on the left.
@@ -56,17 +56,17 @@ def make_model(
     tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, hidden_size: int = 128, num_layers: int = 3
 ) -> LlamaForCausalLM:
     """
-    A small untrained Llama in float32, about 0.6 million parameters by default.
+    Make a small untrained Llama in float32, with about 0.6 million parameters by default.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+            Tokenizer of the model.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the initial weights.
         hidden_size (`int`, *optional*, defaults to `128`):
-            Width.
+            Size of the hidden states.
         num_layers (`int`, *optional*, defaults to `3`):
-            Depth.
+            Number of layers.
     """
     # Not Qwen2: AutoTokenizer would load any tokenizer of a Qwen2 model as Qwen's own
     config = LlamaConfig(
@@ -78,7 +78,7 @@ def make_model(
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02, so narrow a model needs four times the steps to learn copying
+        initializer_range=0.06,  # with the usual 0.02, this narrow model needs four times as many steps to learn copying
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -1,10 +1,10 @@
-"""The warm start: supervised demonstrations that teach the format and the copying of names, then spoil the choices.
+"""The warm start: supervised demonstrations that teach the format and the copying of names, followed by wrong ones.
 
-Reinforcement needs something to reinforce: a policy that writes well-formed actions, can copy a name from a passage, and
-is right now and then. Stage one teaches this with faultless demonstrations. Stage two repeats them with most queries and
-answers replaced by other names, so that the policy starts weak: mostly wrong answers, many of them near misses.
+Reinforcement learning needs a policy that writes well-formed actions, can copy a name from a passage, and is sometimes
+correct. Stage one teaches this with correct demonstrations. Stage two repeats them with most queries and answers replaced
+by other names. So the policy starts weak: most of its answers are wrong, and many are near misses.
 
-The demonstrations come from other worlds than the one that is trained on. No fact can be memorised, only reading.
+The demonstrations use other worlds than training does, so the policy cannot memorise facts.
 """
 
 import random
@@ -36,9 +36,9 @@ class DemonstrationEngine(BatchEngine):
 
     Args:
         scripts (`dict[tuple[int, ...], list[list[int]]]`):
-            The tokens of the turns to write, by prompt.
+            Tokens of the turns to write, by prompt.
         turn_end_ids (`frozenset[int]`):
-            Tokens that end a turn, by which the turns written so far are counted.
+            Tokens that end a turn. They are used to count the turns written so far.
     """
 
     def __init__(self, scripts: dict[tuple[int, ...], list[list[int]]], turn_end_ids: frozenset[int]):
@@ -68,15 +68,15 @@ def demonstrate(
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer that has the closing tags of the protocol as tokens, as that of [`make_tokenizer`].
+            A tokenizer with a token for each closing tag of the protocol, for instance of [`make_tokenizer`].
         retriever ([`Retriever`]):
-            Executes the searches.
+            Retriever that executes the searches.
         prompts (`Sequence[str]`):
-            B prompts as plain text, none twice.
+            B different prompts as plain text.
         scripts (`Sequence[Sequence[str]]`):
-            The turns to write for each.
+            The turns to write for each prompt.
         limits ([`SearchLimits`], *optional*):
-            Budgets of the search loop.
+            Limits of the search loop.
 
     Returns:
         `list[Trajectory]`: B trajectories.
@@ -98,13 +98,13 @@ def demonstrate_world(
     seed: int = 0,
 ) -> list[Trajectory]:
     """
-    Demonstrations of all questions about a world.
+    Make demonstrations of all questions about a world.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The demo tokenizer.
         world ([`World`]):
-            Where to search, and what to ask.
+            The world, with its questions and passages.
         wrong_query (`float`, *optional*, defaults to `0.0`):
             Probability that a query names another entity of the same kind.
         wrong_answer (`float`, *optional*, defaults to `0.0`):
@@ -113,7 +113,7 @@ def demonstrate_world(
             Seed of the mistakes.
 
     Returns:
-        `list[Trajectory]`: One for each question.
+        `list[Trajectory]`: A trajectory for each question.
     """
     rng = random.Random(seed)
     kind_of = {name: kind for kind, names in world.names.items() for name in names}
@@ -143,30 +143,30 @@ def supervise(
     progress: str | None = None,
 ) -> int:
     """
-    Fit the turns of demonstrations by cross-entropy; prompts and observations are read, not fitted.
+    Fit a model to the turns of demonstrations by cross-entropy. Prompts and observations are read and not fitted.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model, changed in place.
+            The model. It is changed in place.
         demonstrations (`Sequence[Trajectory]`):
-            What to fit.
+            The demonstrations.
         steps (`int`):
-            The most optimizer steps.
+            Maximum number of optimizer steps.
         batch_size (`int`, *optional*, defaults to `32`):
-            Demonstrations a step, of about the same length.
+            Number of demonstrations in a step, of similar length.
         learning_rate (`float`, *optional*, defaults to `3e-3`):
             The learning rate of AdamW, after a linear warm-up over 50 steps.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order.
         until (`Callable[[], bool]`, *optional*):
-            Asked every `check_every` steps; fitting ends when it returns `True`.
+            Called every `check_every` steps. Fitting ends when it returns `True`.
         check_every (`int`, *optional*, defaults to `50`):
-            See `until`.
+            Number of steps between two calls of `until`.
         progress (`str`, *optional*):
-            Label of a progress bar; none if `None`.
+            Label of the progress bar. There is none if `None`.
 
     Returns:
-        `int`: The steps that were made.
+        `int`: Number of steps made.
     """
     rng = random.Random(seed)
     by_length = sorted(demonstrations, key=lambda t: len(t.prompt_ids) + len(t.completion_ids))
@@ -192,7 +192,7 @@ def supervise(
 
 
 def _loss(model: PreTrainedModel, batch: Sequence[Trajectory]) -> torch.Tensor:
-    """The cross-entropy of the tokens of turns; rows are padded on the right, where causal attention ignores them."""
+    """The cross-entropy of the tokens of turns. Rows are padded on the right, where causal attention ignores padding."""
 
     def padded(rows: list[list[int]]) -> torch.Tensor:
         tensors = [torch.tensor(row) for row in rows]
@@ -201,7 +201,7 @@ def _loss(model: PreTrainedModel, batch: Sequence[Trajectory]) -> torch.Tensor:
     input_ids = padded([t.prompt_ids + t.completion_ids for t in batch])
     fitted = padded([[0] * len(t.prompt_ids) + t.loss_mask for t in batch])[:, 1:] == 1
     hidden_states = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]
-    # Only the fitted positions are projected on the vocabulary: they are few
+    # Project only the few fitted positions on the vocabulary
     logits = model.get_output_embeddings()(hidden_states[fitted])
     return torch.nn.functional.cross_entropy(logits, input_ids[:, 1:][fitted])
 
@@ -224,16 +224,16 @@ def sample(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         world ([`World`]):
-            Where to search.
+            The world to search in.
         questions (`Sequence[Question]`):
-            What to answer.
+            The questions.
         greedy (`bool`, *optional*, defaults to `False`):
             Whether to take the most probable token instead of sampling at temperature 1.
         max_batch (`int`, *optional*, defaults to `256`):
-            Questions at a time.
+            Maximum number of questions in a batch.
 
     Returns:
-        `list[Trajectory]`: One for each question.
+        `list[Trajectory]`: A trajectory for each question.
     """
     protocol = TagProtocol(tokenizer)
     config = GenerationConfig(
@@ -270,21 +270,21 @@ def warm_start(
     progress: bool = False,
 ) -> PreTrainedModel:
     """
-    Make a policy that knows the format and can copy names, but mostly searches and answers wrongly.
+    Make a policy that knows the format and can copy names, but whose queries and answers are mostly wrong.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The demo tokenizer.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights, of the worlds that the demonstrations come from, and of their order.
+            Seed of the weights, of the worlds of the demonstrations, and of the order of the demonstrations.
         worlds (`int`, *optional*, defaults to `8`):
-            How many worlds they come from. None of them is `make_world(s)` for a small `s`.
+            Number of worlds of the demonstrations. None of them is `make_world(s)` for a small `s`.
         target (`float`, *optional*, defaults to `0.9`):
-            Stage one ends when the greedy exact match on unseen questions reaches this: copying has been learned.
+            Stage one ends when the greedy exact match on unseen questions reaches this value.
         max_steps (`int`, *optional*, defaults to `600`):
-            The most steps of stage one.
+            Maximum number of steps of stage one.
         weaken_steps (`int`, *optional*, defaults to `80`):
-            Steps of stage two; 0 keeps the strong policy.
+            Number of steps of stage two. 0 keeps the strong policy.
         wrong_query (`float`, *optional*, defaults to `0.5`):
             Probability of a wrong name in a query of stage two.
         wrong_answer (`float`, *optional*, defaults to `0.8`):
@@ -296,7 +296,7 @@ def warm_start(
         [`~transformers.PreTrainedModel`]: The policy.
 
     Raises:
-        `RuntimeError`: If copying was not learned within `max_steps`: reinforcement could not succeed then.
+        `RuntimeError`: If the policy did not learn to copy within `max_steps`. Reinforcement learning could not succeed.
     """
     made = [make_world(1_000_000 * (seed + 1) + i) for i in range(worlds)]
     unseen = make_world(1_000_000 * (seed + 1) + worlds)

@@ -1,7 +1,7 @@
 """A seeded fictional encyclopedia: people, books, cities and countries, and questions of one to three hops about them.
 
-Every name is made of two words from small shared lists, so that a model that has seen the words can read and copy the
-name of an entity that it has never seen. Nothing in it is true, so nothing can be known without searching.
+Every name consists of two words from small shared lists, so that a model that has seen the words can copy the name of an
+entity that it has never seen. All facts are invented, so that no question can be answered without searching.
 """
 
 import random
@@ -50,11 +50,11 @@ class Question:
         text (`str`):
             The question.
         answer (`str`):
-            Its only answer.
+            The only correct answer.
         queries (`tuple[str, ...]`):
-            What to search for, in order: one name a hop. The last search finds the answer.
+            The names to search for, one for each hop. The last search finds the answer.
         kind (`str`):
-            What the answer is: `"person"`, `"city"`, `"country"` or `"language"`.
+            Type of the answer: `"person"`, `"city"`, `"country"` or `"language"`.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Question:
 
     @property
     def hops(self) -> int:
-        """How many passages have to be read."""
+        """Number of passages needed to answer the question."""
         return len(self.queries)
 
     def row(self) -> dict[str, object]:
@@ -84,13 +84,13 @@ class World:
 
     Args:
         passages (`list[Passage]`):
-            One for each entity.
+            A passage for each entity.
         train_questions (`list[Question]`):
-            Questions to train on.
+            Training questions.
         heldout_questions (`list[Question]`):
-            Questions about entities that no training question needs or has as its answer.
+            Questions about entities that occur in no training question or answer.
         names (`dict[str, list[str]]`):
-            All names of each kind of entity.
+            Names of the entities, by type.
     """
 
     passages: list[Passage]
@@ -105,11 +105,11 @@ def make_world(seed: int, *, train_books: int = 120, heldout_books: int = 60) ->
 
     Args:
         seed (`int`):
-            The same seed makes the same world.
+            Seed of the world.
         train_books (`int`, *optional*, defaults to `120`):
-            How many books the training questions are about.
+            Number of books of the training questions.
         heldout_books (`int`, *optional*, defaults to `60`):
-            How many books the held-out questions are about.
+            Number of books of the held-out questions.
 
     Returns:
         [`World`]: The encyclopedia.

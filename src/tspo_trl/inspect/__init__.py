@@ -1,4 +1,4 @@
-"""The inspector: a run's rollouts, and why each turn was rewarded, as a page or in a terminal."""
+"""The inspector: the rollouts of a run and the reasons for their rewards. May import: `credit`, `scoring`, `rollout`."""
 
 from .load import Group, Run, load_run, parse_steps
 from .view import describe

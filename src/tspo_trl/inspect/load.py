@@ -1,4 +1,4 @@
-"""A run from its folder: which rollouts there are, and those of them that are to be shown."""
+"""Loading the rollouts of a run from its folder, and selecting the ones to show."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from ..rollout.log import find_logs, parse_rollout, read_settings
 
 _MODE = re.compile(r"(train|eval)-rank(\d+)")
-# How the trainer begins a line: enough to choose by, without reading 100 kB of tokens
+# The start of a line of the trainer. It is enough to select lines without reading their tokens
 _PLACE = re.compile(rb'\{"step": (\d+), "group": (\d+), "rollout": (\d+), ')
 _MOST_NOTES = 20
 
@@ -24,9 +24,9 @@ class Group:
 
     Args:
         step (`int`):
-            The optimizer steps made before they were sampled.
+            Number of optimizer steps before the rollouts were sampled.
         rollouts (`list[dict]`):
-            Their records, see [`~tspo_trl.trajectory_log.rollout_record`], in order of their place in the group.
+            The records of the rollouts, see [`~tspo_trl.rollout.log.rollout_record`], in their order in the group.
     """
 
     step: int
@@ -44,19 +44,19 @@ class Group:
 @dataclass(slots=True)
 class Run:
     """
-    What is to be shown of a run.
+    The part of a run that is shown.
 
     Args:
         name (`str`):
-            The name of its folder.
+            Name of the folder of the run.
         modes (`dict[str, list[Group]]`, *optional*):
             The groups of `"train"` and `"eval"`, by step.
         settings (`dict`, *optional*):
-            How turns were rewarded, empty if it was not written down.
+            The settings of rewards and advantages, empty if they were not saved.
         notes (`list[str]`, *optional*):
-            What could not be read, and what was left out.
+            Notes about lines that could not be read and rollouts that are not shown.
         tokenizer (`Any`, *optional*):
-            The tokenizer of the run, if its folder holds one.
+            The tokenizer of the run, if its folder has one.
     """
 
     name: str
@@ -80,7 +80,7 @@ class _Line:
 
 def parse_steps(text: str) -> set[int]:
     """
-    Read which steps to show.
+    Parse the steps to show.
 
     Args:
         text (`str`):
@@ -90,7 +90,7 @@ def parse_steps(text: str) -> set[int]:
         `set[int]`: The steps.
 
     Raises:
-        `ValueError`: If it is no such list.
+        `ValueError`: If the text is not a list of numbers and ranges.
     """
     steps: set[int] = set()
     for part in text.split(","):
@@ -103,22 +103,22 @@ def parse_steps(text: str) -> set[int]:
 
 def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_rollouts: int = 10_000) -> Run:
     """
-    Load the rollouts of a run that are to be shown: whole groups of whole steps, spread evenly over the run.
+    Load rollouts of a run: whole groups of whole steps, spread evenly over the run.
 
     Args:
         folder (`str` or `Path`):
             The `output_dir` of the run, or its folder `trajectories`.
         steps (`Iterable[int]`, *optional*):
-            Only these steps.
+            Steps to load. Defaults to all.
         max_rollouts (`int`, *optional*, defaults to `10_000`):
-            The most rollouts.
+            Maximum number of rollouts.
 
     Returns:
-        [`Run`]: The run. What could not be read is in its notes.
+        [`Run`]: The run. Its notes name the lines that could not be read.
 
     Raises:
         `FileNotFoundError`: If there are no files with rollouts.
-        `ValueError`: If none of their lines is a rollout, or none is of the steps.
+        `ValueError`: If no line is a rollout, or there are no rollouts of these steps.
     """
     folder = Path(folder).resolve()
     files = find_logs(folder)
@@ -161,7 +161,7 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
         there = sorted({line.step for found in lines.values() for line in found})
         raise ValueError(f"There are no rollouts of these `steps`; there are {there[0]} to {there[-1]}.")
     for mode in sorted(chosen, reverse=True):  # train, then eval
-        if groups := _read(chosen[mode], problems):
+        if groups := _read_groups(chosen[mode], problems):
             run.modes[mode] = groups
     if not run.modes:
         raise ValueError(f"No line that was chosen can be shown. The first: {problems[0]}")
@@ -212,13 +212,13 @@ def _place(line: bytes) -> tuple[int, int, int]:
 
 
 def _spread(lines: list[_Line], most: int) -> list[_Line]:
-    """Lines of whole steps, evenly spread; of whole groups where a single step is too much."""
+    """Lines of whole steps, evenly spread, or of whole groups if a single step is too large."""
     by_step: dict[int, list[_Line]] = {}
     for line in lines:
         by_step.setdefault(line.step, []).append(line)
     steps = sorted(by_step)
     for count in range(len(steps), 0, -1):
-        # The first and the last step always
+        # The first and the last step are always among them
         places = sorted({round(i * (len(steps) - 1) / max(count - 1, 1)) for i in range(count)})
         if sum(len(by_step[steps[place]]) for place in places) <= most:
             return [line for place in places for line in by_step[steps[place]]]
@@ -235,18 +235,18 @@ def _spread(lines: list[_Line], most: int) -> list[_Line]:
     return [line for line in last if (line.batch, line.group) in groups]
 
 
-def _read(lines: list[_Line], problems: list[str]) -> list[Group]:
+def _read_groups(lines: list[_Line], problems: list[str]) -> list[Group]:
     groups: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     by_file: dict[Path, list[_Line]] = {}
     for line in lines:
         by_file.setdefault(line.file, []).append(line)
-    for path, of_file in by_file.items():
+    for path, selected in by_file.items():
         with path.open("rb") as file:
-            for line in of_file:
+            for line in selected:
                 file.seek(line.offset)
                 try:
                     record = parse_rollout(file.readline())
-                    _check(record)
+                    _check_record(record)
                 except (ValueError, TypeError) as error:
                     problems.append(f"{path}, line {line.number}: {error}")
                     continue
@@ -257,10 +257,10 @@ def _read(lines: list[_Line], problems: list[str]) -> list[Group]:
     ]
 
 
-def _check(record: dict[str, Any]) -> None:
-    """Whether a record of another version, or by someone else, holds what is shown."""
+def _check_record(record: dict[str, Any]) -> None:
+    """Check that a record has the values that are shown, with the right types."""
     turns = record["trajectory"].turns
-    of_turns = (f"{len(turns)} numbers", lambda value: _are_numbers(value) and len(value) == len(turns))
+    number_per_turn = (f"{len(turns)} numbers", lambda value: _are_numbers(value) and len(value) == len(turns))
     turn_or_none = ("a turn or null", lambda value: value is None or isinstance(value, int))
     expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "question": ("a string", lambda value: isinstance(value, str)),
@@ -269,8 +269,8 @@ def _check(record: dict[str, Any]) -> None:
         "outcome": ("a number or null", lambda value: _are_numbers([value])),
         "first_occurrence": turn_or_none,
         "credited_turn": turn_or_none,
-        "turn_rewards": of_turns,
-        "turn_advantages": of_turns,
+        "turn_rewards": number_per_turn,
+        "turn_advantages": number_per_turn,
     }
     for name, (what, is_right) in expected.items():
         if name not in record:
@@ -299,7 +299,7 @@ def _are(kind: type, values: Any) -> bool:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Whether these are finite numbers, or null."""
+    """Whether all values are finite numbers or null."""
     return isinstance(values, list) and all(
         value is None or (isinstance(value, (int, float)) and isfinite(value)) for value in values
     )
@@ -326,6 +326,6 @@ def _find_tokenizer(folder: Path) -> Any:
                 return Tokenizer.from_file(str(place / "tokenizer.json"))
             except (
                 Exception
-            ):  # the library raises nothing more precise; without one, hints are shown as a number of tokens
+            ):  # the library raises no more precise error; without a tokenizer, hints are shown as a number of tokens
                 continue
     return None

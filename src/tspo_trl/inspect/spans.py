@@ -1,4 +1,4 @@
-"""Where golden answers stand in a text, by the normalisation that scores them."""
+"""The places of golden answers in a text, with the normalisation of scoring."""
 
 import re
 import string
@@ -12,17 +12,17 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, int]]:
     """
-    The places where a golden answer occurs in a text after normalisation, as whole words: those that
-    [`~tspo_trl.scoring.contains_answer`] finds.
+    Find the places where a golden answer occurs in a text after normalisation, as whole words. These are the occurrences
+    that [`~tspo_trl.scoring.contains_answer`] detects.
 
     Args:
         text (`str`):
-            The text to look in.
+            The text.
         golden_answers (`Sequence[str]`):
-            The answers to look for.
+            The golden answers.
 
     Returns:
-        `list[tuple[int, int]]`: Begin and end of each in `text`, in order and without overlap.
+        `list[tuple[int, int]]`: Start and end of each place in `text`, in order and without overlap.
 
     Example:
 
@@ -32,7 +32,7 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
     ```
     """
     lower = text.lower()
-    # A few letters become two in lower case: which letter of `text` does a letter of `lower` come from?
+    # A few letters become two in lower case, so map each letter of `lower` to its letter of `text`
     origin = [i for i, letter in enumerate(text) for _ in letter.lower()]
     places = [i for i, letter in enumerate(lower) if letter not in _PUNCTUATION]
     plain = _ARTICLES.sub(lambda match: " " * len(match[0]), "".join(lower[i] for i in places))
@@ -59,16 +59,16 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
 
 def in_utf16(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
     """
-    Places in a text as JavaScript counts them.
+    Convert places in a text to those of JavaScript, which counts units of UTF-16.
 
     Args:
         text (`str`):
             The text.
         spans (`Sequence[tuple[int, int]]`):
-            Begins and ends in it.
+            Starts and ends in the text.
 
     Returns:
-        `list[int]`: The same in units of UTF-16, flattened.
+        `list[int]`: Starts and ends in units of UTF-16, flattened.
     """
     if text.isascii():
         return [place for span in spans for place in span]

@@ -1,4 +1,4 @@
-"""The same in a terminal, for machines without a browser."""
+"""The inspector in a terminal, for machines without a browser."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,17 +26,17 @@ _KINDS = {
 
 def print_run(run: Run, console: Console, *, mode: str | None = None, group: int | None = None) -> None:
     """
-    Print the groups of the last step of a run that was loaded, and one of them in detail.
+    Print the groups of the last step of a run, and one group in detail.
 
     Args:
         run ([`Run`]):
             The run, see [`load_run`].
         console (`rich.console.Console`):
-            Where to print.
+            Console to print to.
         mode (`str`, *optional*):
-            `"train"` or `"eval"`. Defaults to the first that the run has.
+            `"train"` or `"eval"`. Defaults to the first mode of the run.
         group (`int`, *optional*):
-            The group to show, from 1. Defaults to the first that has an advantage.
+            Number of the group to show, from 1. Defaults to the first group with an advantage.
 
     Raises:
         `ValueError`: If the run has no such mode or group.
@@ -97,9 +97,9 @@ def print_group(group: Group, settings: Mapping[str, Any], console: Console) -> 
         group ([`Group`]):
             The group.
         settings (`Mapping`):
-            How turns were rewarded.
+            The settings of rewards and advantages.
         console (`rich.console.Console`):
-            Where to print.
+            Console to print to.
     """
     golds = shown_golds(group, settings)
     console.print(Text(group.question, style="bold"))

@@ -1,4 +1,4 @@
-"""What the page and the terminal show of a run, as plain data: curves, groups, rollouts, turns with their reasons."""
+"""The data that the page and the terminal show: curves, groups, rollouts, and turns with the reasons for their rewards."""
 
 from collections.abc import Mapping
 from statistics import mean
@@ -9,21 +9,21 @@ from .load import Group, Run
 from .spans import find_answers, in_utf16
 from .why import by_turn, composition, explain_group, explain_turn, is_correct, near_miss, shown_golds
 
-#: What rollouts can be filtered by; bit i of a rollout's flags is the i-th.
+#: Names of the filters of rollouts. Bit i of a rollout's flags stands for the i-th.
 FLAGS = ("near_miss", "all_wrong", "rescued", "invalid", "failed", "truncated", "correct")
 
 
 def rollout_flags(group: Group, record: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """
-    What a rollout can be found by.
+    The filters that a rollout passes.
 
     Args:
         group ([`Group`]):
-            Its group.
+            The group of the rollout.
         record (`Mapping`):
             The rollout.
         settings (`Mapping`):
-            How turns were rewarded.
+            The settings of rewards and advantages.
 
     Returns:
         `int`: A bit for each of `FLAGS`.
@@ -45,16 +45,16 @@ def rollout_flags(group: Group, record: Mapping[str, Any], settings: Mapping[str
 
 def step_values(groups: list[Group], settings: Mapping[str, Any]) -> dict[str, float | None]:
     """
-    The curves at one step.
+    The values of the curves at one step.
 
     Args:
         groups (`list[Group]`):
             The groups of the step.
         settings (`Mapping`):
-            How turns were rewarded.
+            The settings of rewards and advantages.
 
     Returns:
-        `dict[str, float | None]`: Values by name, as the metrics of training define them; `None` for a share of nothing.
+        `dict[str, float | None]`: Values by name, defined as in the metrics of training; `None` for a share of an empty set.
     """
     records = [record for group in groups for record in group.rollouts]
     scored = [record for record in records if record["outcome"] is not None]
@@ -72,15 +72,15 @@ def step_values(groups: list[Group], settings: Mapping[str, Any]) -> dict[str, f
 
 def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    What the page shows of a run.
+    The data of the page of a run.
 
     Args:
         run ([`Run`]):
             The run.
 
     Returns:
-        `tuple[dict, dict]`: The overview, small, which is shown at once (curves, groups, flags), and the texts (passages
-        once each, turns by mode, step, group and rollout), both as JSON data.
+        `tuple[dict, dict]`: The overview, which is small and shown at once (curves, groups, flags), and the texts (each
+        passage once; turns by mode, step, group and rollout). Both are JSON data.
     """
     index: dict[str, Any] = {
         "name": run.name,
@@ -99,12 +99,12 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         index["modes"][mode] = [
             {
                 "step": step,
-                "values": step_values(of_step, run.settings),
-                "groups": [_overview(group, run.settings) for group in of_step],
+                "values": step_values(step_groups, run.settings),
+                "groups": [_overview(group, run.settings) for group in step_groups],
             }
-            for step, of_step in steps.items()
+            for step, step_groups in steps.items()
         ]
-        texts[mode] = [[_group_texts(group, run, passages) for group in of_step] for of_step in steps.values()]
+        texts[mode] = [[_group_texts(group, run, passages) for group in step_groups] for step_groups in steps.values()]
     return index, {"passages": list(passages), "modes": texts}
 
 
@@ -185,5 +185,5 @@ def _decode(tokenizer: Any, token_ids: list[int]) -> str | None:
         return None
     try:
         return tokenizer.decode(token_ids, skip_special_tokens=False)
-    except OverflowError:  # no token of any tokenizer
+    except OverflowError:  # the id belongs to no tokenizer
         return None

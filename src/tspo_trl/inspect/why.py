@@ -1,4 +1,4 @@
-"""Why a turn was rewarded or punished, in plain words, from what was logged."""
+"""Explanations of rewards and advantages in plain words, from the log."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ _EPS = 1e-4  # as in `credit`
 
 
 def show(value: float, sign: bool = False) -> str:
-    """A number with two digits and a real minus."""
-    value += math.copysign(1e-9, value)  # 0.125 is 0.13, here as on the page
+    """Format a number with two digits and a minus sign."""
+    value += math.copysign(1e-9, value)  # 0.125 becomes 0.13, as on the page
     text = f"{value:+.2f}" if sign else f"{value:.2f}"
     if float(text) == 0:
         text = "0.00"
@@ -33,13 +33,13 @@ def near_miss(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def shown_golds(group: Group, settings: Mapping[str, Any]) -> list[str]:
-    """The golden answers whose occurrence says something: those that are highlighted."""
+    """The golden answers that are highlighted: those that `folr_guard` does not exclude as degenerate."""
     guard: Guard = "none" if settings.get("folr_guard") == "none" else "degenerate"
     return eligible_golds(group.golden_answers, guard=guard)
 
 
 def composition(group: Group, settings: Mapping[str, Any]) -> Composition:
-    """What a group consists of, see [`~tspo_trl.credit.group_composition`]."""
+    """The composition of a group, see [`~tspo_trl.credit.group_composition`]."""
     return group_composition(
         [record["outcome"] for record in group.rollouts],
         has_signal=any(any(record["turn_advantages"]) for record in group.rollouts if record["outcome"] is not None),
@@ -55,21 +55,21 @@ def by_turn(group: Group, settings: Mapping[str, Any]) -> bool:
 
 def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
     """
-    What the composition of a group means for its advantages.
+    Explain how the composition of a group determines its advantages.
 
     Args:
         group ([`Group`]):
             The group.
         settings (`Mapping`):
-            How turns were rewarded, see [`~tspo_trl.trajectory_log.read_settings`].
+            The settings of rewards and advantages, see [`~tspo_trl.rollout.log.read_settings`].
 
     Returns:
-        `str`: A sentence or two.
+        `str`: One or two sentences.
     """
     size = len(group.rollouts)
     scored = [record for record in group.rollouts if record["outcome"] is not None]
     correct = sum(is_correct(record, settings) for record in scored)
-    lost = f" {size - len(scored)} could not be scored and count in no mean." if len(scored) < size else ""
+    lost = f" {size - len(scored)} could not be scored and are excluded from all means." if len(scored) < size else ""
     if not scored:
         return "No rollout could be scored: nothing is learned from this group."
     outcomes = {record["outcome"] for record in scored}
@@ -97,17 +97,17 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
 
 def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, Any]) -> tuple[str, str]:
     """
-    Why a turn got its reward, and why its advantage.
+    Explain the reward and the advantage of a turn.
 
     Args:
         group ([`Group`]):
             The group.
         rollout (`int`):
-            Which of its `rollouts`.
+            Index of the rollout in the group.
         turn (`int`):
-            The 0-based turn.
+            Index of the turn, from 0.
         settings (`Mapping`):
-            How turns were rewarded, see [`~tspo_trl.trajectory_log.read_settings`].
+            The settings of rewards and advantages, see [`~tspo_trl.rollout.log.read_settings`].
 
     Returns:
         `tuple[str, str]`: A sentence about the reward, and one about the advantage.
@@ -116,7 +116,10 @@ def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, A
     if record["outcome"] is None or record["turn_rewards"][turn] is None:
         failed = record["trajectory"].status == "retrieval_failed"
         why = "a search of it failed" if failed else "no reward function gave a value"
-        return f"No reward: {why}.", "Advantage 0: the rollout counts in no mean, and nothing is learned from it."
+        return (
+            f"No reward: {why}.",
+            "Advantage 0: the rollout is excluded from all means, and nothing is learned from it.",
+        )
     return _explain_reward(group, record, turn, settings), _explain_advantage(group, record, turn, settings)
 
 
@@ -210,7 +213,7 @@ def _compared(
 
 
 def _expected(value: float, values: Sequence[float], settings: Mapping[str, Any]) -> float | None:
-    """The advantage that follows from the group alone, `None` if it needs the batch."""
+    """The advantage computed from the group, or `None` if it depends on the batch."""
     scale = settings.get("scale_rewards", "group")
     if len(values) < 2 or max(values) == min(values):
         return 0.0

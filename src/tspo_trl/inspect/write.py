@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its style, its script and its data, and asks for nothing."""
+"""The page: one HTML file with its style, script and data, which needs no network."""
 
 import gzip
 import html
@@ -17,10 +17,10 @@ _SCRIPTS = ("core.js", "filter.js", "curves.js", "group.js", "rollout.js", "main
 
 def render_page(run: Run) -> str:
     """
-    The page of a run.
+    Render the page of a run.
 
-    The data is compressed and in base64, so that no text of it can be taken for HTML; the script writes it into text
-    nodes only; and by its content security policy the page runs this script alone and asks no network.
+    The data is compressed and encoded in base64, so that no text in it can be interpreted as HTML. The script writes it to
+    text nodes only. The content security policy of the page allows only this script, and no network requests.
 
     Args:
         run ([`Run`]):
@@ -56,10 +56,10 @@ def write_page(run: Run, path: str | Path) -> int:
         run ([`Run`]):
             The run, see [`load_run`].
         path (`str` or `Path`):
-            The HTML file; its folder is made.
+            Path of the HTML file. Its folder is created.
 
     Returns:
-        `int`: Its size in bytes.
+        `int`: Size of the file in bytes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,6 @@ def _hash(text: str) -> str:
 
 
 def _pack(data: Any) -> str:
-    # ASCII: a passage may hold lone surrogates, which UTF-8 has no bytes for
+    # ASCII, because a passage may hold lone surrogates, which UTF-8 cannot encode
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).encode("ascii")
     return b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")

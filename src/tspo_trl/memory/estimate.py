@@ -1,11 +1,11 @@
-"""The peak memory of a GPU in training, calculated from the model's shape before anything is trained.
+"""The peak memory of a GPU in training, calculated from the shape of the model before training.
 
     python -m tspo_trl.memory --config recipes/configs/qwen2.5_3b_nq_hotpotqa.yaml --strategy zero3 --gpus 8
     python -m tspo_trl.memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
     python -m tspo_trl.memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
 
 Parameters, gradients, optimizer states and the key-value cache are exact. Activations and buffers are approximate; the
-context of CUDA, fragmentation and the libraries' own workspaces are left out (often 1 to 3 GiB): leave 20 % of a card.
+context of CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from .formulas import MemorySetting, ModelShape, activation_bytes, decoding_byte
 
 PHASES = ("generation", "loss: LM head", "loss: layers", "optimizer step")
 CARDS = (24, 40, 80, 141)
-HEADROOM = 0.8  # of a card, for what is not calculated
+HEADROOM = 0.8  # usable share of a card; the rest is for memory that is not calculated
 GIB = 2**30
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements; DeepSpeed's `reduce_bucket_size`, `stage3_max_live_parameters`
 
 
 def load_config(model: str | None, model_type: str = "llama", **numbers: Any) -> PreTrainedConfig:
-    """The configuration of a model (a folder or a name on the Hub), or of an architecture with these numbers."""
+    """Load the configuration of a model (a folder or a name on the Hub), or make one of an architecture with these numbers."""
     if (model is None) != bool(numbers):
         found = "neither" if model is None else f"{model!r} and {sorted(numbers)}"
         raise ValueError(f"Give either `model` or the numbers of its shape (`hidden_size`, …), got {found}.")
@@ -54,7 +54,7 @@ def load_config(model: str | None, model_type: str = "llama", **numbers: Any) ->
 
 
 def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShape:
-    """Build the model on the `meta` device, which takes no memory, with its adapters; and count."""
+    """Build the model and its adapters on the `meta` device, which takes no memory, and count parameters."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     base = sum(p.numel() for p in model.parameters())
@@ -118,13 +118,13 @@ def _add_adapters(model: Any, setting: MemorySetting, names: set[str]) -> Any:
 
 def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, float]]:
     """
-    The bytes of each component in each phase, on one GPU.
+    Calculate the bytes of each component in each phase, on one GPU.
 
     Args:
         shape ([`ModelShape`]):
-            The model, with the adapters of the setting.
+            Shape of the model, with the adapters of the setting.
         setting ([`MemorySetting`]):
-            How it is trained.
+            The settings of training.
 
     Returns:
         `dict[str, dict[str, float]]`: By component, then by phase (`PHASES`). ZeRO-2 divides gradients and optimizer
@@ -147,7 +147,7 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
 
     every = shape.base + (shape.trainable if setting.use_peft else 0)
     layer = (every - shape.outside) / shape.layers
-    # What a forward needs whole: ZeRO-3 up to its limit; FSDP2 a layer, the next one, and what is outside the layers
+    # Whole copies of parameters in a forward: ZeRO-3 up to its limit; FSDP2 a layer, the next one, and what is outside the layers
     live = {"fsdp2": shape.outside + 2 * layer}.get(strategy, min(every, LIVE) if zero3 else 0.0) * types.compute
     if strategy == "fsdp2":
         backward = live + 2 * layer * types.compute * (shape.trainable / every)
@@ -187,14 +187,14 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
 
 
 def peak(rows: dict[str, dict[str, float]]) -> tuple[float, str]:
-    """The bytes of the phase that needs most, and its name."""
+    """The bytes and the name of the phase that needs most memory."""
     totals = {phase: sum(row[phase] for row in rows.values()) for phase in PHASES}
     phase = max(totals, key=lambda name: totals[name])
     return totals[phase], phase
 
 
 def levers(setting: MemorySetting) -> Iterator[tuple[bool, str, MemorySetting]]:
-    """Settings that may need less: whether they train something else, what to change, and the setting."""
+    """Settings that may need less memory: whether they change the training result, the advice, and the setting."""
     size, steps = setting.per_device_train_batch_size, setting.gradient_accumulation_steps
     half = (setting.steps_per_generation or steps) // 2
     length = setting.max_completion_length // 2
@@ -224,7 +224,7 @@ def levers(setting: MemorySetting) -> Iterator[tuple[bool, str, MemorySetting]]:
 
 
 def advice(config: PreTrainedConfig, setting: MemorySetting) -> str | None:
-    """The change that saves most, in one line; `None` if the setting fits its card with head room."""
+    """The change that saves most memory, in one line; `None` if the setting fits its card."""
     shape = measure_shape(config, setting)
     before, phase = peak(estimate(shape, setting))
     room = setting.gpu_memory * GIB * HEADROOM
@@ -237,14 +237,14 @@ def advice(config: PreTrainedConfig, setting: MemorySetting) -> str | None:
             after, _ = peak(estimate(shape if same else measure_shape(config, changed), changed))
         except ValueError:  # PEFT has no default for this architecture
             continue
-        # What fits and trains the same comes first, then what fits, then what saves most
+        # Prefer changes that fit and train the same, then changes that fit, then those that save most
         found.append((after > room, other and after <= room, after, text))
     *_, after, text = min(found)
     return f"Biggest lever (the peak is in {phase}): {text}: {before / GIB:.1f} → {after / GIB:.1f} GiB."
 
 
 def render(rows: dict[str, dict[str, float]]) -> str:
-    """The estimate as a Markdown table in GiB, and which cards it fits."""
+    """The estimate as a Markdown table in GiB, with the cards that it fits."""
     total, phase = peak(rows)
     lines = [[name, *(f"{row[p] / GIB:.2f}" if row[p] else "–" for p in PHASES)] for name, row in rows.items()]
     lines.append(["**sum**", *(f"{sum(row[p] for row in rows.values()) / GIB:.2f}" for p in PHASES)])

@@ -1,4 +1,4 @@
-"""The formulas of `tspo_trl.memory`: pure functions of a model's shape and of how it is trained, in bytes."""
+"""The formulas of `tspo_trl.memory`: pure functions of the shape of a model and the settings of training, in bytes."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
@@ -16,15 +16,16 @@ _CHOICES = {"strategy": _Strategy, "attn_implementation": _Attention, "optim": _
 @dataclass(frozen=True, kw_only=True)
 class MemorySetting:
     """
-    How a model is trained. Names and defaults are those of [`TSPOConfig`] and [`~trl.ModelConfig`].
+    The settings of training that determine memory. Names and defaults are those of [`TSPOConfig`] and
+    [`~trl.ModelConfig`].
 
     Args:
         strategy (`str`, *optional*, defaults to `"single"`):
             `"single"`, `"ddp"`, `"zero2"`, `"zero3"`, `"zero3_offload"` (parameters and optimizer on the host), `"fsdp2"`.
         gpus (`int`, *optional*, defaults to `1`):
-            The number of processes.
+            Number of processes.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            What the model is loaded in, `"float32"` or `"bfloat16"`. DeepSpeed ignores it, and takes `bf16`.
+            Type that the model is loaded in, `"float32"` or `"bfloat16"`. DeepSpeed ignores it and uses `bf16`.
         bf16 (`bool`, *optional*, defaults to `True`):
             Mixed precision.
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`):
@@ -34,7 +35,7 @@ class MemorySetting:
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
             `"sdpa"`, `"flash_attention_2"` or `"eager"`.
         beta (`float`, *optional*, defaults to `0.0`):
-            With more than 0, and no adapter, there is a reference model.
+            If it is above 0 and there is no adapter, there is a reference model.
         use_peft, load_in_4bit, use_bnb_nested_quant (`bool`, *optional*, default to `False`):
             LoRA; QLoRA; whether the constants of the quantisation are quantised.
         lora_r (`int`, *optional*, defaults to `16`):
@@ -42,20 +43,20 @@ class MemorySetting:
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers with an adapter, or `all-linear`. Defaults to PEFT's choice for the architecture.
         per_device_train_batch_size (`int`, *optional*, defaults to `8`):
-            Rollouts of a forward and backward pass.
+            Number of rollouts in a forward and backward pass.
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
-            Such passes for each optimizer step.
+            Number of these passes in an optimizer step.
         steps_per_generation (`int`, *optional*):
-            Such passes for each generation, whose rollouts are generated at once. Defaults to
+            Number of these passes for each generation. Their rollouts are generated at once. Defaults to
             `gradient_accumulation_steps`.
         num_generations (`int`, *optional*, defaults to `8`):
-            Rollouts of a question.
+            Number of rollouts for each question.
         max_prompt_length, max_completion_length (`int`, *optional*, default to `512` and `4096`):
-            Tokens of the longest prompt, and of the longest completion.
+            Number of tokens of the longest prompt, and of the longest completion.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Whether ZeRO-3 gathers the whole model for the turns of a rollout.
         gpu_memory (`float`, *optional*, defaults to `80.0`):
-            GiB of the card that advice is given for.
+            Memory of the card in GiB, for the advice.
     """
 
     strategy: _Strategy = "single"
@@ -115,7 +116,7 @@ class MemorySetting:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the formulas need of a model. Parameters are counted on the model, built on the `meta` device."""
+    """The shape of a model. Parameters are counted on the model, built on the `meta` device."""
 
     layers: int
     hidden: int
@@ -138,9 +139,9 @@ class ModelShape:
 @dataclass(frozen=True)
 class Precision:
     """
-    Bytes of an element in a strategy.
+    Bytes of an element, by its use.
 
-    DeepSpeed trains in bf16 with an fp32 master copy of what is trained, in fp32 too. FSDP2 keeps what is trained in
+    DeepSpeed trains in bf16 with an fp32 master copy of the trained parameters. FSDP2 keeps trained parameters in
     fp32 and computes in bf16. Otherwise parameters stay as loaded, and AdamW has their type. TRL gives adapters fp32,
     those of a 4-bit model bf16.
     """
@@ -155,7 +156,7 @@ class Precision:
 
 def precision(setting: MemorySetting) -> Precision:
     """
-    What the setting keeps in which type.
+    The types of a setting.
 
     AdamW has m and v, after ZeRO (Rajbhandari et al. 2020, section 3.1): 2 + 2 bytes for parameter and gradient and
     12 for the master copy, m and v. 8-bit AdamW (Dettmers et al. 2022) has one byte and a constant of 4 bytes for each
@@ -181,7 +182,7 @@ def kv_cache_bytes(shape: ModelShape, batch: int, length: int, itemsize: int) ->
 
 def attention_bytes(shape: ModelShape, batch: int, length: int, itemsize: int, attention: _Attention) -> int:
     """
-    What grows with the square of the length, in one layer.
+    The bytes of one layer that grow with the square of the length.
 
     FlashAttention: nothing. SDPA of padded batches: the mask, b·s² of `itemsize`. Eager, after Korthikanti et al. 2022
     (section 4.1; 5·a·s²·b there, with dropout): the probabilities of the heads, in fp32 and in the type of compute.
@@ -196,7 +197,7 @@ def attention_bytes(shape: ModelShape, batch: int, length: int, itemsize: int, a
 
 def layer_bytes(shape: ModelShape, batch: int, length: int, types: Precision, attention: _Attention) -> int:
     """
-    What one layer keeps for its backward pass, approximate.
+    The bytes that one layer keeps for its backward pass, approximate.
 
     Korthikanti et al. 2022 (section 4.1) count s·b·h·(34 + 5·a·s/h) bytes for GPT. With RMSNorm, SwiGLU, grouped-query
     attention and no dropout, as `transformers` computes them, a token has, with q = heads · head_dim:
@@ -219,8 +220,8 @@ def layer_bytes(shape: ModelShape, batch: int, length: int, types: Precision, at
 
 def activation_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) -> tuple[int, int]:
     """
-    What is kept for the backward pass of a micro batch when the LM head is reached, and what the backward pass of a
-    layer adds to it. Approximate.
+    The bytes kept for the backward pass of a micro batch when the LM head is reached, and the bytes that the backward pass
+    of a layer adds. Approximate.
 
     Without gradient checkpointing, all layers are kept; with it, their inputs (full recomputation in Korthikanti et al.
     2022, section 5: 2·s·b·h·L bytes), and a layer is kept while it is computed again. Beside them: the last norm,
@@ -242,7 +243,7 @@ def activation_bytes(shape: ModelShape, setting: MemorySetting, types: Precision
 
 def head_bytes(shape: ModelShape, batch: int, completion: int, types: Precision, *, trained: bool) -> int:
     """
-    The log-probabilities of a micro batch, in the backward pass.
+    The bytes of the log-probabilities of a micro batch, in the backward pass.
 
     TRL computes them in tiles of 4096 tokens × 32768 words, and never has the logits (batch × completion × vocabulary).
     Beside a tile there are the hidden states of the completion, their gradient in fp32, and, if the LM head is trained,
@@ -261,7 +262,7 @@ def _with_cast(itemsize: int) -> int:
 
 def decoding_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) -> tuple[int, int]:
     """
-    What a generation has beside parameters and cache: a layer of the prefill, and the scores of a step.
+    The bytes of a generation in addition to parameters and cache: a layer of the prefill, and the scores of a step.
 
     Each turn reads its whole context again, so the last prefill has almost all tokens of all rollouts: 3·f + 4·h in an
     MLP, or 4·q + 2·h and the scores in an attention. The scores of a step are kept as logits and as four fp32 copies

@@ -1,4 +1,4 @@
-"""What metrics and credit read of a rollout, as integers that can be gathered over ranks."""
+"""The facts of a rollout that metrics and credit use, as integers that can be gathered over ranks."""
 
 from typing import NamedTuple
 
@@ -7,26 +7,26 @@ from .trajectory import Trajectory
 
 class RolloutFacts(NamedTuple):
     """
-    What metrics and credit read of a rollout. Integers, so that the facts of all rollouts can be gathered over ranks as one
-    tensor: `RolloutFacts(*tensor.unbind(dim=1))` names its columns again.
+    The facts of a rollout that metrics and credit use. All are integers, so that the facts of all rollouts can be gathered
+    over ranks as one tensor. `RolloutFacts(*tensor.unbind(dim=1))` names its columns.
 
     Args:
         turns (`int`):
-            The number of turns.
+            Number of turns.
         searches (`int`):
-            Turns whose search was executed.
+            Number of turns whose search was executed.
         failed (`int`):
-            Turns whose search failed.
+            Number of turns whose search failed.
         invalid (`int`):
-            Turns with an invalid action.
+            Number of turns with an invalid action.
         duplicate (`int`):
-            Searches for a query that an earlier turn of the rollout has searched for.
+            Number of searches that repeat the query of an earlier turn.
         truncated (`int`):
             1 if the rollout reached `max_completion_length`, else 0.
         occurrence (`int`):
-            The 0-based turn whose passages first contain a golden answer, for the metrics; -1 for none.
+            The 0-based turn whose passages first contain a golden answer, for the metrics; -1 if there is none.
         credited (`int`):
-            The same under the configured guard: the turn that may earn FOLR; -1 for none.
+            The same with the configured `folr_guard`: the turn that can earn FOLR; -1 if there is none.
     """
 
     turns: int
@@ -41,7 +41,7 @@ class RolloutFacts(NamedTuple):
 
 def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int | None) -> RolloutFacts:
     """
-    The facts of a rollout.
+    Compute the facts of a rollout.
 
     Args:
         trajectory ([`Trajectory`]):
@@ -49,7 +49,7 @@ def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int 
         occurrence (`int` or `None`):
             The 0-based turn whose passages first contain a golden answer, for the metrics.
         credited (`int` or `None`):
-            The same under the configured guard: the turn that may earn FOLR.
+            The same with the configured `folr_guard`: the turn that can earn FOLR.
     """
     searches = [turn for turn in trajectory.turns if turn.retrieval is not None]
     queries = [turn.content.lower() for turn in searches]

@@ -1,4 +1,4 @@
-"""The limits of a search loop: names, defaults, minima and meanings in one place."""
+"""The limits of a search loop, with their defaults and minima."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any

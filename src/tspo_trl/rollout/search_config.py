@@ -1,4 +1,4 @@
-"""What a trained model needs to search as it has learned to: the file `search_config.json` beside its weights."""
+"""The search settings of a trained model, and their file `search_config.json` beside its weights."""
 
 import json
 from collections.abc import Mapping
@@ -12,27 +12,27 @@ from .limits import SearchLimits
 from .protocols import PROTOCOLS, ProtocolName
 
 SEARCH_CONFIG_NAME = "search_config.json"
-FORMAT_VERSION = 1  # of the file, and of how actions are read and observations are written
+FORMAT_VERSION = 1  # of the file, of reading actions and of writing observations
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(SearchLimits):
     """
-    The settings of a search loop, as they were in training. Immutable; [`SearchConfig.replace`] makes a changed one. Beside
-    the [`SearchLimits`] it has:
+    The settings of the search loop in training. They are immutable; [`SearchConfig.replace`] returns changed settings. In
+    addition to the [`SearchLimits`], they are:
 
     Args:
         protocol (`str`, *optional*, defaults to `"tags"`):
             How the model writes its actions: `"tags"` or `"tool_call"`.
         prompt_template (`str`, *optional*, defaults to `"default"`):
-            Template of the prompts, with `{question}` and, if wanted, `{max_searches}` in it. `"default"` becomes the
-            protocol's own. `None`: the training data had prompts that differ in more than the question, so that no prompt can
-            be written from a question.
+            Template of the prompts, with `{question}` and optionally `{max_searches}` in it. `"default"` stands for the
+            template of the protocol. `None` means that the prompts of the training data have no common template, so no
+            prompt can be written from a question.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of the chat template, for instance `{"enable_thinking": False}`.
 
     Raises:
-        `ValueError`: If a value is of the wrong kind or too small; the message names it.
+        `ValueError`: If a value has a wrong type or is too small; the message names it.
     """
 
     protocol: ProtocolName = "tags"
@@ -54,7 +54,7 @@ class SearchConfig(SearchLimits):
 
     def replace(self, **changes: Any) -> "SearchConfig":
         """
-        A changed configuration. Another protocol brings its own prompt template, unless one is given.
+        Return changed settings. A change of the protocol also changes the prompt template, unless one is given.
 
         Args:
             changes:
@@ -82,10 +82,11 @@ class SearchConfig(SearchLimits):
 
         Args:
             path (`str` or `Path`):
-                The file, or the folder that it is in.
+                The file, or its folder.
 
         Raises:
-            `ValueError`: If it is no such file, or one that this version cannot read; the message names the key.
+            `ValueError`: If the file is not a search configuration, or this version cannot read it; the message names the
+                key.
         """
         file = Path(path)
         file = file / SEARCH_CONFIG_NAME if file.is_dir() else file

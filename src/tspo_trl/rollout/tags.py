@@ -34,11 +34,11 @@ class TagProtocol(SearchProtocol):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         max_searches (`int`, *optional*, defaults to `4`):
-            Told to the model in the prompt.
+            Maximum number of searches, named in the prompt.
         prompt_template (`str`, *optional*):
-            What prompts are written from, with `{question}` and, if wanted, `{max_searches}` in it. Defaults to `PROMPT`.
+            Template of the prompts, with `{question}` and optionally `{max_searches}` in it. Defaults to `PROMPT`.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            What else the chat template gets, for instance `{"enable_thinking": False}`.
+            Further arguments of the chat template, for instance `{"enable_thinking": False}`.
     """
 
     stop_strings = ("</search>", "</answer>")
@@ -86,7 +86,7 @@ class TagProtocol(SearchProtocol):
 
         Returns:
             `tuple[str, str]`: The action and its stripped content. `"invalid"` for malformed tags, an empty query, or a
-            turn that was cut before it acted; `"none"` if the model ended its message without trying to act.
+            turn that was cut before an action; `"none"` if the model ended its message without any tag of an action.
         """
         match = _ACTION.search(text)
         if match is None:

@@ -39,7 +39,7 @@ HINT = (
     "time; to answer, reply with the answer alone. Keep messages short."
 )
 
-# Stand-ins in the conversation that shows what the template writes
+# Placeholders in a conversation that is rendered to read the format of the template
 _QUESTION, _QUERY, _RESPONSE = "tspo-question", "tspo-query", "tspo-response"
 _ADVICE = (
     "Take the tokenizer of an instruction-tuned model of a family like Qwen2.5 or Qwen3, set `tokenizer.chat_template` to "
@@ -52,30 +52,30 @@ class ToolCallProtocol(SearchProtocol):
     Actions as the chat template's tool calls, for templates that write a call as `<tool_call>{"name": "search",
     "arguments": {"query": "…"}}</tool_call>` (Qwen2.5, Qwen3 and others).
 
-    A turn is an assistant message. One with a call of `search` searches, one without any call is the answer. The
-    passages come back as the tool's response, in the tokens that the template writes between that message and the next.
+    A turn is an assistant message. A message with a call of `search` searches; a message without a call is the answer. The
+    passages are shown as the response of the tool, in the tokens that the template writes between two messages.
 
-    - With several calls in a message, the first well-formed one is executed; its response answers them all.
-    - `<think>…</think>` is not read: a call in it is not executed, and it is no part of the answer. A thought that is never
-      closed is no part of the answer either, but a call in it counts.
-    - Contexts only grow by tokens. Templates like Qwen3's leave out the thoughts of earlier messages when they render a
-      conversation anew; here nothing is rendered anew, so the model goes on seeing what it thought.
+    - If a message has several calls, the first well-formed call is executed, and its response answers all of them.
+    - Text in `<think>…</think>` is not read: a call in it is not executed, and it is not part of the answer. The text of a
+      thought that is not closed is not part of the answer either, but a call in it is executed.
+    - Tokens are only appended to a context. Templates such as Qwen3's drop the thoughts of earlier messages when they
+      render a conversation again. Here no conversation is rendered again, so the model keeps seeing its thoughts.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the model, with a chat template that knows tools.
+            The tokenizer of the model, with a chat template that supports tools.
         max_searches (`int`, *optional*, defaults to `4`):
-            Told to the model in the prompt.
+            Maximum number of searches, named in the prompt.
         eos_token_ids (`Collection[int]`, *optional*):
-            Tokens by which the model ends its message. Defaults to the tokenizer's.
+            Tokens that end a message of the model. Defaults to the end-of-sequence token of the tokenizer.
         prompt_template (`str`, *optional*):
-            What prompts are written from, with `{question}` and, if wanted, `{max_searches}` in it. Defaults to `PROMPT`.
+            Template of the prompts, with `{question}` and optionally `{max_searches}` in it. Defaults to `PROMPT`.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            What else the chat template gets, for instance `{"enable_thinking": False}`.
+            Further arguments of the chat template, for instance `{"enable_thinking": False}`.
 
     Raises:
-        `ValueError`: If the chat template is missing, leaves out tools or their responses, writes calls in another
-            form, or ends messages with a token that does not end generation.
+        `ValueError`: If the chat template is missing, omits tools or their responses, writes calls in another format, or
+            ends messages with a token that does not end generation.
     """
 
     tools = (SEARCH_TOOL,)
@@ -109,7 +109,7 @@ class ToolCallProtocol(SearchProtocol):
     def _read_template(
         self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int] | None, kwargs: Mapping[str, Any]
     ) -> tuple[int, str, str]:
-        """The token by which the template ends a message with a call, and what it writes before and after a response."""
+        """The token that ends a message with a call, and the text of the template before and after a response."""
         if tokenizer.chat_template is None:
             raise ValueError(f"`protocol='tool_call'` needs a chat template, but the tokenizer has none. {_ADVICE}")
         call = {"type": "function", "function": {"name": "search", "arguments": {"query": _QUERY}}}
@@ -135,7 +135,7 @@ class ToolCallProtocol(SearchProtocol):
                 f"leaves out the {' and the '.join(missing)}. {_ADVICE}"
             )
         message, _, closing = text.rpartition(_RESPONSE)
-        # Read as a turn will be: decoded without special tokens, which would hide a <tool_call> that is one
+        # Decode the call as a turn is decoded: without special tokens, which would hide a special <tool_call>
         call_ids = tokenizer(message.rpartition(_QUESTION)[2], add_special_tokens=False)["input_ids"]
         call_text = str(tokenizer.decode(call_ids, skip_special_tokens=True))
         if self.parse(call_text, ended=True) != ("search", _QUERY):
@@ -167,7 +167,7 @@ class ToolCallProtocol(SearchProtocol):
 
     def parse(self, text: str, *, ended: bool = False) -> tuple[Action, str]:
         """
-        Read the action of a turn: the first well-formed call in it, or the answer that it is.
+        Read the action of a turn: its first well-formed call, or its answer.
 
         Args:
             text (`str`):
@@ -176,9 +176,9 @@ class ToolCallProtocol(SearchProtocol):
                 Whether the model ended its message (sampled an end-of-sequence token).
 
         Returns:
-            `tuple[str, str]`: The action and its stripped content. `"invalid"` for a turn that was cut, or whose calls
-            are all malformed (no JSON object, another name, a query that is missing, empty or no string); `"none"` if
-            the model ended its message without a call and without an answer.
+            `tuple[str, str]`: The action and its stripped content. `"invalid"` for a turn that was cut, or if all
+            calls are malformed (not a JSON object, another name, a query that is missing, empty or not a string);
+            `"none"` if the model ended its message without a call or an answer.
         """
         if not ended:
             return "invalid", ""
@@ -188,7 +188,7 @@ class ToolCallProtocol(SearchProtocol):
                 return "search", query
         if _CALL_TAG.search(text):
             return "invalid", ""
-        # Half a pair: what comes before its end, or after its beginning, was thought
+        # Text before a lone </think> or after a lone <think> is a thought too
         answer = text.rpartition("</think>")[2].partition("<think>")[0].strip()
         return ("answer", answer) if answer else ("none", "")
 
@@ -199,7 +199,7 @@ class ToolCallProtocol(SearchProtocol):
 
     def closing_ids(self, token_ids: Sequence[int]) -> list[int]:
         """
-        The end of the message, for a turn that was cut before it (or ended by another token).
+        The token that ends the message, if a turn was cut before it or ended with another token.
 
         Args:
             token_ids (`Sequence[int]`):
@@ -209,12 +209,12 @@ class ToolCallProtocol(SearchProtocol):
 
     @property
     def min_observation_tokens(self) -> int:
-        """The fewest tokens of an observation that says anything, after a turn that lacks its end."""
+        """Minimum number of tokens of an observation with content, after a turn that lacks its end token."""
         return 1 + super().min_observation_tokens
 
     def observation_text(self, observation_ids: Sequence[int]) -> str:
         """
-        The content of the tool's response, without what the template writes around it.
+        The content of the tool's response, without the text of the template around it.
 
         Args:
             observation_ids (`Sequence[int]`):
@@ -232,5 +232,5 @@ def _query(call: str) -> str:
         return ""
     match data:
         case {"name": "search", "arguments": {"query": str(query)}}:
-            return CONTROLS.sub("", query).strip()  # JSON can spell a lone surrogate, which nothing can encode
+            return CONTROLS.sub("", query).strip()  # JSON can contain a lone surrogate, which cannot be encoded
     return ""

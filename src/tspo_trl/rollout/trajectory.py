@@ -1,6 +1,7 @@
-"""Turns and trajectories: the plain data that every other room reads.
+"""Turns and trajectories: the data that all other modules use.
 
-A *turn* is what the model writes between two observations. A *trajectory* is the prompt, its turns, and how it ended.
+A *turn* is the text that the model writes between two observations. A *trajectory* is the record of a rollout: the prompt,
+the turns and the status.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -16,13 +17,13 @@ Status = Literal["answered", "no_answer", "truncated", "retrieval_failed"]
 @dataclass(slots=True, kw_only=True)
 class Turn:
     """
-    What the model wrote between two observations, and the observation that followed.
+    The text that the model wrote between two observations, and the observation after it.
 
     Args:
         token_ids (`list[int]`):
             The T sampled tokens, exactly as sampled: never decoded and encoded again.
         logprobs (`list[float]`, *optional*):
-            The T log-probabilities by the sampling engine, where it gives them.
+            The T log-probabilities of the engine, if it returns them.
         text (`str`, *optional*, defaults to `""`):
             The tokens decoded without special tokens: the model-written text that actions and scores are read from.
         action (`str`, *optional*, defaults to `"none"`):
@@ -33,7 +34,8 @@ class Turn:
         observation_ids (`list[int]`, *optional*):
             The O tokens appended after the turn: passages, or a hint after an invalid action. Empty for the last turn.
         passages (`list[Passage]`, *optional*):
-            What the search returned, each text as far as it was shown to the model (an observation has a budget).
+            The passages found, each with the part of its text that the model was shown (the length of an observation is
+            limited).
         retrieval (`str`, *optional*):
             `"ok"`, `"empty"`, `"timeout"`, `"error"`, or `None` when no search was executed.
     """
@@ -51,14 +53,14 @@ class Turn:
     def passage_text(self) -> str | None:
         """The titles and texts of the turn's passages as one string, or `None` when it has none."""
         parts = [part for passage in self.passages for part in (passage.title, passage.text)]
-        # A word between them that survives normalisation: no answer occurs across the border of two passages
+        # ¶ is kept by normalisation, so no answer can match across two passages
         return "\n¶\n".join(parts) if parts else None
 
 
 @dataclass(slots=True, kw_only=True)
 class Trajectory:
     """
-    A prompt, the turns that followed, and how it ended.
+    The record of a rollout: the prompt, the turns and the status.
 
     Args:
         prompt_ids (`list[int]`):
@@ -66,7 +68,7 @@ class Trajectory:
         turns (`list[Turn]`, *optional*):
             The K turns.
         status (`str`, *optional*, defaults to `"no_answer"`):
-            `"answered"`, `"no_answer"`, `"truncated"` (the completion budget was spent) or `"retrieval_failed"`.
+            `"answered"`, `"no_answer"`, `"truncated"` (`max_completion_length` was reached) or `"retrieval_failed"`.
     """
 
     prompt_ids: list[int]
@@ -80,7 +82,7 @@ class Trajectory:
 
     @property
     def loss_mask(self) -> list[int]:
-        """L values: 1 on tokens that the model sampled, 0 on observations. Not the attention mask: both are attended."""
+        """L values: 1 on tokens that the model sampled, 0 on observations. The attention mask covers both."""
         return [m for turn in self.turns for m in [1] * len(turn.token_ids) + [0] * len(turn.observation_ids)]
 
     @property
@@ -92,7 +94,7 @@ class Trajectory:
 
     @property
     def logprobs(self) -> list[float] | None:
-        """L log-probabilities by the sampling engine, 0.0 on observations; `None` where a turn has none."""
+        """L log-probabilities of the engine, 0.0 on observations; `None` if a turn has none."""
         values: list[float] = []
         for turn in self.turns:
             if turn.logprobs is None:
@@ -122,7 +124,7 @@ class Trajectory:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Trajectory":
         """
-        Read what [`Trajectory.to_dict`] wrote. Keys it does not know are left out.
+        Read the data written by [`Trajectory.to_dict`]. Unknown keys are ignored.
 
         Args:
             data (`dict`):
