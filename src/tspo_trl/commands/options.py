@@ -1,0 +1,43 @@
+"""The options that several commands share, so that a flag has one name and one text."""
+
+import argparse
+from typing import Any
+
+BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
+RETRIEVER_OPTIONS = ("corpus", "index", "retriever_url")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help starts with the docstring of its command."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_retriever_options(parser: Any, *, url: bool = True, several: bool = False) -> None:
+    """Add the options that choose a retriever: `several` allows one for each data set."""
+    count: dict[str, Any] = {"nargs": "+"} if several else {}
+    add = parser.add_argument
+    add("--corpus", **count, help="JSONL file of passages" + ("" if url else ", or 'demo'"))
+    add("--index", **count, help="saved BM25 index; with the backend 'lucene', a path or the name of a prebuilt index")
+    if url:
+        add("--retriever_url", **count, metavar="URL", help="address of a retrieval server, instead of passages")
+    add(
+        "--retriever_backend",
+        "--backend",
+        default="bm25",
+        choices=BACKENDS,
+        help="retriever of the corpus or index (default: %(default)s)",
+    )
+
+
+def add_output_option(parser: Any, default: str) -> None:
+    """Add `--output_dir`."""
+    parser.add_argument(
+        "--output_dir", default=default, metavar="OUT", help="folder of the results (default: %(default)s)"
+    )
+
+
+def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Refuse counts below 1; `None` is no count."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
