@@ -21,31 +21,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from transformers.utils import logging as transformers_logging
 
-from .. import (
-    BENCHMARKS,
-    CachedRetriever,
-    EvaluationResults,
-    Retriever,
-    SearchAgent,
-    compare_results,
-    evaluate,
-    load_benchmark,
-    load_questions,
-    open_retriever,
-)
-from ..engines.endpoint import EndpointError
-from ..evaluation.evaluate import EvaluationStopped
-from ..evaluation.folder import model_fingerprint
+from ..evaluation.results import EvaluationResults, compare_results
 from ..evaluation.tables import comparison_table, results_table
+from ..questions import BENCHMARKS, load_benchmark, load_questions
+from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from .options import add_output_option, add_retriever_options, check_at_least_one, make_parser
+
+if TYPE_CHECKING:  # torch and transformers are imported where they are used: `--help` is quick
+    from ..agent import SearchAgent
 
 ALL = "benchmarks"
 API_KEY = "OPENAI_API_KEY"
@@ -229,8 +218,11 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
     return {name: opened[tuple(given[place].values())] for name, place in places.items()}
 
 
-def load_agent(args: Namespace, where: str, retriever: Retriever) -> tuple[SearchAgent, dict[str, Any]]:
+def load_agent(args: Namespace, where: str, retriever: Retriever) -> tuple["SearchAgent", dict[str, Any]]:
     """A model, and the description of it that is written with the results."""
+    from ..agent import SearchAgent
+    from ..evaluation.folder import model_fingerprint
+
     names = (*SEARCH_LIMITS, "protocol", "prompt_template")
     settings = {name: value for name in names if (value := getattr(args, name)) is not None}
     sampling = {"do_sample": args.temperature > 0, "temperature": args.temperature or 1.0}
@@ -272,6 +264,8 @@ def evaluate_model(
     about: dict[str, Any],
 ) -> EvaluationResults:
     """Evaluate a model, and free its memory on return."""
+    from ..evaluation.evaluate import evaluate
+
     agent, of_model = load_agent(args, where, next(iter(retrievers.values())))
     return evaluate(
         agent,
@@ -305,8 +299,12 @@ def compare_finished(paths: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate the models of a command line, or compare two evaluations."""
+    args = parse_arguments(arguments)
+    from ..engines.endpoint import EndpointError
+    from ..evaluation.evaluate import EvaluationStopped
+
     try:
-        run(parse_arguments(arguments))
+        run(args)
     except (EvaluationStopped, EndpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -320,6 +318,9 @@ def run(args: Namespace) -> None:
         raise ValueError(
             "The evaluation runs as one process. To use several GPUs, serve the model on all of them and give its --endpoint."
         )
+    import torch
+    from transformers.utils import logging as transformers_logging
+
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output_dir = Path(args.output_dir)
