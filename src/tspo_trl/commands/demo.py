@@ -4,23 +4,23 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from rich.console import Console
 
-from ..demo import World, demonstrate, make_model, make_tokenizer, supervise, warm_start
-from ..demo.world import PROMPT as DEMO_PROMPT
 from ..retrieval import BM25Retriever, Passage, Retriever, iter_corpus
 from ..rollout.limits import SearchLimits
 from ..rollout.search_config import SearchConfig
-from ..rollout.tags import PROMPT, TagProtocol
+
+if TYPE_CHECKING:  # models are imported where they are made: `tspo audit` needs none
+    from ..demo import World
 
 DEMO = "demo"
 DEMO_CONFIG = Path(__file__).parent / "demo.yaml"
 
 
-def demo_datasets(world: World, max_train: int | None, max_eval: int | None) -> tuple[Dataset, Dataset]:
+def demo_datasets(world: "World", max_train: int | None, max_eval: int | None) -> tuple[Dataset, Dataset]:
     """The first training questions of the demo, and its first held-out questions."""
     train = Dataset.from_list([question.row() for question in world.train_questions[:max_train]])
     heldout = Dataset.from_list([question.row() for question in world.heldout_questions[:max_eval]])
@@ -34,7 +34,7 @@ def demo_retriever(passages: list[Passage], backend: str) -> Retriever:
     return BM25Retriever(passages, "rank_bm25" if backend == "rank_bm25" else "bm25s")
 
 
-def save_world(world: World, folder: Path) -> None:
+def save_world(world: "World", folder: Path) -> None:
     """Write the passages of the demo and its held-out questions, so that its models can be evaluated later."""
 
     def write(name: str, records: Iterable[Mapping[str, object]]) -> None:
@@ -49,9 +49,12 @@ def save_world(world: World, folder: Path) -> None:
 
 def save_demo_model(folder: Path, limits: SearchLimits, *, seed: int) -> None:
     """Make the tiny model of the demo, teach it to search, and save it with its tokenizer and search settings."""
+    from ..demo import make_tokenizer, warm_start
+    from ..demo.world import PROMPT
+
     tokenizer = make_tokenizer()
     model = warm_start(tokenizer, seed=seed, progress=True)
-    _save(model, tokenizer, folder, SearchConfig(prompt_template=DEMO_PROMPT, **asdict(limits)))
+    _save(model, tokenizer, folder, SearchConfig(prompt_template=PROMPT, **asdict(limits)))
 
 
 def save_tiny_model(
@@ -65,6 +68,9 @@ def save_tiny_model(
     steps: int,
 ) -> None:
     """Make a tiny model for other data: it learns the words of the corpus, and to search for the question."""
+    from ..demo import demonstrate, make_model, make_tokenizer, supervise
+    from ..rollout.tags import PROMPT, TagProtocol
+
     if corpus is None:
         raise ValueError("The model 'demo' learns its words from `corpus`: give it too, or another model.")
     Console().print("Making a tiny model for this data; it learns to search for the question, and little else.")

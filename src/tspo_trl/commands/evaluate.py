@@ -213,7 +213,7 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
             raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
         if (which := tuple(options.values())) not in opened:
             retriever = CachedRetriever(open_retriever(**options, backend=args.retriever_backend))
-            retriever.search(["test"], k=1)  # a server that does not answer is an error now
+            retriever.search(["test"], k=1)  # fail now if the server does not answer
             opened[which] = retriever
     return {name: opened[tuple(given[place].values())] for name, place in places.items()}
 

@@ -4,7 +4,12 @@ import argparse
 from typing import Any
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
-RETRIEVER_OPTIONS = ("corpus", "index", "retriever_url")
+BACKEND = "retriever of the corpus or index"
+RETRIEVER_OPTIONS = {  # name of the option -> its text in `--help`
+    "corpus": "JSONL file of passages",
+    "index": "saved BM25 index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
+    "retriever_url": "address of a retrieval server, instead of a corpus or an index",
+}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -13,19 +18,19 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_retriever_options(parser: Any, *, url: bool = True, several: bool = False) -> None:
-    """Add the options that choose a retriever: `several` allows one for each data set."""
+    """Add the options that choose a retriever. With `several`, each option takes one value for each data set."""
     count: dict[str, Any] = {"nargs": "+"} if several else {}
     add = parser.add_argument
-    add("--corpus", **count, help="JSONL file of passages" + ("" if url else ", or 'demo'"))
-    add("--index", **count, help="saved BM25 index; with the backend 'lucene', a path or the name of a prebuilt index")
+    add("--corpus", **count, help=RETRIEVER_OPTIONS["corpus"] + ("" if url else ", or 'demo'"))
+    add("--index", **count, help=RETRIEVER_OPTIONS["index"])
     if url:
-        add("--retriever_url", **count, metavar="URL", help="address of a retrieval server, instead of passages")
+        add("--retriever_url", **count, metavar="URL", help=RETRIEVER_OPTIONS["retriever_url"])
     add(
         "--retriever_backend",
         "--backend",
         default="bm25",
         choices=BACKENDS,
-        help="retriever of the corpus or index (default: %(default)s)",
+        help=f"{BACKEND} (default: %(default)s)",
     )
 
 
@@ -37,7 +42,7 @@ def add_output_option(parser: Any, default: str) -> None:
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """Refuse counts below 1; `None` is no count."""
+    """Refuse counts below 1. An option that was not given is `None`."""
     for name in names:
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")

@@ -1,7 +1,7 @@
 """Train a search agent.
 
-With no arguments, the embedded demo: a tiny model learns to search a fictional encyclopedia, in a few minutes on two CPU
-cores and without a network.
+Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
     accelerate launch recipes/train.py --config recipes/configs/hotpotqa_sample.yaml
@@ -14,7 +14,7 @@ cores and without a network.
     accelerate launch recipes/train.py --dataset_name mine.jsonl PeterJinGo/nq_hotpotqa_train \
         --eval_dataset_name nq hotpotqa --max_eval_questions 500 --eval_strategy steps --eval_steps 50 ...
 
-Every option of TSPOConfig is a flag and a key of the YAML files.
+Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
 import json
@@ -43,6 +43,7 @@ from ..training.curves import plot_curves
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
+from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS
 
 Questions: TypeAlias = Dataset | IterableDataset
 EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
@@ -57,14 +58,15 @@ class SearchArguments(ScriptArguments):
         dataset_name (`str` or `list[str]`, *optional*):
             Data sets on the Hub, files or folders, see [`load_questions`], or `"demo"`. Several are mixed.
         dataset_columns (`dict` or `str`, *optional*):
-            Columns of the data set by our names, for instance `{"question": "query", "golden_answers": "answers.text"}`.
+            Names of the columns in the data set, for instance `{"question": "query", "golden_answers": "answers.text"}`.
         eval_dataset_name (`list[str]`, *optional*):
             Evaluate on these instead of `dataset_test_split`: benchmarks by name, or data sets as in `dataset_name`. Each has
             its own metrics, for instance `eval_nq_reward`.
         corpus (`str`, *optional*):
             JSONL file of passages. The demo has its own.
         index (`str`, *optional*):
-            Saved index, used instead of `corpus`: of BM25, or of Lucene with the backend `"lucene"`. See [`~retrieval.open_retriever`].
+            Saved BM25 index, used instead of `corpus`; with the backend `"lucene"`, a path or the name of a prebuilt index. See
+            [`~retrieval.open_retriever`].
         retriever_url (`str`, *optional*):
             Address of a retrieval server, used instead of `corpus`, for instance of `tspo serve`.
         retriever_backend (`str`, *optional*, defaults to `"bm25"`):
@@ -76,32 +78,33 @@ class SearchArguments(ScriptArguments):
         demo_seed (`int`, *optional*, defaults to `0`):
             Seed of the fictional encyclopedia and of the warm start.
         warm_start_steps (`int`, *optional*, defaults to `300`):
-            Number of supervised steps that teach the model `"demo"` to search for the question, on data other than the demo.
+            Number of supervised steps that teach the model `"demo"` to search for the question, on data other than the
+            demo.
     """
 
     dataset_name: list[str] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Data sets on the Hub, files or folders, or 'demo'. Several are mixed."}
+        default=None, metadata={"help": "data sets on the Hub, files or folders, or 'demo'; several are mixed"}
     )
     dataset_columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": 'Columns of the data set by our names, as JSON: \'{"question": "query"}\'.'}
+        default=None, metadata={"help": 'names of the columns, as JSON: \'{"question": "query"}\''}
     )
     eval_dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Evaluate on these benchmarks or data sets instead of the test split."}
+        default=None, metadata={"help": "evaluate on these benchmarks or data sets instead of the test split"}
     )
-    corpus: str | None = field(default=None, metadata={"help": "A JSONL file of passages."})
-    index: str | None = field(default=None, metadata={"help": "A saved index instead of a corpus."})
-    retriever_url: str | None = field(default=None, metadata={"help": "A retrieval server instead of a corpus."})
-    retriever_backend: str = field(default="bm25", metadata={"help": "'bm25', 'rank_bm25' or 'lucene'."})
+    corpus: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["corpus"]})
+    index: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["index"]})
+    retriever_url: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["retriever_url"]})
+    retriever_backend: str = field(default="bm25", metadata={"help": f"{BACKEND}: {', '.join(BACKENDS)}"})
     max_train_questions: int | None = field(
-        default=None, metadata={"help": "Number of training questions (default: all)."}
+        default=None, metadata={"help": "number of training questions; all of them if not given"}
     )
     max_eval_questions: int | None = field(
-        default=None, metadata={"help": "Number of evaluation questions of each data set (default: all)."}
+        default=None, metadata={"help": "number of evaluation questions of each data set; all of them if not given"}
     )
-    demo_seed: int = field(default=0, metadata={"help": "Seed of the fictional encyclopedia and of the warm start."})
+    demo_seed: int = field(default=0, metadata={"help": "seed of the demo's encyclopedia and of the warm start"})
     warm_start_steps: int = field(
         default=300,
-        metadata={"help": "Supervised steps of the model 'demo' on data other than the demo."},
+        metadata={"help": "supervised steps of the model 'demo' on data other than the demo"},
     )
 
     def __post_init__(self):
@@ -130,7 +133,7 @@ def show(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def load_datasets(script_args: SearchArguments) -> tuple[Questions, Questions | dict[str, Questions] | None]:
+def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQuestions]:
     """The training questions, and the evaluation questions: the test split of the same data, or data sets by name."""
     sources: Any
     sources, config, split = script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split
@@ -167,7 +170,7 @@ def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | No
     options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
     if any(options.values()):
         retriever = open_retriever(**options, backend=script_args.retriever_backend)
-        retriever.search(["test"], k=1)  # a server that does not answer is an error now, not after the warm start
+        retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
         return retriever
     if logged:
         return None
@@ -255,7 +258,7 @@ def report(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[SearchArguments, TSPOConfig, ModelConfig]:
-    """The options; without a configuration or data set, those of the demo."""
+    """The options of the command line. Without a configuration or data set, they are those of the demo."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not any(a.startswith(("--config", "--dataset_name", "-h", "--help")) for a in arguments):
         arguments = ["--config", str(DEMO_CONFIG), *arguments]
