@@ -1,7 +1,9 @@
 """The command `tspo` and its subcommands."""
 
+import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -40,6 +42,20 @@ def test_an_unknown_command_names_the_nearest(capsys):
         main(["evalute"])
     assert stopped.value.code == 2
     assert "did you mean 'evaluate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit"])
+def test_columns_are_given_in_the_same_way(command, capsys):
+    parse = import_module(f"tspo_trl.commands.{command}").parse_arguments
+    options = ["--dataset", "x", "--corpus", "x", *(["--model", "m"] if command == "evaluate" else [])]
+    expected = {"question": "query", "golden_answers": "answers.text"}
+    assert parse(options).columns is None
+    assert parse([*options, "--columns", "question=query", "golden_answers=answers.text"]).columns == expected
+    assert parse([*options, "--columns", json.dumps(expected)]).columns == expected
+    for wrong in ("question", "=query", "{query}"):
+        with pytest.raises(SystemExit):
+            parse([*options, "--columns", wrong])
+        assert f"got {wrong!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["serve", "--help"]])

@@ -34,7 +34,15 @@ from ..questions.check import check_columns, check_row, is_list_of_strings
 from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
 from .demo import DEMO, demo_retriever
-from .options import RETRIEVER_OPTIONS, add_output_option, add_retriever_options, check_at_least_one, make_parser
+from .options import (
+    RETRIEVER_OPTIONS,
+    add_columns_option,
+    add_output_option,
+    add_retriever_options,
+    check_at_least_one,
+    make_parser,
+    read_columns,
+)
 
 matplotlib.use("Agg")
 QUERIES = 256  # maximum number of queries in a call of the retriever
@@ -53,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--dataset", required=True, help="a file or folder, a name on the Hub, a benchmark (nq, ...), or 'demo'")
     add("--dataset_config", help="configuration of a data set on the Hub")
-    add("--columns", type=json.loads, metavar="JSON", help='names of the columns: \'{"question": "query"}\'')
+    add_columns_option(parser)
     add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
     add("--max_questions", type=int, metavar="N", help="audit the first N questions (default: all)")
     add_retriever_options(parser)
@@ -68,6 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_output_option(parser, "runs/audit")
     args = parser.parse_args(arguments)
     check_at_least_one(parser, args, "max_questions")
+    read_columns(parser, args)
     if not 1 <= args.num_passages <= args.top_k:
         parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
     sources = [f"--{name}" for name in RETRIEVER_OPTIONS if getattr(args, name) is not None]

@@ -31,7 +31,14 @@ from ..evaluation.tables import comparison_table, results_table
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
-from .options import add_output_option, add_retriever_options, check_at_least_one, make_parser
+from .options import (
+    add_columns_option,
+    add_output_option,
+    add_retriever_options,
+    check_at_least_one,
+    make_parser,
+    read_columns,
+)
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: `--help` is quick
     from ..agent import SearchAgent
@@ -62,11 +69,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
             parser.error(f"--{name} is required")
     check_at_least_one(parser, args, "num_samples", "batch_size", "max_questions", "max_requests")
     _set_sampling(parser, args)
-    try:
-        args.model = dict(_named(spec) for spec in args.model)
-        args.columns = dict(_pair(spec, "--columns") for spec in args.columns)
-    except ValueError as error:
-        parser.error(str(error))
+    read_columns(parser, args)
+    args.model = dict(_named(spec) for spec in args.model)
     return args
 
 
@@ -99,13 +103,7 @@ def _add_question_options(group: Any) -> None:
         help=f"one or several data sets, or '{ALL}' for all seven benchmarks",
     )
     add("--split", help="split of data sets that have several")
-    add(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="names of the columns, for instance golden_answers=answers.text",
-    )
+    add_columns_option(group)
     add("--max_questions", type=int, metavar="N", help="draw N questions of each data set (default: all)")
 
 
@@ -144,14 +142,6 @@ def _set_sampling(parser: ArgumentParser, args: Namespace) -> None:
     args.batch_size = args.batch_size or (256 if args.endpoint else 64)
 
 
-def _pair(spec: str, option: str) -> tuple[str, str]:
-    """Our name and their name of a column."""
-    ours, separator, theirs = spec.partition("=")
-    if not (ours and separator and theirs):
-        raise ValueError(f"{option} must be like OURS=THEIRS, got {spec!r}")
-    return ours, theirs
-
-
 def _named(spec: str) -> tuple[str, str]:
     """The name of a model or data set, which is also the name of a folder, and its place."""
     name, separator, where = spec.partition("=")
@@ -172,7 +162,7 @@ def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], 
     for place, spec in enumerate(specs):
         name, where = _named(spec)
         if Path(where).exists() or "/" in where or Path(where).suffix:
-            dataset = load_questions(where, split=args.split, columns=args.columns or None, **options)
+            dataset = load_questions(where, split=args.split, columns=args.columns, **options)
         else:
             dataset = load_benchmark(where, **options)
             if BENCHMARKS[where.lower()].note:

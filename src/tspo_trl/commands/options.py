@@ -1,6 +1,7 @@
 """The options that several commands share, so that a flag has one name and one text."""
 
 import argparse
+import json
 from typing import Any
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
@@ -32,6 +33,33 @@ def add_retriever_options(parser: Any, *, url: bool = True, several: bool = Fals
         choices=BACKENDS,
         help=f"{BACKEND} (default: %(default)s)",
     )
+
+
+def add_columns_option(parser: Any) -> None:
+    """Add `--columns`, which [`read_columns`] reads."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="OURS=THEIRS",
+        help="names of the columns, for instance golden_answers=answers.text; or a JSON object",
+    )
+
+
+def read_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Replace `args.columns` by a dictionary of our names and theirs. It stays `None` if it was not given."""
+    if args.columns is None:
+        return
+    if args.columns[0].startswith("{"):
+        try:
+            args.columns = json.loads(" ".join(args.columns))
+        except json.JSONDecodeError as error:
+            parser.error(f"--columns must be a JSON object or like OURS=THEIRS, got {args.columns[0]!r}: {error}")
+        return
+    pairs = [spec.partition("=") for spec in args.columns]
+    for spec, (ours, _, theirs) in zip(args.columns, pairs, strict=True):
+        if not (ours and theirs):
+            parser.error(f"--columns must be like OURS=THEIRS, got {spec!r}")
+    args.columns = {ours: theirs for ours, _, theirs in pairs}
 
 
 def add_output_option(parser: Any, default: str) -> None:
