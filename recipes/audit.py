@@ -1,4 +1,4 @@
-"""Can this retriever and corpus support training on these questions, and which golds can FOLR use?
+"""Check whether a retriever and its corpus support training on given questions, and which golden answers FOLR can use.
 
 Run it before you spend GPU hours. It prints tables and a verdict, and writes OUT/audit.json and OUT/audit.png.
 
@@ -6,8 +6,9 @@ Run it before you spend GPU hours. It prints tables and a verdict, and writes OU
     python recipes/audit.py --dataset questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
     python recipes/audit.py --dataset demo
 
-Questions are rows of `question` and `golden_answers` (a list of strings). With `supporting_titles` (a list of strings) the
-ideal queries are tried too, with `supporting_ids` (a list of strings) the retriever itself is judged.
+Each row has a `question` and its `golden_answers` (a list of strings). With `supporting_titles` (a list of strings), the
+audit also searches for the titles as ideal queries; with `supporting_ids` (a list of strings), it measures the recall of
+the supporting passages.
 """
 
 from tspo_trl.commands.audit import main

@@ -6,9 +6,9 @@
     python recipes/serve_retriever.py --retriever_backend lucene --index wikipedia-kilt-doc
     python recipes/serve_retriever.py --corpus demo                                      # the demo's encyclopedia
 
-Train with it: `accelerate launch recipes/train.py --retriever_url http://localhost:8000 ...`. It speaks the dialects of
-Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall (`POST /search`, `POST /batch_search`); `GET /health`
-answers 200 when the index is loaded. Needs `pip install "tspo-trl[server]"`.
+Train with it: `accelerate launch recipes/train.py --retriever_url http://localhost:8000 ...`. The server supports the
+interfaces of Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall (`POST /search`, `POST /batch_search`);
+`GET /health` answers 200 when the index is loaded. Requires `pip install "tspo-trl[server]"`.
 """
 
 from tspo_trl.commands.serve import main

@@ -1,7 +1,7 @@
 """Train a search agent.
 
-With no arguments, the embedded demo: a tiny model learns to search a fictional encyclopedia, in a few minutes on two CPU
-cores and without a network.
+Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
     accelerate launch recipes/train.py --config recipes/configs/hotpotqa_sample.yaml
@@ -14,7 +14,7 @@ cores and without a network.
     accelerate launch recipes/train.py --dataset_name mine.jsonl PeterJinGo/nq_hotpotqa_train \
         --eval_dataset_name nq hotpotqa --max_eval_questions 500 --eval_strategy steps --eval_steps 50 ...
 
-Every option of TSPOConfig is a flag and a key of the YAML files.
+Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
 from tspo_trl.commands.train import SearchArguments, main

@@ -226,7 +226,7 @@ def test_real_questions_and_passages(tmp_path):
     assert data["unusable"]["in_question"]["questions"] == len(named)
     assert data["constant_answers"]["no"] == sum(r["golden_answers"] == ["no"] for r in rows) / 48
     assert data["chance"]["rates"][2] < data["plain"]["rates"][2] < data["ideal"]["rates"][2]
-    assert data["about"]["top_k"] == 20
+    assert (data["about"]["top_k"], data["about"]["retriever_backend"]) == (20, "bm25")
     printed = "".join(result.stdout.split())
     assert all("".join(line.split()) in printed for line in data["verdict"])
 

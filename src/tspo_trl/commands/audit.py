@@ -1,4 +1,4 @@
-"""Can this retriever and corpus support training on these questions, and which golds can FOLR use?
+"""Check whether a retriever and its corpus support training on given questions, and which golden answers FOLR can use.
 
 Run it before you spend GPU hours. It prints tables and a verdict, and writes OUT/audit.json and OUT/audit.png.
 
@@ -6,8 +6,9 @@ Run it before you spend GPU hours. It prints tables and a verdict, and writes OU
     tspo audit --dataset questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
     tspo audit --dataset demo
 
-Questions are rows of `question` and `golden_answers` (a list of strings). With `supporting_titles` (a list of strings) the
-ideal queries are tried too, with `supporting_ids` (a list of strings) the retriever itself is judged.
+Each row has a `question` and its `golden_answers` (a list of strings). With `supporting_titles` (a list of strings), the
+audit also searches for the titles as ideal queries; with `supporting_ids` (a list of strings), it measures the recall of
+the supporting passages.
 """
 
 import argparse
@@ -30,13 +31,22 @@ from rich.text import Text
 from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row, is_list_of_strings
-from ..retrieval import BM25Retriever, Passage, Retriever
+from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
+from .demo import DEMO, demo_retriever
+from .options import (
+    RETRIEVER_OPTIONS,
+    add_columns_option,
+    add_output_option,
+    add_retriever_options,
+    check_at_least_one,
+    make_parser,
+    read_columns,
+)
 
 matplotlib.use("Agg")
-DEMO = "demo"
-QUERIES = 256  # in one call of the retriever
-SEED = 0  # of the pairs of questions that the chance level is measured on
+QUERIES = 256  # maximum number of queries in a call of the retriever
+SEED = 0  # of the random order of questions, which gives the chance level
 CURVES = {  # field of the audit -> its name, its colour
     "ideal": ("ideal queries", "#3a9d5d"),
     "supporting": ("supporting recall", "#8d80c4"),
@@ -46,32 +56,30 @@ CURVES = {  # field of the audit -> its name, its colour
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of the audit."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="a file or folder, a name on the Hub, a benchmark (nq, ...), or 'demo'")
     add("--dataset_config", help="configuration of a data set on the Hub")
-    add("--columns", type=json.loads, metavar="JSON", help='where columns are found: \'{"question": "query"}\'')
+    add_columns_option(parser)
     add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
     add("--max_questions", type=int, metavar="N", help="audit the first N questions (default: all)")
-    add("--corpus", help="a JSONL file of passages")
-    add("--index", help="a saved index instead of, or of, the corpus")
-    add("--retriever_url", metavar="URL", help="a retrieval server instead of a corpus")
+    add_retriever_options(parser)
+    add("--top_k", type=int, default=20, metavar="N", help="maximum number of passages (default: %(default)s)")
     add(
-        "--retriever_backend",
-        "--backend",
-        default="bm25",
-        choices=("bm25", "bm25s", "rank_bm25", "lucene"),
-        help="(default: %(default)s)",
+        "--num_passages",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of passages for each search in training (default: %(default)s)",
     )
-    add("--top_k", type=int, default=20, help="most passages of a search (default: %(default)s)")
-    add("--num_passages", type=int, default=3, help="passages of a search in training (default: %(default)s)")
-    add("--output_dir", default="runs/audit", metavar="OUT", help="(default: %(default)s)")
+    add_output_option(parser, "runs/audit")
     args = parser.parse_args(arguments)
-    if args.max_questions is not None and args.max_questions < 1:
-        parser.error(f"--max_questions must be at least 1, got {args.max_questions}")
+    check_at_least_one(parser, args, "max_questions")
+    read_columns(parser, args)
     if not 1 <= args.num_passages <= args.top_k:
         parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
-    sources = [f"--{name}" for name in ("corpus", "index", "retriever_url") if getattr(args, name) is not None]
+    sources = [f"--{name}" for name in RETRIEVER_OPTIONS if getattr(args, name) is not None]
     if args.dataset == DEMO and sources:
         parser.error(f"--dataset demo brings its own passages, got {' and '.join(sources)} too")
     if args.dataset != DEMO and not sources:
@@ -115,11 +123,11 @@ def read_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def search_all(rows: Sequence[Mapping[str, Any]], retriever: Retriever, top_k: int) -> list[Ranks]:
-    """Search for every question once, and keep the ranks alone."""
+    """Search for every question once, and keep only the ranks."""
     order = random.Random(SEED).sample(range(len(rows)), len(rows))
     queries = [[row["question"], *row["supporting_titles"]] for row in rows]
     size = max(1, QUERIES // max(map(len, queries)))
-    # The chance level of a question is measured on the passages of the one before it, in random order
+    # The chance level of a question is measured on the passages of the previous question, in random order
     before = retriever.search(queries[order[-1]][:1], top_k)[0] if len(rows) > 1 else []
     ranks: dict[int, Ranks] = {}
     console = Console(stderr=True)
@@ -145,7 +153,9 @@ def report(audit: Audit) -> None:
         for name, curve in curves.items():
             table.add_row(CURVES[name][0], str(curve.questions), *(f"{curve.rates[k - 1]:.3f}" for k in shown))
         console.print(table)
-    table = Table("", "questions", "share", "examples", title="Golds that FOLR cannot use, or that say little")
+    table = Table(
+        "", "questions", "share", "examples", title="Golds that FOLR cannot use, or that carry little information"
+    )
     for reason, name in {**REASONS, "chance": f"in {audit.num_passages} passages of another question"}.items():
         entry = audit.unusable[reason]
         examples = " | ".join(escape(short(example["gold"], 30)) for example in entry["examples"])
@@ -201,7 +211,7 @@ def plot(audit: Audit, path: Path, title: str) -> None:
 
 
 def short(text: str, width: int) -> str:
-    """The text in one line, cut where it is longer."""
+    """The text in one line, cut to a maximum width."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -212,9 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, passages = load_rows(args)
     retriever: Retriever
     if args.dataset == DEMO:
-        retriever = BM25Retriever(
-            passages, backend="bm25s" if args.retriever_backend == "bm25" else args.retriever_backend
-        )
+        retriever = demo_retriever(passages, args.retriever_backend)
     else:
         retriever = open_retriever(
             corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend

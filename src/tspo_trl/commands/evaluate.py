@@ -1,118 +1,136 @@
-"""Evaluate models on questions with golden answers: exact match, F1, what was found, and how sure all that is.
+"""Evaluate models on questions with golden answers: exact match, F1 and retrieval, with confidence intervals.
 
     tspo evaluate --model my-search-agent --dataset benchmarks --retriever_url http://localhost:8000
     tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset questions.jsonl --corpus passages.jsonl
     tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset hotpotqa ...
     tspo evaluate --compare runs/evaluation/base runs/evaluation/trained
 
-A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with OpenAI's
-interface. A data set is one of the seven benchmarks (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle; all
-of them: benchmarks), a file with 'question' and 'golden_answers' (JSONL, JSON, CSV, parquet), or a data set on the Hub. Both may
-be given as NAME=WHERE. Kill it at any moment: the same command goes on where it was.
+A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with the OpenAI
+interface. A data set is one of the seven benchmarks (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle;
+'benchmarks' means all of them), a file with 'question' and 'golden_answers' (JSONL, JSON, CSV, parquet), or a data set on
+the Hub. NAME=MODEL and NAME=DATASET name them in the results. An evaluation can be stopped at any time: the same command
+resumes it.
 """
 
-import argparse
 import gc
 import json
 import os
 import re
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from transformers.utils import logging as transformers_logging
 
-from .. import (
-    BENCHMARKS,
-    CachedRetriever,
-    EvaluationResults,
-    Retriever,
-    SearchAgent,
-    compare_results,
-    evaluate,
-    load_benchmark,
-    load_questions,
-    open_retriever,
-)
-from ..engines.endpoint import EndpointError
-from ..evaluation.evaluate import EvaluationStopped
-from ..evaluation.folder import model_fingerprint
+from ..evaluation.results import EvaluationResults, compare_results
 from ..evaluation.tables import comparison_table, results_table
+from ..questions import BENCHMARKS, load_benchmark, load_questions
+from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
+from .options import (
+    add_columns_option,
+    add_output_option,
+    add_retriever_options,
+    check_at_least_one,
+    make_parser,
+    read_columns,
+)
+
+if TYPE_CHECKING:  # torch and transformers are imported where they are used: `--help` is quick
+    from ..agent import SearchAgent
 
 ALL = "benchmarks"
 API_KEY = "OPENAI_API_KEY"
 SEARCH_LIMITS = tuple(limit.name for limit in fields(SearchLimits))
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what is evaluated")
+def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
+    """The options of the evaluation, with models and columns as dictionaries."""
+    parser = make_parser(__doc__)
+    _add_model_options(parser.add_argument_group("models"))
+    _add_question_options(parser.add_argument_group("questions"))
+    group = parser.add_argument_group("passages: one value for all data sets, or one for each data set in their order")
+    add_retriever_options(group, several=True)
+    _add_rollout_options(
+        parser.add_argument_group("rollouts (search settings default to those in the model's search_config.json)")
+    )
+    _add_result_options(parser.add_argument_group("results"))
+    args = parser.parse_args(arguments)
+    if args.compare:
+        if args.model or args.dataset:
+            parser.error("--compare reads finished evaluations: it goes without --model and --dataset")
+        return args
+    for name in ("model", "dataset"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is required")
+    check_at_least_one(parser, args, "num_samples", "batch_size", "max_questions", "max_requests")
+    _set_sampling(parser, args)
+    read_columns(parser, args)
+    args.model = dict(_named(spec) for spec in args.model)
+    return args
+
+
+def _add_model_options(group: Any) -> None:
+    """Add the options that load a model or reach it."""
     add = group.add_argument
     add(
         "--model",
         nargs="+",
         metavar="[NAME=]MODEL",
-        help="one or several models; the others are compared with the first",
+        help="one or several models; the first is compared with each of the others",
     )
-    add("--endpoint", metavar="URL", help=f"a server that has the models; its API key is read from {API_KEY}")
+    add("--endpoint", metavar="URL", help=f"server that has the models; {API_KEY} gives its API key")
     add(
         "--tokenizer",
         help="tokenizer of the endpoint's model: a folder or a name on the Hub (default: the model's name)",
     )
-    add("--base_model", help="base model of an adapter (default: the one that it names)")
+    add("--base_model", help="base model of an adapter (default: the one named by the adapter)")
     add("--dtype", default="auto", help="type of the weights (default: %(default)s)")
-    add("--device", help="(default: the accelerator if there is one)")
-    group = parser.add_argument_group("questions")
+    add("--device", help="device of the model (default: the accelerator if there is one)")
+
+
+def _add_question_options(group: Any) -> None:
+    """Add the options that choose the questions."""
     add = group.add_argument
-    add("--dataset", nargs="+", metavar="[NAME=]DATASET", help=f"one or several data sets, or '{ALL}': all seven")
-    add("--split", help="split of data sets that have several")
     add(
-        "--columns",
+        "--dataset",
         nargs="+",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="columns of other names: golden_answers=answers.text",
+        metavar="[NAME=]DATASET",
+        help=f"one or several data sets, or '{ALL}' for all seven benchmarks",
     )
+    add("--split", help="split of data sets that have several")
+    add_columns_option(group)
     add("--max_questions", type=int, metavar="N", help="draw N questions of each data set (default: all)")
-    group = parser.add_argument_group("what is searched in: one for all data sets, or one for each in their order")
-    add = group.add_argument
-    add("--corpus", nargs="+", help="a JSONL file of passages")
-    add("--index", nargs="+", help="a saved index instead of, or of, the corpus")
-    add("--retriever_url", nargs="+", metavar="URL", help="a retrieval server instead")
-    add("--retriever_backend", default="bm25", help="bm25, rank_bm25 or lucene (default: %(default)s)")
-    group = parser.add_argument_group("rollouts (search settings default to the model's search_config.json)")
+
+
+def _add_rollout_options(group: Any) -> None:
+    """Add the search settings and how rollouts are sampled."""
     add = group.add_argument
     for limit in fields(SearchLimits):
         add(f"--{limit.name}", type=int, metavar="N", help=limit.metadata["help"])
-    add("--protocol", choices=("tags", "tool_call"), help="how actions are written")
-    add("--prompt_template", help="what prompts are written from, with '{question}' in it")
-    add("--num_samples", type=int, default=1, metavar="N", help="rollouts of a question (default: %(default)s)")
+    add("--protocol", choices=("tags", "tool_call"), help="format of the model's actions")
+    add("--prompt_template", help="template of the prompts, which contains '{question}'")
+    add("--num_samples", type=int, default=1, metavar="N", help="rollouts of each question (default: %(default)s)")
     add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 1 for several)")
-    add("--batch_size", type=int, help="rollouts at a time (default: 64, at an endpoint 256)")
-    add("--max_requests", type=int, default=64, help="requests to an endpoint at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of drawing questions and of sampling (default: %(default)s)")
-    group = parser.add_argument_group("results")
+    add("--batch_size", type=int, metavar="N", help="rollouts at a time (default: 64, at an endpoint 256)")
+    add("--max_requests", type=int, default=64, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the questions drawn and of sampling (default: %(default)s)")
+
+
+def _add_result_options(group: Any) -> None:
+    """Add the options of scores and results."""
     add = group.add_argument
     add("--scorer", default="tspo", choices=("tspo", "search_r1"), help="search_r1: also score as Search-R1 does")
-    add("--output_dir", default="runs/evaluation", metavar="OUT", help="(default: %(default)s)")
-    add("--compare", nargs=2, metavar=("A", "B"), help="compare two evaluations instead: folders of models in OUT")
-    args = parser.parse_args(arguments)
-    if args.compare:
-        if args.model or args.dataset:
-            parser.error("--compare reads what was evaluated: it goes without --model and --dataset")
-        return args
-    for name in ("model", "dataset"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is required")
-    for name in ("num_samples", "batch_size", "max_questions", "max_requests"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    add_output_option(group, "runs/evaluation")
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two finished evaluations: folders of models in OUT")
+
+
+def _set_sampling(parser: ArgumentParser, args: Namespace) -> None:
+    """Set temperature and batch size, whose defaults depend on other options, and refuse what cannot be combined."""
     if args.temperature is None:
         args.temperature = 0.0 if args.num_samples == 1 else 1.0
     if args.temperature < 0:
@@ -120,25 +138,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.temperature == 0 and args.num_samples > 1:
         parser.error(f"--num_samples {args.num_samples} at --temperature 0 would be the same rollout each time")
     if args.endpoint and args.base_model:
-        parser.error("--base_model is of adapters that are loaded here, not of an --endpoint")
+        parser.error("--base_model applies to adapters loaded here, not to an --endpoint")
     args.batch_size = args.batch_size or (256 if args.endpoint else 64)
-    try:
-        args.model = dict(_named(spec) for spec in args.model)
-        args.columns = dict(_pair(spec, "--columns") for spec in args.columns)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def _pair(spec: str, option: str) -> tuple[str, str]:
-    ours, separator, theirs = spec.partition("=")
-    if not (ours and separator and theirs):
-        raise ValueError(f"{option} must be like OURS=THEIRS, got {spec!r}")
-    return ours, theirs
 
 
 def _named(spec: str) -> tuple[str, str]:
-    """A name, which becomes a folder, and what has it."""
+    """The name of a model or data set, which is also the name of a folder, and its place."""
     name, separator, where = spec.partition("=")
     if not separator or "/" in name or "\\" in name:
         name, where = Path(spec.rstrip("/")).name, spec
@@ -147,8 +152,8 @@ def _named(spec: str) -> tuple[str, str]:
     return re.sub(r"[^\w.@+-]", "_", name).lstrip(".") or "model", where
 
 
-def load_datasets(args: argparse.Namespace) -> tuple[dict[str, Dataset], dict[str, int], dict[str, str]]:
-    """The data sets by name, which of the options each comes from, and what is to be said about it."""
+def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], dict[str, str]]:
+    """The data sets by name, the place of each in `--dataset`, and the note on each benchmark that has one."""
     specs = [name for spec in args.dataset for name in (BENCHMARKS if spec == ALL else [spec])]
     datasets: dict[str, Dataset] = {}
     places: dict[str, int] = {}
@@ -157,7 +162,7 @@ def load_datasets(args: argparse.Namespace) -> tuple[dict[str, Dataset], dict[st
     for place, spec in enumerate(specs):
         name, where = _named(spec)
         if Path(where).exists() or "/" in where or Path(where).suffix:
-            dataset = load_questions(where, split=args.split, columns=args.columns or None, **options)
+            dataset = load_questions(where, split=args.split, columns=args.columns, **options)
         else:
             dataset = load_benchmark(where, **options)
             if BENCHMARKS[where.lower()].note:
@@ -171,7 +176,7 @@ def load_datasets(args: argparse.Namespace) -> tuple[dict[str, Dataset], dict[st
 
 
 def by_source(name: str, dataset: Dataset) -> dict[str, Dataset]:
-    """The parts of a mixed data set, each a data set of its own."""
+    """Each part of a mixed data set as a separate data set."""
     rows: dict[str, list[int]] = {}
     for i, source in enumerate(dataset["data_source"]):
         rows.setdefault(str(source), []).append(i)
@@ -180,7 +185,7 @@ def by_source(name: str, dataset: Dataset) -> dict[str, Dataset]:
     return {re.sub(r"[^\w.@+-]", "_", f"{name}-{source}"): dataset.select(part) for source, part in rows.items()}
 
 
-def open_retrievers(args: argparse.Namespace, places: dict[str, int]) -> dict[str, Retriever]:
+def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retriever]:
     """The retriever of each data set."""
     count = len(set(places.values()))
     given: list[dict[str, str | None]] = [{} for _ in range(count)]
@@ -198,13 +203,16 @@ def open_retrievers(args: argparse.Namespace, places: dict[str, int]) -> dict[st
             raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
         if (which := tuple(options.values())) not in opened:
             retriever = CachedRetriever(open_retriever(**options, backend=args.retriever_backend))
-            retriever.search(["test"], k=1)  # a server that does not answer is an error now
+            retriever.search(["test"], k=1)  # fail now if the server does not answer
             opened[which] = retriever
     return {name: opened[tuple(given[place].values())] for name, place in places.items()}
 
 
-def load_agent(args: argparse.Namespace, where: str, retriever: Retriever) -> tuple[SearchAgent, dict[str, Any]]:
-    """A model, and what is written down about it."""
+def load_agent(args: Namespace, where: str, retriever: Retriever) -> tuple["SearchAgent", dict[str, Any]]:
+    """A model, and the description of it that is written with the results."""
+    from ..agent import SearchAgent
+    from ..evaluation.folder import model_fingerprint
+
     names = (*SEARCH_LIMITS, "protocol", "prompt_template")
     settings = {name: value for name in names if (value := getattr(args, name)) is not None}
     sampling = {"do_sample": args.temperature > 0, "temperature": args.temperature or 1.0}
@@ -238,14 +246,16 @@ def load_agent(args: argparse.Namespace, where: str, retriever: Retriever) -> tu
 
 
 def evaluate_model(
-    args: argparse.Namespace,
+    args: Namespace,
     where: str,
     datasets: dict[str, Dataset],
     retrievers: dict[str, Retriever],
     output_dir: Path,
     about: dict[str, Any],
 ) -> EvaluationResults:
-    """Evaluate a model and let it go."""
+    """Evaluate a model, and free its memory on return."""
+    from ..evaluation.evaluate import evaluate
+
     agent, of_model = load_agent(args, where, next(iter(retrievers.values())))
     return evaluate(
         agent,
@@ -262,32 +272,45 @@ def evaluate_model(
 def compare_models(
     first: EvaluationResults, second: EvaluationResults, names: Sequence[str]
 ) -> tuple[dict[str, Any], str]:
+    """The comparison of two models, and its table."""
     comparison = compare_results(first, second)
     return comparison, comparison_table(comparison, *names)
 
 
+def compare_finished(paths: Sequence[str]) -> None:
+    """Print the comparison of two finished evaluations."""
+    names = [str(Path(path).parent.name if Path(path).is_file() else Path(path).name) for path in paths]
+    if names[0] == names[1]:
+        names = list(paths)
+    first, second = (EvaluationResults.load(path) for path in paths)
+    _, text = compare_models(first, second, names)
+    print(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate the models of a command line, or compare two evaluations."""
+    args = parse_arguments(arguments)
+    from ..engines.endpoint import EndpointError
+    from ..evaluation.evaluate import EvaluationStopped
+
     try:
-        run(parse_arguments(arguments))
+        run(args)
     except (EvaluationStopped, EndpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate and compare as asked."""
+def run(args: Namespace) -> None:
+    """Evaluate and compare the models, or compare two finished evaluations."""
     if args.compare:
-        names = [str(Path(path).parent.name if Path(path).is_file() else Path(path).name) for path in args.compare]
-        if names[0] == names[1]:
-            names = list(args.compare)
-        first, second = (EvaluationResults.load(path) for path in args.compare)
-        _, text = compare_models(first, second, names)
-        print(text)
+        compare_finished(args.compare)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "It runs as one process. For several GPUs, serve the model on all of them and give its --endpoint."
+            "The evaluation runs as one process. To use several GPUs, serve the model on all of them and give its --endpoint."
         )
+    import torch
+    from transformers.utils import logging as transformers_logging
+
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output_dir = Path(args.output_dir)
@@ -299,8 +322,13 @@ def run(args: argparse.Namespace) -> None:
         if len(args.model) > 1:
             print(f"Model {name}: {where}", file=sys.stderr)
         results[name] = evaluate_model(args, where, datasets, retrievers, output_dir / name, about)
-        gc.collect()  # the next model needs the room
+        gc.collect()  # the next model needs the memory
         torch.cuda.empty_cache()
+    report(results, notes, output_dir)
+
+
+def report(results: dict[str, EvaluationResults], notes: dict[str, str], output_dir: Path) -> None:
+    """Print and write the table of results and the comparisons with the first model."""
     parts = [results_table({name: result.summary() for name, result in results.items()})]
     for note in dict.fromkeys(notes.values()):
         parts.append(f"{', '.join(name for name in notes if notes[name] == note)}: {note}")
@@ -313,4 +341,6 @@ def run(args: argparse.Namespace) -> None:
     text = "\n\n".join(parts)
     (output_dir / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    print(f"\nWritten: {output_dir / 'results.md'}, and for each model results.json, scores and trajectories beside it")
+    print(
+        f"\nWritten: {output_dir / 'results.md'}, and for each model a folder with results.json, scores and trajectories"
+    )

@@ -12,7 +12,7 @@ COMMANDS = {
     "audit": "Check whether a retriever and its corpus support training on given questions.",
     "serve": "Serve a retriever over HTTP.",
     "inspect": "Write the rollouts of a run as one page, with rewards and advantages.",
-    "memory": "Estimate the peak memory of a GPU in training.",
+    "memory": "Estimate the peak GPU memory of training.",
 }
 
 

@@ -1,4 +1,4 @@
-"""`tspo memory`: estimate the peak memory of a GPU in training."""
+"""`tspo memory`: estimate the peak GPU memory of training."""
 
 from ..memory.estimate import main
 

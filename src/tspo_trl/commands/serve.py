@@ -6,15 +6,15 @@
     tspo serve --retriever_backend lucene --index wikipedia-kilt-doc
     tspo serve --corpus demo                                      # the demo's encyclopedia
 
-Train with it: `accelerate launch recipes/train.py --retriever_url http://localhost:8000 ...`. It speaks the dialects of
-Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall (`POST /search`, `POST /batch_search`); `GET /health`
-answers 200 when the index is loaded. Needs `pip install "tspo-trl[server]"`.
+Train with it: `accelerate launch recipes/train.py --retriever_url http://localhost:8000 ...`. The server supports the
+interfaces of Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall (`POST /search`, `POST /batch_search`);
+`GET /health` answers 200 when the index is loaded. Requires `pip install "tspo-trl[server]"`.
 """
 
-import argparse
 import os
 import socket
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -22,37 +22,43 @@ import uvicorn
 
 from ..retrieval import BM25Retriever, Retriever, open_retriever
 from ..retrieval.server import ServerLimits, create_app
+from .options import add_retriever_options, make_parser
+
+LIMITS = {
+    "max_body_bytes": "maximum size of a request in bytes",
+    "max_queries": "maximum number of queries in a request",
+    "max_query_chars": "maximum number of characters of a query",
+    "max_topk": "maximum number of passages for each query",
+}
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", help="a JSONL file of passages, or 'demo'")
-    parser.add_argument(
-        "--index", help="a saved BM25 index; with the backend 'lucene' a path or the name of a prebuilt one"
+def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
+    """The options of the server."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add_retriever_options(parser, url=False)
+    add("--save_index", metavar="FOLDER", help="save the BM25 index of the corpus in this folder, for --index")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve; '0.0.0.0' also serves other machines (default: %(default)s)",
     )
-    parser.add_argument(
-        "--retriever_backend", "--backend", default="bm25", help="'bm25' (default), 'rank_bm25' or 'lucene'"
+    add("--port", type=int, default=8000, help="port to serve (default: %(default)s)")
+    add(
+        "--topk", type=int, default=3, metavar="N", help="passages for requests without a number (default: %(default)s)"
     )
-    parser.add_argument("--save_index", help="save the BM25 index of the corpus in this folder, for --index")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="'0.0.0.0' serves other machines too (default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument(
-        "--topk", type=int, default=3, help="passages for requests that do not say (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--demo_seed", type=int, default=0, help="seed of the demo's encyclopedia (default: %(default)s)"
-    )
+    add("--demo_seed", type=int, default=0, help="seed of the demo's encyclopedia (default: %(default)s)")
     for limit in fields(ServerLimits):
-        parser.add_argument(f"--{limit.name}", type=int, default=limit.default, help="a limit (default: %(default)s)")
+        text = f"{LIMITS[limit.name]} (default: %(default)s)"
+        add(f"--{limit.name}", type=int, default=limit.default, metavar="N", help=text)
     args = parser.parse_args(arguments)
     if args.corpus is None and args.index is None:
         parser.error("--corpus or --index is required")
     return args
 
 
-def open_as_asked(arguments: argparse.Namespace) -> Retriever:
+def open_as_asked(arguments: Namespace) -> Retriever:
+    """The retriever of the options. Saves its index if asked to."""
     retriever: Retriever
     if arguments.corpus == "demo":
         from ..demo import make_world
@@ -62,7 +68,7 @@ def open_as_asked(arguments: argparse.Namespace) -> Retriever:
         retriever = open_retriever(corpus=arguments.corpus, index=arguments.index, backend=arguments.retriever_backend)
     if arguments.save_index is not None:
         if not isinstance(retriever, BM25Retriever):
-            raise ValueError(f"--save_index saves indexes of BM25 only, this is {retriever!r}.")
+            raise ValueError(f"--save_index can save only an index of BM25, got {retriever!r}.")
         retriever.save(arguments.save_index)
     print(f"{retriever!r} is ready.", file=sys.stderr, flush=True)
     return retriever
@@ -82,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Clients keep their connections while the model generates
     config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_keep_alive=120)
     server = uvicorn.Server(config)
-    listener = config.bind_socket()  # a port that is taken is an error now, not after the index was loaded
-    # asyncio sets this on sockets of its own only; without, a small reply waits 40 ms for an acknowledgement
+    listener = config.bind_socket()  # a port in use is an error now, not after the index is loaded
+    # asyncio sets this only on sockets that it opens. Without it, a small reply waits 40 ms for an acknowledgement
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
-        os._exit(130)  # without waiting for an index that is being loaded
+        os._exit(130)  # does not wait for an index that is still loading
     if failures or not server.started:
         sys.exit(1)

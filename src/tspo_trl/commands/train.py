@@ -1,7 +1,7 @@
 """Train a search agent.
 
-With no arguments, the embedded demo: a tiny model learns to search a fictional encyclopedia, in a few minutes on two CPU
-cores and without a network.
+Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
     accelerate launch recipes/train.py --config recipes/configs/hotpotqa_sample.yaml
@@ -14,14 +14,14 @@ cores and without a network.
     accelerate launch recipes/train.py --dataset_name mine.jsonl PeterJinGo/nq_hotpotqa_train \
         --eval_dataset_name nq hotpotqa --max_eval_questions 500 --eval_strategy steps --eval_steps 50 ...
 
-Every option of TSPOConfig is a flag and a key of the YAML files.
+Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,86 +33,78 @@ from rich.table import Table
 from transformers import ProgressCallback, set_seed
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import (
-    BENCHMARKS,
-    BM25Retriever,
-    Passage,
-    Retriever,
-    SearchConfig,
-    TagProtocol,
-    TSPOConfig,
-    TSPOTrainer,
-    load_benchmark,
-    load_questions,
-    question_splits,
-)
-from ..demo import World, demonstrate, make_model, make_tokenizer, make_world, supervise, warm_start
-from ..demo.world import PROMPT as DEMO_PROMPT
-from ..questions import source_name
-from ..retrieval import iter_corpus, open_retriever
+from ..demo import make_world
+from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
+from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
-from ..rollout.tags import PROMPT
 from ..training.checkpoints import last_checkpoint
+from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
 from ..training.signals import StopOnSignal
+from ..training.trainer import TSPOTrainer
+from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
+from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS
 
-DEMO_CONFIG = Path(__file__).parent / "demo.yaml"
-DEMO = "demo"
 Questions: TypeAlias = Dataset | IterableDataset
+EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
 
 
 @dataclass
 class SearchArguments(ScriptArguments):
     """
-    Where the questions and the passages come from, beside the arguments of [`~trl.ScriptArguments`].
+    Arguments for the questions and the passages, in addition to those of [`~trl.ScriptArguments`].
 
     Args:
         dataset_name (`str` or `list[str]`, *optional*):
             Data sets on the Hub, files or folders, see [`load_questions`], or `"demo"`. Several are mixed.
         dataset_columns (`dict` or `str`, *optional*):
-            Where columns of other names are found, for instance `{"question": "query", "golden_answers": "answers.text"}`.
+            Names of the columns in the data set, for instance `{"question": "query", "golden_answers": "answers.text"}`.
         eval_dataset_name (`list[str]`, *optional*):
-            Evaluate on these instead of `dataset_test_split`: benchmarks by name, or what `dataset_name` may be. Each has
-            metrics of its own, for instance `eval_nq_reward`.
+            Evaluate on these instead of `dataset_test_split`: benchmarks by name, or data sets as in `dataset_name`. Each has
+            its own metrics, for instance `eval_nq_reward`.
         corpus (`str`, *optional*):
-            A JSONL file of passages. The demo brings its own.
+            JSONL file of passages. The demo has its own.
         index (`str`, *optional*):
-            A saved index instead: of BM25, or of Lucene with the backend `"lucene"`. See [`~retrieval.open_retriever`].
+            Saved BM25 index, used instead of `corpus`; with the backend `"lucene"`, a path or the name of a prebuilt index. See
+            [`~retrieval.open_retriever`].
         retriever_url (`str`, *optional*):
-            A retrieval server instead, for instance `recipes/serve_retriever.py`.
+            Address of a retrieval server, used instead of `corpus`, for instance of `tspo serve`.
         retriever_backend (`str`, *optional*, defaults to `"bm25"`):
             `"bm25"`, `"rank_bm25"` or `"lucene"`.
         max_train_questions (`int`, *optional*):
-            Train on so many questions, drawn with a fixed seed; of the demo or a stream, the first.
+            Number of training questions, drawn with a fixed seed; the first ones of the demo or of a stream. Defaults to all.
         max_eval_questions (`int`, *optional*):
-            Evaluate on so many questions of every data set, likewise.
+            Number of evaluation questions of each data set, chosen in the same way. Defaults to all.
         demo_seed (`int`, *optional*, defaults to `0`):
             Seed of the fictional encyclopedia and of the warm start.
         warm_start_steps (`int`, *optional*, defaults to `300`):
-            With the model `"demo"` on other data: supervised steps that teach it to search for the question.
+            Number of supervised steps that teach the model `"demo"` to search for the question, on data other than the
+            demo.
     """
 
     dataset_name: list[str] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Data sets on the Hub, files or folders, or 'demo'. Several are mixed."}
+        default=None, metadata={"help": "data sets on the Hub, files or folders, or 'demo'; several are mixed"}
     )
     dataset_columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": 'Where columns are found, as JSON: \'{"question": "query"}\'.'}
+        default=None, metadata={"help": 'names of the columns, as JSON: \'{"question": "query"}\''}
     )
     eval_dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Evaluate on these benchmarks or data sets instead of the test split."}
+        default=None, metadata={"help": "evaluate on these benchmarks or data sets instead of the test split"}
     )
-    corpus: str | None = field(default=None, metadata={"help": "A JSONL file of passages."})
-    index: str | None = field(default=None, metadata={"help": "A saved index instead of a corpus."})
-    retriever_url: str | None = field(default=None, metadata={"help": "A retrieval server instead of a corpus."})
-    retriever_backend: str = field(default="bm25", metadata={"help": "'bm25', 'rank_bm25' or 'lucene'."})
-    max_train_questions: int | None = field(default=None, metadata={"help": "Train on so many questions."})
+    corpus: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["corpus"]})
+    index: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["index"]})
+    retriever_url: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["retriever_url"]})
+    retriever_backend: str = field(default="bm25", metadata={"help": f"{BACKEND}: {', '.join(BACKENDS)}"})
+    max_train_questions: int | None = field(
+        default=None, metadata={"help": "number of training questions; all of them if not given"}
+    )
     max_eval_questions: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many questions of every data set."}
+        default=None, metadata={"help": "number of evaluation questions of each data set; all of them if not given"}
     )
-    demo_seed: int = field(default=0, metadata={"help": "Seed of the fictional encyclopedia and of the warm start."})
+    demo_seed: int = field(default=0, metadata={"help": "seed of the demo's encyclopedia and of the warm start"})
     warm_start_steps: int = field(
         default=300,
-        metadata={"help": "With the model 'demo' on other data: supervised steps that teach it to search."},
+        metadata={"help": "supervised steps of the model 'demo' on data other than the demo"},
     )
 
     def __post_init__(self):
@@ -128,7 +120,7 @@ class SearchArguments(ScriptArguments):
 
 
 class ShortProgress(ProgressCallback):
-    """The progress bar with the metrics that matter beside it, instead of every metric on lines of its own."""
+    """A progress bar that shows the main metrics, instead of a line for each metric."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs and "reward" in logs:
@@ -137,12 +129,12 @@ class ShortProgress(ProgressCallback):
 
 
 def show(value: float | None, digits: int = 3) -> str:
-    """A metric as text; TRL logs `None` where there was nothing to average, for instance no scorable rollout."""
+    """A metric as text; TRL logs `None` if there was nothing to average, for instance no scored rollout."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def load_datasets(script_args: SearchArguments) -> tuple[Questions, Questions | dict[str, Questions] | None]:
-    """The questions to train on, and those to evaluate on: the test split of the same, or data sets by name."""
+def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQuestions]:
+    """The training questions, and the evaluation questions: the test split of the same data, or data sets by name."""
     sources: Any
     sources, config, split = script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split
     options: dict[str, Any] = {"columns": script_args.dataset_columns, "streaming": script_args.dataset_streaming}
@@ -173,22 +165,64 @@ def load_datasets(script_args: SearchArguments) -> tuple[Questions, Questions | 
     return train_dataset, load_questions(tested, name=config, split=split, max_questions=count, **options)
 
 
-def load_retriever(script_args: SearchArguments, demo_passages: list[Passage] | None, logged: bool) -> Retriever | None:
-    """The retriever; nothing to search in means a run that is repeated from its retrieval log, or the demo."""
+def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | None:
+    """The retriever; `None` repeats a run from its retrieval log."""
     options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
     if any(options.values()):
         retriever = open_retriever(**options, backend=script_args.retriever_backend)
-        retriever.search(["test"], k=1)  # a server that does not answer is an error now, not after the warm start
+        retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
         return retriever
-    if demo_passages is not None:
-        if script_args.retriever_backend not in ("bm25", "bm25s", "rank_bm25"):
-            raise ValueError(
-                f"`retriever_backend` of the demo is 'bm25' or 'rank_bm25', got {script_args.retriever_backend!r}."
-            )
-        return BM25Retriever(demo_passages, "rank_bm25" if script_args.retriever_backend == "rank_bm25" else "bm25s")
     if logged:
         return None
     raise ValueError("Passages are required: `corpus`, a saved `index`, or `retriever_url`, the address of a server.")
+
+
+def load_data(
+    script_args: SearchArguments, training_args: TSPOConfig, output_dir: Path
+) -> tuple[Questions, EvaluatedQuestions, Retriever | None]:
+    """Training questions, evaluation questions and retriever, of the demo or of the data sets given."""
+    if script_args.dataset_name is None:
+        raise ValueError("`dataset_name` is required: questions with golden answers.")
+    if script_args.dataset_name != DEMO:
+        retriever = load_retriever(script_args, training_args.retrieval_log is not None)
+        return *load_datasets(script_args), retriever
+    world = make_world(script_args.demo_seed)
+    if script_args.corpus or script_args.index or script_args.retriever_url:
+        retriever = load_retriever(script_args, logged=False)
+    else:
+        retriever = demo_retriever(world.passages, script_args.retriever_backend)
+    if PartialState().is_main_process:
+        save_world(world, output_dir)
+    return *demo_datasets(world, script_args.max_train_questions, script_args.max_eval_questions), retriever
+
+
+def make_demo_model(
+    script_args: SearchArguments,
+    training_args: TSPOConfig,
+    retriever: Retriever | None,
+    rows: Any,
+    folder: Path,
+    resumed: bool,
+) -> None:
+    """Make the tiny model `"demo"` in a folder, for the demo or for other data. One process makes it, the others wait."""
+    if training_args.protocol != "tags":
+        raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
+    state = PartialState()
+    if state.is_main_process and not (resumed and folder.is_dir()):
+        limits = SearchLimits.of(training_args)
+        if script_args.dataset_name == DEMO:
+            save_demo_model(folder, limits, seed=script_args.demo_seed)
+        else:
+            save_tiny_model(
+                folder,
+                limits,
+                corpus=script_args.corpus,
+                retriever=retriever,
+                rows=rows,
+                seed=script_args.demo_seed,
+                steps=script_args.warm_start_steps,
+            )
+    state.wait_for_everyone()
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
@@ -199,52 +233,6 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
     if not Path(path).is_dir():
         raise ValueError(f"`resume_from_checkpoint` is {resume!r}, which is neither 'true' nor a folder.")
     return path
-
-
-def save_world(world: World, folder: Path) -> None:
-    """Write the passages of the demo and its held-out questions, so that its models can be evaluated later."""
-
-    def write(name: str, records: Iterable[Mapping[str, object]]) -> None:
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / name).write_text(lines, encoding="utf-8")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write("passages.jsonl", ({"id": p.id, "title": p.title, "text": p.text} for p in world.passages))
-    rows = enumerate(question.row() for question in world.heldout_questions)
-    write("heldout.jsonl", ({"id": f"heldout_{i}", **row} for i, row in rows))
-
-
-def save_demo_model(script_args: SearchArguments, training_args: TSPOConfig, retriever, rows, folder: Path) -> None:
-    """Make the tiny model, teach it to search, and save it with its tokenizer where the trainer loads it from."""
-    console = Console()
-    if script_args.dataset_name == DEMO:
-        tokenizer = make_tokenizer()
-        model = warm_start(tokenizer, seed=script_args.demo_seed, progress=True)
-    else:
-        if script_args.corpus is None:
-            raise ValueError("The model 'demo' learns its words from `corpus`: give it too, or another model.")
-        console.print("Making a tiny model for this data; it learns to search for the question, and little else.")
-        texts = [
-            PROMPT,
-            *(f"{p.title} {p.text}" for p in iter_corpus(script_args.corpus)),
-            *(row["question"] for row in rows),
-        ]
-        tokenizer = make_tokenizer(texts)
-        model = make_model(tokenizer, seed=script_args.demo_seed)
-        protocol = TagProtocol(tokenizer, max_searches=training_args.max_searches)
-        prompts: dict[Any, Any] = {protocol.prompt(row["question"]): row for row in rows}
-        scripts = [
-            [f"<search> {row['question']}</search>", f"<answer> {row['golden_answers'][0]}</answer>"]
-            for row in prompts.values()
-        ]
-        limits = SearchLimits.of(training_args)
-        demonstrations = demonstrate(tokenizer, retriever, list(prompts), scripts, limits)
-        supervise(model, demonstrations, steps=script_args.warm_start_steps, progress="Warm start", batch_size=16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # So that it can be evaluated beside what is trained from it
-    template = DEMO_PROMPT if script_args.dataset_name == DEMO else "default"
-    SearchConfig(prompt_template=template, **asdict(SearchLimits.of(training_args))).save(folder)
 
 
 def report(
@@ -270,7 +258,7 @@ def report(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[SearchArguments, TSPOConfig, ModelConfig]:
-    """The options; without a configuration or data set, those of the demo."""
+    """The options of the command line. Without a configuration or data set, they are those of the demo."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not any(a.startswith(("--config", "--dataset_name", "-h", "--help")) for a in arguments):
         arguments = ["--config", str(DEMO_CONFIG), *arguments]
@@ -279,44 +267,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[SearchArgum
     return parsed
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and print the held-out results before and after."""
-    script_args, training_args, model_args = parse_arguments(arguments)
+def use_all_cores() -> None:
+    """Use all cores: `accelerate launch` without a configuration gives a process on a CPU a single thread."""
     state = PartialState()
     if state.device.type == "cpu" and state.num_processes == 1:
-        # `accelerate launch` without a configuration gives a process a single thread
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         torch.set_num_threads(len(cores))
-    set_seed(training_args.seed)
-    output_dir = Path(training_args.output_dir or ".")
-    resume = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
 
-    # Data
-    if script_args.dataset_name == DEMO:
-        world = make_world(script_args.demo_seed)
-        retriever = load_retriever(script_args, world.passages, False)
-        train = world.train_questions[: script_args.max_train_questions]
-        heldout = world.heldout_questions[: script_args.max_eval_questions]
-        train_dataset = Dataset.from_list([question.row() for question in train])
-        eval_dataset = Dataset.from_list([question.row() for question in heldout])
-        if state.is_main_process:
-            save_world(world, output_dir)
-    else:
-        if script_args.dataset_name is None:
-            raise ValueError("`dataset_name` is required: questions with golden answers.")
-        retriever = load_retriever(script_args, None, training_args.retrieval_log is not None)
-        train_dataset, eval_dataset = load_datasets(script_args)
 
-    # Model
-    model: Any = model_args.model_name_or_path
-    if model == DEMO:
-        if training_args.protocol != "tags":
-            raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
-        folder = output_dir / "warm_start"
-        if state.is_main_process and not (resume and folder.is_dir()):
-            save_demo_model(script_args, training_args, retriever, train_dataset, folder)
-        state.wait_for_everyone()
-        model = str(folder)
+def make_trainer(
+    model: str, training_args: TSPOConfig, model_args: ModelConfig, data: Mapping[str, Any]
+) -> TSPOTrainer:
+    """The trainer of a command line. `data` holds its data sets and retriever by argument name."""
     given: Any = training_args.model_init_kwargs or {}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -324,47 +286,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dtype": model_args.dtype,
         **given,
     }
-
-    # Within `train`: DeepSpeed cannot evaluate before it. A resumed run has the result in its history.
-    training_args.eval_on_start = eval_dataset is not None and resume is None
-
     trainer = TSPOTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        retriever=retriever,
         callbacks=[StopOnSignal()],
+        **data,
     )
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ShortProgress)
+    return trainer
+
+
+def report_run(
+    trainer: TSPOTrainer, after: Mapping[str, float | None] | None, eval_dataset: Any, output_dir: Path
+) -> None:
+    """Draw the curves, and print the results of each evaluation set and where to find the files."""
+    history = trainer.state.log_history
+    if any("reward" in entry for entry in history):  # with few steps, `logging_steps` may log none
+        plot_curves(history, output_dir / "curves.png", title=f"TSPO training: {output_dir}")
+    several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    for name, evaluated in several.items():
+        prefix = f"eval_{name}" if name else "eval"
+        before = next((entry for entry in history if f"{prefix}_reward" in entry), None)
+        if before is not None and after is not None:
+            count = "streamed" if isinstance(evaluated, IterableDataset) else len(evaluated)
+            samples = trainer.num_generations_eval
+            report(before, after, f"{name or 'Held-out questions'} ({count}, {samples} sampled rollouts each)", prefix)
+    console = Console()
+    console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
+    if trainer.args.log_trajectories:
+        console.print(f"Trajectories: {output_dir / 'trajectories'}, as a page: tspo inspect {output_dir}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, and print the held-out results before and after."""
+    script_args, training_args, model_args = parse_arguments(arguments)
+    use_all_cores()
+    set_seed(training_args.seed)
+    output_dir = Path(training_args.output_dir or ".")
+    resume = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
+
+    train_dataset, eval_dataset, retriever = load_data(script_args, training_args, output_dir)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "retriever": retriever}
+    model: Any = model_args.model_name_or_path
+    if model == DEMO:
+        model = str(output_dir / "warm_start")
+        make_demo_model(script_args, training_args, retriever, train_dataset, Path(model), resumed=resume is not None)
+    # Evaluate within `train`: DeepSpeed cannot evaluate before it. A resumed run has the result in its history.
+    training_args.eval_on_start = eval_dataset is not None and resume is None
+    trainer = make_trainer(model, training_args, model_args, data)
 
     trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if eval_dataset is not None else None
 
     trainer.save_state()
     trainer.save_model()
-    if state.is_main_process:
-        history = trainer.state.log_history
-        if any("reward" in entry for entry in history):  # with few steps, `logging_steps` may log none
-            plot_curves(history, output_dir / "curves.png", title=f"TSPO training: {output_dir}")
-        several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, evaluated in several.items():
-            prefix = f"eval_{name}" if name else "eval"
-            before = next((entry for entry in trainer.state.log_history if f"{prefix}_reward" in entry), None)
-            if before is not None and after is not None:
-                count = "streamed" if isinstance(evaluated, IterableDataset) else len(evaluated)
-                samples = trainer.num_generations_eval
-                title = f"{name or 'Held-out questions'} ({count}, {samples} sampled rollouts each)"
-                report(before, after, title, prefix)
-        console = Console()
-        console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
-        if training_args.log_trajectories:
-            console.print(f"Trajectories: {output_dir / 'trajectories'}, as a page: tspo inspect {output_dir}")
+    if PartialState().is_main_process:
+        report_run(trainer, after, eval_dataset, output_dir)
     if training_args.push_to_hub:
-        demo = script_args.dataset_name == DEMO  # which is no data set of the Hub
+        demo = script_args.dataset_name == DEMO  # the demo is not a data set of the Hub
         trainer.push_to_hub(dataset_name=None if demo else script_args.dataset_name)
     trainer.end()

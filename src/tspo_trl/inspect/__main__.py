@@ -1,10 +1,11 @@
-"""See why: write a run's rollouts as one page, with the reward and advantage of every turn and the reason for them.
+"""Write the rollouts of a run as one page, with the reward and advantage of every turn and the reason for them.
 
-    python -m tspo_trl.inspect runs/demo
-    python -m tspo_trl.inspect runs/demo --steps 0-20,100 --output page.html
-    python -m tspo_trl.inspect runs/demo --terminal --steps 20 --group 3
+    tspo inspect runs/demo
+    tspo inspect runs/demo --steps 0-20,100 --output page.html
+    tspo inspect runs/demo --terminal --steps 20 --group 3
 
-The page opens from the disk, holds its data and needs no network. Press ? in it for its keys.
+The page opens from the disk, contains its data and needs no network. Press ? in it to see its keys.
+`python -m tspo_trl.inspect` is the same command.
 """
 
 import argparse
@@ -23,21 +24,31 @@ _LARGE = 20_000_000  # bytes: larger pages open slowly
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page of a run, or print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tspo inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("run_dir", type=Path, help="the `output_dir` of a run, or its folder `trajectories`")
-    add("--output", type=Path, help="the page (default: RUN_DIR/inspect.html)")
+    add("--output", type=Path, help="file of the page (default: RUN_DIR/inspect.html)")
     add("--steps", help="only these steps, for instance 0-50,100 (default: all)")
     add(
         "--max_rollouts",
         type=int,
         default=10_000,
         metavar="N",
-        help="most rollouts; of more, evenly spread steps (default: %(default)s)",
+        help="maximum number of rollouts; of a longer run, evenly spread steps are shown (default: %(default)s)",
     )
-    add("--terminal", action="store_true", help="print the last of the steps instead of writing a page")
-    add("--group", type=int, help="with --terminal: the group to show, from 1 (default: the first with an advantage)")
-    add("--mode", choices=("train", "eval"), help="with --terminal: which rollouts (default: train)")
+    add("--terminal", action="store_true", help="print the last of these steps instead of writing a page")
+    add(
+        "--group",
+        type=int,
+        help="with --terminal: number of the group to show, from 1 (default: the first group with an advantage)",
+    )
+    add(
+        "--mode",
+        choices=("train", "eval"),
+        help="with --terminal: show rollouts of training or of evaluation (default: train)",
+    )
     args = parser.parse_args(arguments)
     if args.max_rollouts < 1:
         parser.error(f"--max_rollouts must be at least 1, got {args.max_rollouts}")
@@ -59,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if size > _LARGE:
         fewer = int(count * _LARGE / size * 0.9)
         console.print(
-            f"That is large for a browser: --max_rollouts {fewer} makes it about {_LARGE / 1e6:.0f} MB.", style="yellow"
+            f"The page is large for a browser: --max_rollouts {fewer} reduces it to about {_LARGE / 1e6:.0f} MB.",
+            style="yellow",
         )
 
 

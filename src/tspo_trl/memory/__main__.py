@@ -1,4 +1,4 @@
-"""`python -m tspo_trl.memory`: will it fit? See `tspo_trl.memory.estimate`."""
+"""`python -m tspo_trl.memory` is the command `tspo memory`. See `tspo_trl.memory.estimate`."""
 
 from .estimate import main
 

@@ -1,8 +1,8 @@
 """The peak memory of a GPU in training, calculated from the shape of the model before training.
 
-    python -m tspo_trl.memory --config recipes/configs/qwen2.5_3b_nq_hotpotqa.yaml --strategy zero3 --gpus 8
-    python -m tspo_trl.memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
-    python -m tspo_trl.memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
+    tspo memory --config recipes/configs/qwen2.5_3b_nq_hotpotqa.yaml --strategy zero3 --gpus 8
+    tspo memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
+    tspo memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
 
 Parameters, gradients, optimizer states and the key-value cache are exact. Activations and buffers are approximate; the
 context of CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the estimate of a command line; `--config` reads the YAML file of a run first."""
     parser = HfArgumentParser(
         MemorySetting,  # type: ignore[arg-type]
-        prog="python -m tspo_trl.memory",
+        prog="tspo memory",
         description=f"{__doc__}\n{MemorySetting.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
