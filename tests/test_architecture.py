@@ -1,0 +1,112 @@
+"""Who may import whom. The docstring of each package says the same in words."""
+
+import ast
+
+import pytest
+
+from helpers.paths import ROOT
+
+SOURCE = ROOT / "src" / "tspo_trl"
+EVERYTHING = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {
+    "__init__"
+}
+MAY_IMPORT = {
+    "_version": set(),
+    "support": set(),
+    "scoring": set(),
+    "retrieval": {"support"},
+    "engines": {"support"},
+    "rollout": {"_version", "support", "engines", "retrieval"},
+    "credit": {"scoring"},
+    "rewards": {"scoring", "rollout"},
+    "audit": {"credit", "scoring", "rollout", "retrieval"},
+    "sharing": {"_version", "support", "rollout", "retrieval"},
+    "agent": {"engines", "rollout", "retrieval", "sharing"},
+    "questions": {"scoring", "support"},
+    "training": {
+        *("_version", "support", "credit", "scoring", "rewards", "rollout"),
+        *("engines", "retrieval", "sharing", "questions"),
+    },
+    "evaluation": {
+        *("_version", "support", "agent", "credit", "scoring", "rollout"),
+        *("engines", "retrieval", "questions"),
+    },
+    "inspect": {"credit", "scoring", "rollout"},
+    "memory": {"support"},
+    "demo": {"engines", "rollout", "retrieval", "scoring"},
+    "commands": EVERYTHING - {"commands", "__main__"},
+    "__main__": {"commands"},
+}
+
+
+def imports(path):
+    """The rooms of the package that a module imports, anywhere in its code: `root` is the package itself."""
+    package = path.relative_to(SOURCE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            elif (node.module or "").split(".")[0] == "tspo_trl":
+                base = node.module.split(".")[1:]
+            else:
+                continue
+            base = [part for part in base if part]
+            # `from . import audit` names a room; `from . import TSPOConfig` takes a name from the root
+            names = [base[0]] if base else [a.name if a.name in EVERYTHING else "root" for a in node.names]
+            found |= set(names)
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {[*name, "root"][1] for name in names if name[0] == "tspo_trl"}
+    return found
+
+
+def imports_by_room():
+    rooms = {}
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if room != "__init__":
+            rooms.setdefault(room, set()).update(imports(path) - {room})
+    return rooms
+
+
+def test_each_room_imports_only_what_it_may():
+    rooms = imports_by_room()
+    assert set(rooms) == set(MAY_IMPORT)
+    assert {room: found - MAY_IMPORT[room] for room, found in rooms.items() if found - MAY_IMPORT[room]} == {}
+
+
+def test_the_table_has_no_cycle():
+    left = {room: set(rooms) for room, rooms in MAY_IMPORT.items()}
+    while left:
+        free = [room for room, rooms in left.items() if not rooms & set(left)]
+        assert free, f"a cycle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from ..scoring import contains_answer", {"scoring"}),
+        ("def f():\n    from ..rollout.log import read_rollouts", {"rollout"}),
+        ("from .. import audit, TSPOConfig", {"audit", "root"}),
+        ("import tspo_trl.engines.base", {"engines"}),
+        ("import tspo_trl", {"root"}),
+        ("from tspo_trl import TSPOConfig", {"root"}),
+        ("from tspo_trl.demo.world import World", {"demo"}),
+        ("from .other import thing", {"retrieval"}),
+        ("import trl\nfrom datasets import Dataset", set()),
+    ],
+)
+def test_imports_are_seen_wherever_they_are(tmp_path, monkeypatch, code, found):
+    monkeypatch.setitem(globals(), "SOURCE", tmp_path)
+    path = tmp_path / "retrieval" / "module.py"
+    path.parent.mkdir()
+    path.write_text(code)
+    assert imports(path) == found
+
+
+def test_each_package_says_what_lives_there():
+    for package in sorted(path.parent for path in SOURCE.glob("*/__init__.py")):
+        assert ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))), package.name
