@@ -548,33 +548,38 @@ def test_the_log_can_be_switched_off(make_trainer, tmp_path):
 
 
 def test_few_methods_are_overridden():
-    """The contract with TRL: six overrides in the trainer and its generation, nine to save, and each calls super."""
+    """The methods of TRL's and transformers' trainers that TSPOTrainer and its mixins override. Each calls `super`."""
     ours = TSPOTrainer.__mro__[: TSPOTrainer.__mro__.index(GRPOTrainer)]
-    overridden = {
-        cls: {name for name, value in vars(cls).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    overridden = [
+        (name, value)
         for cls in ours
+        for name, value in vars(cls).items()
+        if (callable(value) or isinstance(value, (property, classmethod))) and hasattr(GRPOTrainer, name)
+    ]
+    assert {name for name, _ in overridden} == {
+        # TSPOTrainer
+        "__init__",
+        "_calculate_rewards",
+        "_generate",
+        "_generate_and_score_completions",
+        "_set_signature_columns_if_needed",
+        "evaluation_loop",
+        "get_eval_dataloader",
+        # ExactResumeMixin
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_save_checkpoint",
+        "_save_rng_state",
+        "train",
+        # SharingMixin
+        "_push_from_checkpoint",
+        "create_model_card",
+        "push_to_hub",
+        "save_model",
     }
-    assert overridden == {
-        TSPOTrainer: {
-            "__init__",
-            "_calculate_rewards",
-            "_generate_and_score_completions",
-            "_set_signature_columns_if_needed",
-            "_generate",
-            "evaluation_loop",
-            "get_eval_dataloader",
-        },
-        ExactResumeMixin: {
-            "_load_from_checkpoint",
-            "_load_rng_state",
-            "_save_checkpoint",
-            "_save_rng_state",
-            "train",
-        },
-        SharingMixin: {"_push_from_checkpoint", "create_model_card", "push_to_hub", "save_model"},
-    }
-    for cls, names in overridden.items():
-        assert all("__class__" in vars(cls)[name].__code__.co_freevars for name in names)
+    assert len(overridden) == 16  # no method is overridden twice
+    assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
+    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 
