@@ -1,4 +1,4 @@
-"""Each warning comes from a real run that was made to go wrong in its way; healthy runs get none."""
+"""Each warning is tested with a real run whose reward causes the collapse. Healthy runs get no warning."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ def no_search(trajectories, **kwargs):
 
 
 def many_searches(trajectories, **kwargs):
-    """And more for those that repeat one: they come up while more and more is searched."""
+    """Rewards searches, and repeated queries more."""
     queries = [[query for query in t.queries if query] for t in trajectories]
     return [len(q) / 3 + 2.0 * (len(q) - len(set(q))) for q in queries]
 
@@ -32,7 +32,7 @@ def long(trajectories, **kwargs):
 
 
 def end_at_once(trajectories, **kwargs):
-    """Only one rollout is best: the end of the message, whose token has the smallest number of all that are sampled."""
+    """The best rollout is a single end-of-sequence token, because it has the smallest id."""
     return [-float(sum(token for turn in t.turns for token in turn.token_ids)) for t in trajectories]
 
 
@@ -41,11 +41,11 @@ def nothing(trajectories, **kwargs):
 
 
 def random_half(trajectories, **kwargs):
-    """Correct or not, whatever it is."""
+    """The reward does not depend on the quality of the rollout."""
     return [float(sum(t.completion_ids) % 2) for t in trajectories]
 
 
-#: kind -> the reward and the options that lead there
+#: kind -> the reward and the options that cause the collapse
 PATHOLOGIES = {
     "searches": (no_search, {}),
     "duplicates": (many_searches, {"learning_rate": 2e-3}),
@@ -58,9 +58,9 @@ PATHOLOGIES = {
 
 
 @pytest.fixture(scope="module")
-def able(tmp_path_factory, tokenizer, world):
-    """A policy that searches and answers in good form, so that there is something to lose."""
-    folder = tmp_path_factory.mktemp("able")
+def capable_policy(tmp_path_factory, tokenizer, world):
+    """A policy that searches and answers in the right format, so that a collapse can be observed."""
+    folder = tmp_path_factory.mktemp("capable_policy")
     model = make_model(tokenizer, hidden_size=48, num_layers=2)
     supervise(model, demonstrate_world(tokenizer, world, wrong_query=0.3, wrong_answer=0.9), steps=250, batch_size=16)
     model.save_pretrained(folder)
@@ -69,11 +69,11 @@ def able(tmp_path_factory, tokenizer, world):
 
 
 def watched(make_trainer, **options):
-    """A short run with a callback whose window fits it."""
+    """Train a short run with a callback that has a small window."""
     callback = CollapseCallback(window=WINDOW, stop_on=options.pop("stop_on", ()))
     trainer = make_trainer(
         callbacks=[callback],
-        warn_on_collapse=False,  # the one with the usual window
+        warn_on_collapse=False,  # disables the callback with the default window
         advantage_level=options.pop("advantage_level", "trajectory"),
         max_steps=options.pop("max_steps", 50),
         learning_rate=options.pop("learning_rate", 1e-3),
@@ -88,10 +88,10 @@ def watched(make_trainer, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PATHOLOGIES)
-def test_a_run_that_goes_wrong_is_warned_of(make_trainer, able, kind, caplog):
+def test_a_collapsing_run_is_warned_about(make_trainer, capable_policy, kind, caplog):
     reward, options = PATHOLOGIES[kind]
     with caplog.at_level(logging.WARNING, "tspo_trl.training.collapse"):
-        _, callback = watched(make_trainer, model=able, reward_funcs=reward, stop_on=[kind], **options)
+        _, callback = watched(make_trainer, model=capable_policy, reward_funcs=reward, stop_on=[kind], **options)
     (watch,) = [watch for watch in WATCHES if watch.kind == kind]
     assert kind in callback.warned
     (message,) = [record.message for record in caplog.records if watch.meaning in record.message]  # once
@@ -100,13 +100,15 @@ def test_a_run_that_goes_wrong_is_warned_of(make_trainer, able, kind, caplog):
     assert watch.advice in message
 
 
-def test_every_watch_has_its_pathology():
+def test_every_watch_is_tested():
     assert [watch.kind for watch in WATCHES] == list(PATHOLOGIES)
 
 
 @pytest.mark.slow
-def test_a_collapse_can_stop_the_run_with_a_checkpoint(make_trainer, able, tmp_path):
-    trainer, callback = watched(make_trainer, model=able, reward_funcs=no_search, stop_on=["searches"], max_steps=200)
+def test_a_collapse_can_stop_the_run_with_a_checkpoint(make_trainer, capable_policy, tmp_path):
+    trainer, callback = watched(
+        make_trainer, model=capable_policy, reward_funcs=no_search, stop_on=["searches"], max_steps=200
+    )
     assert "searches" in callback.warned
     assert 2 * WINDOW <= trainer.state.global_step < 200
     checkpoint = tmp_path / "run" / f"checkpoint-{trainer.state.global_step}"
@@ -124,7 +126,7 @@ def feed(callback, entries, history=()):
     return control
 
 
-def test_a_resumed_run_is_compared_with_its_beginning():
+def test_a_resumed_run_is_compared_with_the_start_of_the_original_run():
     began = [{"search/none": 0.0}] * 3
     lost = [{"search/none": 1.0}] * 3
     callback = CollapseCallback(window=3, stop_on=["searches"])
@@ -133,14 +135,14 @@ def test_a_resumed_run_is_compared_with_its_beginning():
     assert control.should_save
     assert control.should_training_stop
     untouched = CollapseCallback(window=3)
-    feed(untouched, lost)  # three steps are no comparison
+    feed(untouched, lost)  # too few steps for a comparison
     feed(untouched, [{"eval_search/none": 1.0}] * 9, history=began)
     feed(untouched, [{"search/none": None}, {"search/none": float("nan")}] * 9, history=began)
     assert untouched.warned == {}
 
 
-def test_a_run_that_solves_its_task_is_not_warned_of():
-    """As the demo does: certain, short, hardly a group that is not all correct, but not lost."""
+def test_a_run_that_solves_its_task_gets_no_warning():
+    """As in the demo: low entropy, short completions and mostly all-correct groups, but no collapse."""
     steps = [
         {
             "search/none": 0.02,

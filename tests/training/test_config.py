@@ -1,4 +1,4 @@
-"""Options: their defaults, what is refused, and the command line."""
+"""Options: defaults, checks and the command line."""
 
 from dataclasses import fields
 
@@ -49,7 +49,7 @@ def test_defaults(make, parse, name, default):
         assert getattr(config, name, "no such option") == default
 
 
-def test_every_option_has_a_help_text_and_a_place_in_the_docstring():
+def test_every_option_has_a_help_text_and_is_documented():
     inherited = {option.name for option in fields(GRPOConfig)}
     own = [option for option in fields(TSPOConfig) if option.name not in inherited]
     assert len(own) > 10
@@ -102,7 +102,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "name"), BAD, ids=[str(options) for options, _ in BAD])
-def test_a_bad_option_is_refused_by_name(make, options, name):
+def test_the_error_for_a_bad_value_names_the_option(make, options, name):
     with pytest.raises(ValueError, match=f"`{name}") as error:
         make(**options)
     assert str(options.get(name, "")) in str(error.value)
@@ -130,7 +130,7 @@ def test_a_bad_option_is_refused_by_name(make, options, name):
     ],
     ids=str,
 )
-def test_options_at_their_limits_are_kept(make, options):
+def test_valid_options_are_kept(make, options):
     config = make(**options)
     assert {name: getattr(config, name) for name in options} == options
 
@@ -170,7 +170,7 @@ def test_options_are_read_from_a_file_and_the_command_line_wins(parse, tmp_path)
     assert (config.advantage_level, config.folr_alpha, config.max_searches) == ("turn", 0.75, 2)
 
 
-def test_an_unknown_choice_in_a_file_is_refused_by_name(parse, tmp_path):
+def test_the_error_for_an_unknown_choice_in_a_file_names_the_option(parse, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("advantage_level: nonsense\n")
     with pytest.raises(ValueError, match=r"`advantage_level`.*'nonsense'"):

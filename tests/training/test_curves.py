@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The plot of a run."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_every_evaluation_set_is_in_the_picture(tmp_path):
     assert pictures["near"] == pictures["one"]
 
 
-def test_entries_without_a_reward_and_missing_or_unknown_values_are_left_out(tmp_path):
+def test_entries_without_a_reward_and_missing_values_are_skipped(tmp_path):
     history = [
         *HISTORY,
         {"step": 5, "train_runtime": 1.0},
@@ -51,7 +51,7 @@ def test_entries_without_a_reward_and_missing_or_unknown_values_are_left_out(tmp
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
 
-def test_a_history_with_rewards_alone_is_enough(tmp_path):
+def test_a_history_with_only_rewards_can_be_plotted(tmp_path):
     plot_curves([{"step": 1, "reward": 0.5}], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 

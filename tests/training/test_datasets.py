@@ -1,4 +1,4 @@
-"""Data sets into the rows that the trainer reads, and errors that name data set, row and column."""
+"""Preparation of data sets, and errors that name data set, row and column."""
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -60,12 +60,12 @@ def test_a_question_becomes_a_conversation_if_there_is_a_chat_template(make_data
     assert GOOD["question"] in row["prompt"][0]["content"]
 
 
-def test_a_prompt_is_used_as_it_is(make_dataset, protocol):
+def test_a_prompt_is_used_unchanged(make_dataset, protocol):
     (row,) = prepare_dataset(make_dataset([{"prompt": " Q: {x}\n", "golden_answers": ["a"]}]), protocol)
     assert row == {"prompt": " Q: {x}\n", "question": " Q: {x}\n", "golden_answers": ["a"]}
 
 
-def test_a_prompt_beside_a_question_is_used_as_it_is(make_dataset, protocol):
+def test_a_prompt_is_used_unchanged_if_there_is_a_question_too(make_dataset, protocol):
     (row,) = prepare_dataset(make_dataset([{**GOOD, "prompt": "Tell me."}]), protocol)
     assert row == {**GOOD, "prompt": "Tell me."}
 
@@ -105,7 +105,7 @@ def test_the_given_data_set_is_not_changed(protocol):
         ({"golden_answers": ["a"], "question": " \n"}, "question", r"' \n'"),
     ],
 )
-def test_a_bad_value_is_named_by_data_set_row_and_column(make_dataset, protocol, bad, column, found):
+def test_the_error_for_a_bad_value_names_data_set_row_and_column(make_dataset, protocol, bad, column, found):
     dataset = make_dataset([GOOD, GOOD, bad, GOOD])
     with pytest.raises(ValueError, match=f"`eval_dataset`, row 2.*'{column}'") as error:
         list(prepare_dataset(dataset, protocol, name="eval_dataset"))
@@ -129,7 +129,7 @@ def test_a_bad_value_is_named_by_data_set_row_and_column(make_dataset, protocol,
         ({"golden_answers": ["a"], "prompt": None}, "question", "None"),
     ],
 )
-def test_a_column_of_the_wrong_type_is_named(make_dataset, chat_protocol, row, column, found):
+def test_the_error_for_a_wrong_type_names_the_column(make_dataset, chat_protocol, row, column, found):
     with pytest.raises(ValueError, match=f"`train_dataset`, row 0.*'{column}'") as error:
         list(prepare_dataset(make_dataset([row]), chat_protocol))
     assert found in str(error.value)
@@ -149,7 +149,7 @@ def test_rows_of_a_stream_are_checked_when_they_are_read(protocol):
 
 
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_missing_columns_are_named(make_dataset, protocol, name):
+def test_the_error_for_missing_columns_names_them(make_dataset, protocol, name):
     with pytest.raises(ValueError, match=f"`{name}`.*'golden_answers'.*'answer', 'question'"):
         prepare_dataset(make_dataset([{"question": "q", "answer": "a"}]), protocol, name)
     with pytest.raises(ValueError, match=f"`{name}`.*'question'.*'prompt'.*'golden_answers', 'query'"):
@@ -171,12 +171,12 @@ def test_an_empty_data_set_is_an_error(protocol, dataset):
 
 
 @pytest.mark.parametrize("dataset", [[GOOD], None, {"train": [GOOD]}])
-def test_anything_else_is_no_data_set(dataset):
+def test_other_types_are_refused(dataset):
     with pytest.raises(TypeError, match="`eval_dataset`"):
         check_columns(dataset, "eval_dataset")
 
 
-def test_checking_columns_reads_nothing_away(protocol):
+def test_checking_the_columns_of_a_stream_consumes_no_rows(protocol):
     dataset = streamed([GOOD, GOOD])
     check_columns(dataset)
     assert len(list(prepare_dataset(dataset, protocol))) == 2

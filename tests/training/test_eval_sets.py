@@ -1,4 +1,4 @@
-"""Evaluation during training on a dict of data sets: every set has metrics of its own, and one can choose the best model."""
+"""Evaluation during training on a dict of data sets: every set has its own metrics, and one can select the best model."""
 
 from pathlib import Path
 from statistics import mean
@@ -15,7 +15,7 @@ SCRIPT = {"near": [0.0, 0.25, 1.0, 0.5], "far": [0.0, 0.75, 0.125, 0.5]}
 
 
 def scripted_reward(trajectories, part, trainer_state, **_):
-    """In an evaluation what the script says for the set and the step; in training something that varies."""
+    """In an evaluation, the reward in `SCRIPT` for the set and the step; in training, a reward that varies."""
     return [
         SCRIPT[name][trainer_state.global_step] if name in SCRIPT else (i % 4) / 3
         for i, (_, name) in enumerate(zip(trajectories, part, strict=True))
@@ -34,7 +34,7 @@ def rollouts_of(trainer, mode, questions, step=None):
     return [r for r in rows if r["question"] in questions and step in (None, r["step"])]
 
 
-def test_every_set_has_metrics_of_its_own(make_trainer, dataset):
+def test_every_set_has_its_own_metrics(make_trainer, dataset):
     train, sets = parts(dataset)
     trainer = make_trainer(train_dataset=train, eval_dataset=sets, eval_strategy="steps", eval_steps=1)
     trainer.train()
@@ -46,7 +46,7 @@ def test_every_set_has_metrics_of_its_own(make_trainer, dataset):
         for entry in entries:
             rollouts = rollouts_of(trainer, "eval", questions, entry["step"])
             assert len(rollouts) == 4 * len(questions)
-            # Counted again from what was written down
+            # Computed again from the log
             right = mean(r["rewards"]["exact_match_reward"] for r in rollouts)
             found = mean(r["first_occurrence"] is not None for r in rollouts)
             calls = mean(sum(turn.retrieval is not None for turn in r["trajectory"].turns) for r in rollouts)
@@ -75,7 +75,7 @@ def test_every_set_has_metrics_of_its_own(make_trainer, dataset):
         assert not [key for key in entry if key.startswith(("eval", "near", "far")) or key in ("em", "hit")]
 
 
-def test_one_set_keeps_the_names_of_trl(make_trainer, dataset):
+def test_metrics_of_a_single_set_have_the_names_of_trl(make_trainer, dataset):
     trainer = make_trainer(eval_dataset=dataset.select(range(4)))
     names = {key.removeprefix("eval_") for key in trainer.evaluate()}
     assert {"reward", "rewards/exact_match_reward/mean", "search/hit", "groups/all_wrong", "loss"} <= names
@@ -86,7 +86,7 @@ def test_one_set_keeps_the_names_of_trl(make_trainer, dataset):
 
 
 @pytest.mark.parametrize(("metric", "best"), [("eval_near_reward", 2), ("far_reward", 1)])
-def test_the_metric_of_a_set_chooses_the_best_model(make_trainer, dataset, tmp_path, metric, best):
+def test_the_best_model_is_selected_by_the_metric_of_one_set(make_trainer, dataset, tmp_path, metric, best):
     train, sets = parts(dataset)
     trainer = make_trainer(
         train_dataset=train,
@@ -120,7 +120,7 @@ def test_the_metric_of_a_set_chooses_the_best_model(make_trainer, dataset, tmp_p
 
 
 @pytest.mark.parametrize("metric", ["eval_reward", "loss", "eval_nearer_reward"])
-def test_a_metric_of_no_set_is_refused_at_the_start(make_trainer, dataset, metric):
+def test_a_metric_that_belongs_to_no_set_is_refused(make_trainer, dataset, metric):
     _, sets = parts(dataset)
     message = rf"`metric_for_best_model` is '{metric}'.*\['eval_near_', 'eval_far_'\].*'eval_near_reward'"
     with pytest.raises(ValueError, match=message):

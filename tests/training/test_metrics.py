@@ -46,13 +46,13 @@ def test_facts_of_a_rollout():
     }
 
 
-def test_facts_of_a_rollout_that_found_nothing():
+def test_facts_of_a_rollout_without_passages():
     trajectory = Trajectory(prompt_ids=[], turns=[search("a", "error")], status="retrieval_failed")
     facts = facts_of(trajectory)
     assert (facts["failed"], facts["occurrence"], facts["credited"], facts["duplicate"]) == (1, -1, -1, 0)
 
 
-def test_a_search_that_was_not_executed_is_no_search():
+def test_a_search_that_was_not_executed_is_not_counted():
     trajectory = Trajectory(prompt_ids=[], turns=[search("a"), search("b", None)])
     assert facts_of(trajectory)["searches"] == 1
 
@@ -79,7 +79,7 @@ def metrics(rows, outcomes, has_signal, num_generations, success_threshold=1.0, 
     )
 
 
-# Five groups of two: all wrong with a signal, all wrong without, mixed, all correct (one of it unscorable), unscorable
+# Five groups of two: all wrong with a signal, all wrong without, mixed, all correct (one without outcome), no outcomes
 ROWS = [
     {"turns": 3, "searches": 2, "duplicate": 1, "occurrence": 1, "credited": 1},
     {"turns": 2, "searches": 1},
@@ -128,7 +128,7 @@ def test_shares_of_groups_add_up_to_one():
     assert values["groups/all_wrong"] + values["groups/mixed"] + values["groups/all_correct"] == pytest.approx(1)
 
 
-def test_the_size_of_a_group_and_the_threshold_matter():
+def test_metrics_depend_on_the_group_size_and_the_threshold():
     values = metrics(ROWS, OUTCOMES, SIGNAL, 5, success_threshold=0.5)
     # outcomes 0, 0.5, 0, 0, 1 | 0, 1, NaN, NaN, NaN
     assert values["groups/mixed"] == 1.0
@@ -144,7 +144,7 @@ def test_only_all_wrong_groups_are_rescued():
     assert metrics(rows, [0.0, 1.0, 0.0, 0.0], [True, True, False, False], 2)["groups/rescued"] == 0.0
 
 
-def test_correct_rollouts_with_a_hit_are_no_near_miss():
+def test_correct_rollouts_are_not_near_misses():
     rows = [{"turns": 2, "searches": 1, "occurrence": 0}] * 4
     values = metrics(rows, [1.0, 1.0, 0.0, 1.5], [False] * 4, 4)
     assert values["search/hit"] == 1.0
@@ -156,13 +156,13 @@ def test_a_hit_counts_whether_or_not_it_is_credited():
     assert metrics(rows, [0.0, 0.0], [False] * 2, 2)["search/hit"] == 0.5
 
 
-def test_a_hit_of_an_unscorable_rollout_is_neither_hit_nor_near_miss():
+def test_rollouts_without_an_outcome_count_as_neither_hit_nor_near_miss():
     rows = [{"turns": 2, "searches": 2, "failed": 1, "occurrence": 0}, {"turns": 1}, {"turns": 1}, {"turns": 1}]
     values = metrics(rows, [NAN, 0.0, 0.0, 1.0], [False] * 4, 4)
     assert values["search/hit"] == values["search/near_miss"] == 0.0
 
 
-def test_shares_of_searches_are_nan_where_nobody_searched():
+def test_shares_of_searches_are_nan_without_searches():
     values = metrics([{"turns": 1}, {"turns": 3, "invalid": 1}], [0.0, 1.0], [True, True], 2)
     for name in ("search/duplicate", "search/failed", "search/first_turn"):
         assert math.isnan(values[name])
@@ -170,14 +170,14 @@ def test_shares_of_searches_are_nan_where_nobody_searched():
     assert values["search/invalid"] == pytest.approx(1 / 4)
 
 
-def test_unscorable_groups_count_in_no_share_of_groups():
+def test_groups_without_an_outcome_are_excluded_from_shares_of_groups():
     scored = metrics(ROWS[:4], OUTCOMES[:4], SIGNAL[:4], 2)
     with_unscorable = metrics(ROWS[:4] + ROWS[8:], OUTCOMES[:4] + OUTCOMES[8:], SIGNAL[:4] + SIGNAL[8:], 2)
     for name in ("groups/all_wrong", "groups/mixed", "groups/all_correct", "groups/rescued", "search/hit"):
         assert with_unscorable[name] == scored[name]
 
 
-def test_a_step_without_a_scorable_rollout_has_no_shares_of_groups():
+def test_shares_of_groups_are_nan_without_an_outcome():
     values = metrics(ROWS[8:], OUTCOMES[8:], SIGNAL[8:], 2)
     for name in ("groups/all_wrong", "groups/mixed", "groups/all_correct", "groups/rescued", "search/hit"):
         assert math.isnan(values[name])
@@ -187,7 +187,7 @@ def test_a_step_without_a_scorable_rollout_has_no_shares_of_groups():
 # Retrieval
 
 
-def test_the_metrics_of_retrieval_are_sums_over_ranks_and_not_means_of_means():
+def test_retrieval_metrics_are_computed_from_sums_over_ranks():
     busy = RolloutStats(
         generate_seconds=2.0,
         searches=8,
@@ -225,7 +225,7 @@ def test_the_metrics_of_retrieval_are_sums_over_ranks_and_not_means_of_means():
 
 
 @pytest.mark.parametrize("max_searches", [0, 3])
-def test_the_metrics_of_no_retrieval(max_searches):
+def test_retrieval_metrics_without_searches(max_searches):
     metrics = retrieval_metrics(
         torch.tensor([retrieval_facts(RolloutStats(), cached=0, retries=0, max_calls=max_searches)] * 2)
     )
@@ -234,7 +234,7 @@ def test_the_metrics_of_no_retrieval(max_searches):
         assert math.isnan(metrics[name])
 
 
-def test_the_mean_logprob_of_a_rollout_is_over_its_own_tokens():
+def test_the_mean_logprob_excludes_observations():
     turns = [
         Turn(token_ids=[1, 2], logprobs=[-1.0, -2.0], observation_ids=[5, 6, 7]),
         Turn(token_ids=[3], logprobs=[-6.0]),

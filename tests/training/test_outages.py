@@ -1,4 +1,4 @@
-"""Training against a real retrieval server that is killed, slowed and made to answer garbage while it runs."""
+"""Training with a real retrieval server that is killed, slowed down or returns garbage during the run."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ def corpus(world, tmp_path_factory):
 
 
 class At(TrainerCallback):
-    """Does something at the beginning of a step."""
+    """Calls a function at the beginning of a step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -36,7 +36,7 @@ class At(TrainerCallback):
 
 @pytest.fixture
 def make_run(make_trainer, tmp_path):
-    """A function that makes a trainer whose steps are of two searching rollout phases, in a folder of its own."""
+    """A function that makes a trainer with its own output folder."""
 
     def make(name, retriever, **options):
         return make_trainer(
@@ -62,7 +62,7 @@ def metric(trainer, name):
 
 @pytest.fixture
 def undisturbed(make_run, retriever):
-    """The run with the retriever inside the process."""
+    """A run with the retriever in the same process."""
     trainer = make_run("undisturbed", retriever)
     trainer.train()
     assert len(rollouts(trainer)) == 6 * 8
@@ -76,8 +76,8 @@ def assert_same_run(trainer, other):
 
 
 @pytest.mark.slow
-def test_a_server_gives_the_same_run_and_an_outage_does_not_change_it(make_run, undisturbed, corpus):
-    """The server is killed in the middle, and is back a few seconds later."""
+def test_a_run_with_a_server_and_an_outage_equals_a_local_run(make_run, undisturbed, corpus):
+    """The server is killed during the run and restarted a few seconds later."""
     with Server("--corpus", corpus) as server:
 
         def outage():
@@ -98,7 +98,7 @@ def test_a_server_gives_the_same_run_and_an_outage_does_not_change_it(make_run, 
     ("mode", "kind"),
     [("slow", "timeout"), ("garbage", "reply"), ("too few", "reply"), ("500", "status"), ("cut", "connection")],
 )
-def test_short_trouble_is_survived_and_long_trouble_is_marked(make_run, undisturbed, corpus, mode, kind):
+def test_short_failures_are_retried_and_long_failures_are_marked(make_run, undisturbed, corpus, mode, kind):
     with Server("--corpus", corpus, script=FAULTY) as server:
 
         def misbehave(left):
@@ -129,7 +129,7 @@ def test_short_trouble_is_survived_and_long_trouble_is_marked(make_run, undistur
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_away_stops_the_run_which_resumes_as_if_nothing_had_been(make_run, undisturbed, corpus):
+def test_a_run_stopped_by_a_dead_server_resumes_exactly(make_run, undisturbed, corpus):
     with Server("--corpus", corpus) as server:
         client = HTTPRetriever(server.url, total_timeout=1.0)
         trainer = make_run("stopped", client, callbacks=[At(3, server.kill)])
@@ -138,7 +138,7 @@ def test_a_server_that_stays_away_stops_the_run_which_resumes_as_if_nothing_had_
         assert trainer.state.global_step == 3
         folder = Path(trainer.args.output_dir)
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
-        assert len(rollouts(trainer)) == 3 * 8  # nothing of the failed step was kept
+        assert len(rollouts(trainer)) == 3 * 8  # no rollout of the failed step was kept
         server.start().wait_until_ready()
         resumed = make_run("stopped", client)
         resumed.train(resume_from_checkpoint=True)
@@ -149,7 +149,7 @@ def test_a_server_that_stays_away_stops_the_run_which_resumes_as_if_nothing_had_
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"steps_per_generation": 1}, {"steps_per_generation": 4}, {"num_iterations": 2}])
 def test_resuming_with_accumulated_generations(make_run, retriever, options):
-    """The step that failed may have generated before, or trains on what an earlier one has generated."""
+    """The failed step may have generated rollouts before, or use rollouts of an earlier step."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **options}
     options["max_retrieval_failure_rate"] = 0.0  # the first failure stops the run
 
@@ -176,7 +176,7 @@ def test_resuming_with_accumulated_generations(make_run, retriever, options):
         assert ours.equal(theirs)
 
 
-def test_an_outage_during_an_evaluation_loses_no_step(make_run, retriever, dataset):
+def test_an_outage_during_an_evaluation_keeps_the_checkpoint(make_run, retriever, dataset):
     class Down:
         down = False
 
@@ -214,7 +214,7 @@ def test_a_run_is_repeated_from_its_log_without_the_retriever(make_run, undistur
 
 
 @pytest.mark.slow
-def test_failures_are_repeated_too(make_run, retriever, tmp_path):
+def test_a_repeated_run_repeats_failures(make_run, retriever, tmp_path):
     class Flaky:
         calls = 0
 
@@ -234,7 +234,7 @@ def test_failures_are_repeated_too(make_run, retriever, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_and_resumed_is_repeated(make_run, retriever, tmp_path):
+def test_a_stopped_and_resumed_run_can_be_repeated(make_run, retriever, tmp_path):
     class Down:
         calls = 0
 
@@ -271,7 +271,7 @@ def test_a_log_or_a_retriever_is_needed(make_run, tmp_path):
 # Caches and metrics
 
 
-def test_a_cache_changes_nothing_but_the_calls(make_run, undisturbed, retriever, tmp_path):
+def test_a_cache_changes_only_the_number_of_calls(make_run, undisturbed, retriever, tmp_path):
     class Counting:
         fingerprint = retriever.fingerprint
         queries = 0
@@ -294,7 +294,7 @@ def test_a_cache_changes_nothing_but_the_calls(make_run, undisturbed, retriever,
     assert metric(second, "retrieval/cached") == [1.0] * 6
 
 
-def test_the_metrics_of_retrieval_are_those_of_the_rollouts(make_run, retriever):
+def test_retrieval_metrics_agree_with_the_rollouts(make_run, retriever):
     calls = []
 
     class Watching:

@@ -12,7 +12,7 @@ from tspo_trl.rewards import exact_match_reward, format_reward
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: `make test-quantization`")
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about CPUs
-def test_an_adapter_of_a_model_in_four_bits_is_trained_and_resumed(make_trainer, tmp_path):
+def test_an_adapter_of_a_4_bit_model_is_trained_and_resumed(make_trainer, tmp_path):
     def make(folder, **options):
         trainer = make_trainer(
             quantization_config=BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on as if it had not been."""
+"""A run that is killed at any moment and resumed equals an uninterrupted run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from helpers.paths import ACCELERATE_CONFIGS, TRAIN_ON_RANKS
 from tspo_trl.training.checkpoints import last_checkpoint
 
-# Rollouts are used in several steps: at most steps, some are left when a checkpoint is saved
+# Rollouts are used in several steps, so most checkpoints must save the remaining rollouts
 OPTIONS = {
     "max_steps": 8,
     "per_device_train_batch_size": 4,
@@ -52,7 +52,7 @@ def finish(process):
 
 
 def send(process, number):
-    """Send a signal to a run with all its processes; a launcher starts them in sessions of their own."""
+    """Send a signal to all processes of a run. A launcher starts them in their own sessions."""
     if process.poll() is None:
         for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -85,8 +85,8 @@ def assert_same_run(folder, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(policy_dir, tmp_path, num_processes):
-    """SIGKILL at random moments: while rollouts are made, weights are changed, checkpoints are written."""
+def test_a_repeatedly_killed_run_equals_an_uninterrupted_run(policy_dir, tmp_path, num_processes):
+    """The run is killed at random moments: during generation, during updates, or while a checkpoint is written."""
     finish(start(policy_dir, tmp_path / "whole", num_processes))
     seed = random.randrange(2**32)
     print("seed", seed)
@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(policy_
             return max(steps, default=0) >= wanted
 
         wait_for(reached, process)
-        time.sleep(rng.random() * 0.5)  # where in the next steps
+        time.sleep(rng.random() * 0.5)  # a random moment in the next steps
         send(process, signal.SIGKILL)
         process.communicate()
     finish(start(policy_dir, folder, num_processes))
@@ -117,14 +117,14 @@ def test_a_signal_saves_a_checkpoint_and_exits_with_143(policy_dir, tmp_path, nu
     send(process, sent)
     _, errors = process.communicate(timeout=300)
     assert "Stopped by a signal after step" in errors
-    if num_processes == 1:  # a launcher has exit codes of its own
+    if num_processes == 1:  # a launcher has its own exit codes
         assert process.returncode == 143
     assert not (folder / "about_0.json").exists()
     finish(start(policy_dir, folder, num_processes))
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_checkpoint_that_is_incomplete_is_passed_over(make_trainer, tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_skipped(make_trainer, tmp_path, caplog):
     make_trainer(max_steps=3, save_strategy="steps", save_steps=1).train()
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     (tmp_path / "run" / "checkpoint-3" / "complete.json").unlink()
@@ -135,8 +135,8 @@ def test_a_checkpoint_that_is_incomplete_is_passed_over(make_trainer, tmp_path, 
     assert "checkpoint-3 is incomplete" in caplog.text
 
 
-def test_a_checkpoint_that_is_written_again_is_incomplete_meanwhile(make_trainer, tmp_path, monkeypatch):
-    """Where retrieval fails after a step that was saved, its checkpoint is written a second time."""
+def test_a_checkpoint_is_incomplete_while_it_is_rewritten(make_trainer, tmp_path, monkeypatch):
+    """If retrieval fails after a saved step, the checkpoint of this step is written again."""
     trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
@@ -150,20 +150,20 @@ def test_a_checkpoint_that_is_written_again_is_incomplete_meanwhile(make_trainer
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-1")
 
 
-def test_there_is_nothing_to_resume_from(make_trainer, tmp_path):
+def test_resuming_without_a_checkpoint_is_an_error(make_trainer, tmp_path):
     with pytest.raises(ValueError, match=r"no complete checkpoint in .*run"):
         make_trainer().train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("options", [{"per_device_train_batch_size": 4}, {"num_generations": 2}, {"num_iterations": 2}])
-def test_a_checkpoint_of_other_sizes_is_refused(make_trainer, options):
+def test_a_checkpoint_with_other_batch_options_is_refused(make_trainer, options):
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=rf"`{name}` = \d+, this run has {value}"):
         make_trainer(max_steps=2, **options).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk_leaves_the_older_checkpoints(make_trainer, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_older_checkpoint(make_trainer, tmp_path, monkeypatch):
     class FullAtStepTwo(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:

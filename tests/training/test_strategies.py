@@ -1,4 +1,4 @@
-"""Real processes under every strategy of `recipes/accelerate`: the same rollouts, groups, losses and weights."""
+"""Every strategy of `recipes/accelerate` on real processes gives the same rollouts, groups, losses and weights."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from helpers.paths import ACCELERATE_CONFIGS, HELPERS, TRAIN_ON_RANKS
 from helpers.servers import free_port
 
-EXPECTED = {  # what accelerate must say of itself: it falls back to plain data parallelism without a word
+EXPECTED = {  # what accelerate must report, because it falls back to data parallelism without a warning
     "ddp": {"distributed_type": "MULTI_CPU", "zero_stage": None},
     "zero2": {"distributed_type": "DEEPSPEED", "zero_stage": 2},
     "zero3": {"distributed_type": "DEEPSPEED", "zero_stage": 3},
@@ -22,12 +22,12 @@ EXPECTED = {  # what accelerate must say of itself: it falls back to plain data 
 
 
 def launch(strategy, policy, folder, *arguments, num_processes=2, num_machines=1, **options):
-    """Run the script, and return what its ranks wrote. Each machine has a launcher of its own."""
+    """Run the script and return the reports of its ranks. Each machine has its own launcher."""
     options = {"max_steps": 10, "per_device_train_batch_size": 16 // num_processes, **options}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if strategy == "fsdp2":
         environment |= {"PYTHONPATH": str(HELPERS / "fsdp_on_cpu"), "ACCELERATE_TORCH_DEVICE": "cpu"}
-        options["use_cpu"] = False  # which would be another strategy
+        options["use_cpu"] = False  # `use_cpu=True` would select another strategy
     if strategy is None:
         command = [sys.executable]
     else:
@@ -64,13 +64,13 @@ def losses(rank):
 
 def assert_same_weights(folder, other, tolerance):
     ours, theirs = (load_file(path / "final" / "model.safetensors") for path in (folder, other))
-    assert ours.keys() >= theirs.keys()  # some save the tied head too
+    assert ours.keys() >= theirs.keys()  # some strategies also save the tied head
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) <= tolerance
 
 
 @pytest.fixture(scope="module")
 def single(policy_dir, tmp_path_factory):
-    """One process, with rollouts that do not depend on how many there are."""
+    """A run on one process, with rollouts that do not depend on the number of processes."""
     folder = tmp_path_factory.mktemp("single")
     return folder, launch(None, policy_dir, folder, "--recorded", num_processes=1)[0]
 
@@ -80,7 +80,7 @@ def single(policy_dir, tmp_path_factory):
     ("strategy", "num_processes"),
     [("ddp", 2), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2), ("fsdp2", 2), ("zero3", 4), ("multi_node_2", 2)],
 )
-def test_the_same_rollouts_train_the_same_weights(policy_dir, tmp_path, single, strategy, num_processes):
+def test_the_same_rollouts_give_the_same_weights(policy_dir, tmp_path, single, strategy, num_processes):
     folder, alone = single
     num_machines = 2 if strategy == "multi_node_2" else 1
     ranks = launch(strategy, policy_dir, tmp_path, "--recorded", num_processes=num_processes, num_machines=num_machines)
@@ -95,7 +95,7 @@ def test_the_same_rollouts_train_the_same_weights(policy_dir, tmp_path, single, 
 
 @pytest.fixture(scope="module")
 def sampled(policy_dir, tmp_path_factory):
-    """Two data parallel processes that sample."""
+    """A run on two data-parallel processes that sample."""
     folder = tmp_path_factory.mktemp("sampled")
     launch("ddp", policy_dir, folder)
     return folder
@@ -122,8 +122,8 @@ def test_the_same_seed_gives_the_same_rollouts(policy_dir, tmp_path, sampled, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
-def test_ranks_that_need_other_numbers_of_rounds_do_not_hang(policy_dir, tmp_path, strategy):
-    """In every step, rank 0 ends after one turn and rank 1 takes all; a hang ends the script with its stacks."""
+def test_ranks_with_different_numbers_of_turns_do_not_hang(policy_dir, tmp_path, strategy):
+    """In every step, rank 0 stops after one turn and rank 1 uses all turns. If it hangs, the script prints its stacks."""
     ranks = launch(strategy, policy_dir, tmp_path, "--uneven", max_steps=100, per_device_train_batch_size=4)
     assert len(ranks[0]["gathers_before_each_turn"]) == 100
     assert len(ranks[1]["gathers_before_each_turn"]) == 400
@@ -132,7 +132,7 @@ def test_ranks_that_need_other_numbers_of_rounds_do_not_hang(policy_dir, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
-def test_continuous_batches_of_uneven_ranks(policy_dir, tmp_path, strategy):
+def test_continuous_batching_with_different_numbers_of_turns(policy_dir, tmp_path, strategy):
     options = {
         "use_transformers_continuous_batching": True,
         "transformers_continuous_batching_config": {"page_size": 32, "num_blocks": 64, "max_batch_tokens": 256},
@@ -152,7 +152,7 @@ def test_a_rank_whose_retriever_fails_does_not_hang_the_others(policy_dir, tmp_p
     assert len(losses(ranks[0])) == 20
     steps = [entry for entry in ranks[0]["history"] if "loss" in entry]
     failed, searches = (sum(step[f"retrieval/{name}"] for step in steps) for name in ("failed_connection", "searches"))
-    assert 0 < failed < searches  # those of the other rank were answered
+    assert 0 < failed < searches  # the searches of the other rank succeeded
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_lora_under_zero3(policy_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_would_hang_is_refused(policy_dir, tmp_path):
+def test_settings_that_would_hang_are_refused(policy_dir, tmp_path):
     with pytest.raises(AssertionError, match="ds3_gather_for_generation=False"):
         launch("zero3", policy_dir, tmp_path, ds3_gather_for_generation=False, max_steps=1)
     with pytest.raises(AssertionError, match=r"`train_dataset` must be the same in every process, .*\[72, 71\]"):

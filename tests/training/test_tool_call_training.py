@@ -51,7 +51,7 @@ def make_chat_trainer(make_trainer, dataset, chat_dir):
 
 
 def prompted_to_search(trainer):
-    """An untrained model never writes a call: in place of its text, some turns are read as searches."""
+    """Parse every third turn as a search, because an untrained model never writes a call."""
     protocol = trainer.search_loop.protocol
     original, calls = protocol.parse, []
 
@@ -64,7 +64,7 @@ def prompted_to_search(trainer):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_training_sees_the_contexts_that_were_sampled_from(make_chat_trainer, temperature):
+def test_training_and_sampling_logprobs_agree(make_chat_trainer, temperature):
     trainer = make_chat_trainer(temperature=temperature)
     prompted_to_search(trainer)
     inputs, trajectories = prepared(trainer)
@@ -89,7 +89,7 @@ def test_training_sees_the_contexts_that_were_sampled_from(make_chat_trainer, te
     assert compared > 100
 
 
-def test_a_run_of_two_steps(make_chat_trainer):
+def test_two_training_steps(make_chat_trainer):
     seen = []
 
     def spy(prompts, completions, trajectories, **kwargs):
@@ -118,7 +118,7 @@ def test_a_run_of_two_steps(make_chat_trainer):
     assert not any(key.startswith(("tools/", "eval_tools/")) for e in trainer.state.log_history for key in e)
 
 
-def test_options_of_the_template_reach_prompts_and_observations(make_chat_trainer, tmp_path, chat_dir):
+def test_chat_template_kwargs_apply_to_prompts_and_observations(make_chat_trainer, tmp_path, chat_dir):
     trainer = make_chat_trainer(
         model=Qwen2ForCausalLM.from_pretrained(chat_dir, dtype="float32"),
         processing_class=make_chat("qwen3_training"),
@@ -132,11 +132,11 @@ def test_options_of_the_template_reach_prompts_and_observations(make_chat_traine
     assert all(ids[-len(ending) :] == ending for ids in contexts)
 
 
-def test_a_tokenizer_without_chat_template_is_refused_by_the_trainer(make_trainer):
+def test_a_tokenizer_without_a_chat_template_is_refused(make_trainer):
     with pytest.raises(ValueError, match="`protocol='tool_call'` needs a chat template, but the tokenizer has none"):
         make_trainer(protocol="tool_call")
 
 
-def test_an_observation_budget_that_is_too_small_is_refused_by_the_trainer(make_chat_trainer):
+def test_a_too_small_observation_budget_is_refused(make_chat_trainer):
     with pytest.raises(ValueError, match="`max_observation_tokens` must be at least"):
         make_chat_trainer(max_observation_tokens=5)

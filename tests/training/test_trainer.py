@@ -33,8 +33,8 @@ def gradients(trainer, inputs):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_training_sees_the_contexts_that_were_sampled_from(make_trainer, temperature):
-    """Log-probabilities of both forwards agree: masks, positions and contexts are the same."""
+def test_training_and_sampling_logprobs_agree(make_trainer, temperature):
+    """Both forwards use the same masks, positions and contexts."""
     trainer = make_trainer(temperature=temperature, per_device_train_batch_size=16)
     inputs, trajectories = prepared(trainer)
     assert len({len(t.turns) for t in trajectories}) > 1
@@ -55,7 +55,7 @@ def test_training_sees_the_contexts_that_were_sampled_from(make_trainer, tempera
     assert compared > 100
 
 
-def test_what_is_trained_on_is_what_was_sampled(make_trainer, tokenizer):
+def test_trained_tokens_are_the_sampled_tokens(make_trainer, tokenizer):
     inputs, trajectories = prepared(make_trainer())
     for row, trajectory in enumerate(trajectories):
         length = len(trajectory.completion_ids)
@@ -64,7 +64,7 @@ def test_what_is_trained_on_is_what_was_sampled(make_trainer, tokenizer):
         trained = inputs["completion_mask"][row] * inputs["tool_mask"][row]
         assert trained[:length].tolist() == trajectory.loss_mask
         assert trained[length:].sum() == 0
-        # Observations are attended to; a rollout that ended by itself is closed by one token that is not trained on
+        # The completion mask covers observations. A rollout that was not truncated ends with a token that is not trained on
         closed = trajectory.status != "truncated" and trajectory.completion_ids[-1] != tokenizer.eos_token_id
         assert inputs["completion_mask"][row].sum() == length + closed
         assert not closed or completion[length] == tokenizer.eos_token_id
@@ -74,7 +74,7 @@ def test_what_is_trained_on_is_what_was_sampled(make_trainer, tokenizer):
 
 
 def test_gradient_flows_only_from_sampled_tokens(make_trainer):
-    """The derivative of the loss by the log-probability of each token: zero on observations and padding."""
+    """The derivative of the loss with respect to the log-probability of each token is zero on observations and padding."""
     trainer = make_trainer(advantage_level="turn", folr_alpha=1.0, reward_funcs=varied_reward)
     inputs, trajectories = prepared(trainer)
     original, leaves = trainer._get_per_token_logps_and_entropies, []
@@ -93,7 +93,9 @@ def test_gradient_flows_only_from_sampled_tokens(make_trainer):
         derivative = logps.grad[row]
         assert (derivative[: len(mask)][~mask] == 0).all()
         assert (derivative[len(mask) :] == 0).all()
-        has_advantage = inputs["advantages"][row, : len(mask)] != 0  # the only rollout with a k-th turn has none there
+        has_advantage = (
+            inputs["advantages"][row, : len(mask)] != 0
+        )  # zero if no other rollout of the group has this turn
         assert ((derivative[: len(mask)] != 0) == (mask & has_advantage)).all()
     assert any(0 in t.loss_mask for t in trajectories)
     assert (inputs["advantages"] != 0).any(dim=1).sum() > 4
@@ -107,7 +109,7 @@ def with_golds(dataset, golds):
     return dataset.map(lambda row: {"golden_answers": golds})
 
 
-def test_an_all_wrong_group_without_near_miss_has_exactly_no_gradient(make_trainer, dataset):
+def test_an_all_wrong_group_without_a_near_miss_has_zero_gradient(make_trainer, dataset):
     trainer = make_trainer(train_dataset=with_golds(dataset, ["Nowhere To Be Found"]), reward_funcs=wrong_reward)
     inputs, _ = prepared(trainer)
     _, gradient = gradients(trainer, inputs)
@@ -115,7 +117,7 @@ def test_an_all_wrong_group_without_near_miss_has_exactly_no_gradient(make_train
 
 
 def test_an_all_wrong_group_with_a_near_miss_has_a_gradient(make_trainer, dataset):
-    # "novel" stands in every passage about a book, "born" in every passage about a person: some searches find it
+    # Every passage about a book contains "novel", so some searches find it
     trainer = make_trainer(
         train_dataset=with_golds(dataset, ["novel"]), reward_funcs=wrong_reward, per_device_train_batch_size=16
     )
@@ -127,7 +129,7 @@ def test_an_all_wrong_group_with_a_near_miss_has_a_gradient(make_trainer, datase
     assert gradient.abs().sum() > 0
 
 
-def test_only_the_turn_of_the_first_occurrence_is_paid(make_trainer, dataset):
+def test_only_the_turn_of_the_first_occurrence_has_a_positive_advantage(make_trainer, dataset):
     trainer = make_trainer(
         train_dataset=with_golds(dataset, ["novel"]), reward_funcs=wrong_reward, per_device_train_batch_size=16
     )
@@ -152,7 +154,7 @@ def test_only_the_turn_of_the_first_occurrence_is_paid(make_trainer, dataset):
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_trajectory_level_is_grpo(make_trainer, policy_dir, dataset, tmp_path, loss_type, num_iterations, beta):
-    """Same rollouts, same loss and gradients as TRL's own trainer, also after the policy has moved."""
+    """For the same rollouts, loss and gradients equal those of TRL's trainer, also after updates of the policy."""
     options = {
         "loss_type": loss_type,
         "num_iterations": num_iterations,
@@ -208,7 +210,7 @@ def test_trajectory_level_is_grpo(make_trainer, policy_dir, dataset, tmp_path, l
                         parameter -= 0.1 * parameter.grad
 
 
-def test_stage_level_is_grpo_where_a_rollout_is_correct(make_trainer):
+def test_stage_level_is_grpo_in_groups_with_a_correct_rollout(make_trainer):
     def some_correct(trajectories, **kwargs):
         return [1.0 if i % 4 == 0 else 0.0 for i in range(len(trajectories))]
 
@@ -225,7 +227,7 @@ def test_stage_level_is_grpo_where_a_rollout_is_correct(make_trainer):
 
 
 class ByNumber(TSPOTrainer):
-    """Every turn has its own number as its advantage, but only in even groups."""
+    """The advantage of a turn is its number. Only even groups use turn advantages."""
 
     def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, success_threshold):
         numbers = torch.arange(1.0, int(num_turns.max()) + 1).expand(len(outcomes), -1)
@@ -234,7 +236,7 @@ class ByNumber(TSPOTrainer):
         return numbers, numbers.nan_to_num(), group % 2 == 0
 
 
-def test_a_credit_of_ones_own(make_trainer):
+def test_compute_turn_advantages_can_be_overridden(make_trainer):
     def some_correct(trajectories, **kwargs):
         return [1.0 if i % 4 == 0 else 0.0 for i in range(len(trajectories))]
 
@@ -276,7 +278,7 @@ def test_several_rewards_with_weights(make_trainer):
     )
 
 
-def test_reward_functions_see_no_passages_as_written_by_the_model(make_trainer, dataset):
+def test_reward_functions_get_completions_without_passages(make_trainer, dataset):
     seen = []
 
     def spy(prompts, completions, trajectories, golden_answers, question, **kwargs):
@@ -312,7 +314,7 @@ def test_conversational_prompts_give_conversations(make_trainer, policy_dir, dat
     assert all("<information>" in m["content"] or "not valid" in m["content"] for c in seen for m in c[1::2])
 
 
-def test_questions_alone_are_enough(make_trainer, dataset):
+def test_rows_without_a_prompt_are_trained_on(make_trainer, dataset):
     trainer = make_trainer(train_dataset=dataset.select_columns(["question", "golden_answers"]), max_steps=1)
     trainer.train()
     prompt = trainer.train_dataset[0]["prompt"]
@@ -340,7 +342,7 @@ def test_evaluation(make_trainer, dataset):
     assert 0 <= metrics["eval_search/hit"] <= 1
 
 
-def test_evaluation_takes_questions_as_they_are(make_trainer, dataset):
+def test_evaluate_accepts_rows_without_a_prompt(make_trainer, dataset):
     trainer = make_trainer(num_generations_eval=2)
     metrics = trainer.evaluate(dataset.select_columns(["question", "golden_answers"]).select(range(4)))
     assert "eval_reward" in metrics
@@ -363,7 +365,7 @@ def test_completions_can_be_logged(make_trainer, tmp_path):
     assert list((tmp_path / "run" / "completions").glob("*.parquet"))
 
 
-def test_a_checkpoint_resumes_and_loads_elsewhere(make_trainer, tmp_path):
+def test_a_checkpoint_can_be_resumed_and_loaded_by_transformers(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, reward_funcs=varied_reward)
     trainer.train()
     final = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -395,7 +397,7 @@ def test_callbacks_are_called(make_trainer):
     assert counter.steps == 2
 
 
-def test_unused_columns_may_be_removed(make_trainer, dataset):
+def test_unused_columns_can_be_removed(make_trainer, dataset):
     trainer = make_trainer(train_dataset=dataset.map(lambda row: {"noise": 1}), remove_unused_columns=True, max_steps=1)
     trainer.train()
     assert "reward" in trainer.state.log_history[0]
@@ -423,7 +425,7 @@ def test_accumulation_over_one_generation_batch(make_trainer):
 
 
 class Flaky:
-    """Fails in the calls that it is told to."""
+    """Fails in the calls for which `fails` is true."""
 
     def __init__(self, retriever, fails):
         self.retriever, self.fails, self.calls = retriever, fails, 0
@@ -431,11 +433,11 @@ class Flaky:
     def search(self, queries, k):
         self.calls += 1
         if self.fails(self.calls):
-            raise ConnectionError("the index is gone")
+            raise ConnectionError("the index is missing")
         return self.retriever.search(queries, k)
 
 
-def test_rollouts_whose_search_failed_have_no_advantage_and_leave_the_baseline_alone(make_trainer, retriever):
+def test_rollouts_with_a_failed_search_have_no_advantage_and_are_excluded_from_the_baseline(make_trainer, retriever):
     trainer = make_trainer(
         retriever=Flaky(retriever, lambda call: call > 1),
         max_retrieval_failure_rate=1.0,
@@ -463,7 +465,7 @@ def test_rollouts_whose_search_failed_have_no_advantage_and_leave_the_baseline_a
 def test_too_many_failures_stop_the_run_with_a_checkpoint(make_trainer, retriever, tmp_path):
     flaky = Flaky(retriever, lambda call: call > 6)
     trainer = make_trainer(retriever=flaky, max_steps=20, reward_funcs=varied_reward)
-    with pytest.raises(RetrievalError, match=r"Flaky.*the index is gone.*resume_from_checkpoint"):
+    with pytest.raises(RetrievalError, match=r"Flaky.*the index is missing.*resume_from_checkpoint"):
         trainer.train()
     step = trainer.state.global_step
     assert step > 0
@@ -474,9 +476,9 @@ def test_too_many_failures_stop_the_run_with_a_checkpoint(make_trainer, retrieve
     assert resumed.state.global_step == step + 1
 
 
-def test_a_retriever_that_never_worked_leaves_nothing_to_resume(make_trainer, retriever, tmp_path):
+def test_a_failure_in_the_first_step_saves_no_checkpoint(make_trainer, retriever, tmp_path):
     trainer = make_trainer(retriever=Flaky(retriever, lambda call: True))
-    with pytest.raises(RetrievalError, match=r"the index is gone.*Start again"):
+    with pytest.raises(RetrievalError, match=r"the index is missing.*Start again"):
         trainer.train()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -484,7 +486,7 @@ def test_a_retriever_that_never_worked_leaves_nothing_to_resume(make_trainer, re
 # Bad input
 
 
-def test_errors_before_anything_is_loaded(make_trainer, dataset, retriever, tmp_path):
+def test_arguments_are_checked_before_the_model_is_loaded(make_trainer, dataset, retriever, tmp_path):
     missing = "no/such-model"  # would fail if it were loaded first
     for options, message in [
         ({"train_dataset": dataset.remove_columns("golden_answers")}, "no column 'golden_answers'"),
@@ -505,12 +507,12 @@ def test_golden_answers_must_be_lists_of_strings(make_trainer, dataset, golds):
         make_trainer(train_dataset=bad)
 
 
-def test_the_configuration_must_be_ours(policy_dir, dataset, retriever, tmp_path):
+def test_the_configuration_must_be_a_tspo_config(policy_dir, dataset, retriever, tmp_path):
     with pytest.raises(TypeError, match="must be a `TSPOConfig`, got `GRPOConfig`"):
         TSPOTrainer(policy_dir, args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False), retriever=retriever)
 
 
-def test_a_prompt_that_does_not_fit_the_model(make_trainer, dataset):
+def test_a_prompt_longer_than_the_context_of_the_model_is_refused(make_trainer, dataset):
     rows = dataset.map(lambda row: {"prompt": "Who " * 3000})
     with pytest.raises(ValueError, match="at most 2048 tokens"):
         make_trainer(train_dataset=rows).train()
@@ -519,7 +521,7 @@ def test_a_prompt_that_does_not_fit_the_model(make_trainer, dataset):
 # The log of trajectories
 
 
-def test_the_log_holds_what_the_metrics_say(make_trainer, dataset):
+def test_the_log_and_the_metrics_agree(make_trainer, dataset):
     trainer = make_trainer(max_steps=2, per_device_train_batch_size=16)
     trainer.train()
     (path,) = (Path(trainer.args.output_dir) / "trajectories").glob("*.jsonl")
@@ -548,33 +550,38 @@ def test_the_log_can_be_switched_off(make_trainer, tmp_path):
 
 
 def test_few_methods_are_overridden():
-    """The contract with TRL: six overrides in the trainer and its generation, nine to save, and each calls super."""
+    """The methods of TRL's and transformers' trainers that TSPOTrainer and its mixins override. Each calls `super`."""
     ours = TSPOTrainer.__mro__[: TSPOTrainer.__mro__.index(GRPOTrainer)]
-    overridden = {
-        cls: {name for name, value in vars(cls).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    overridden = [
+        (name, value)
         for cls in ours
+        for name, value in vars(cls).items()
+        if (callable(value) or isinstance(value, (property, classmethod))) and hasattr(GRPOTrainer, name)
+    ]
+    assert {name for name, _ in overridden} == {
+        # TSPOTrainer
+        "__init__",
+        "_calculate_rewards",
+        "_generate",
+        "_generate_and_score_completions",
+        "_set_signature_columns_if_needed",
+        "evaluation_loop",
+        "get_eval_dataloader",
+        # ExactResumeMixin
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_save_checkpoint",
+        "_save_rng_state",
+        "train",
+        # SharingMixin
+        "_push_from_checkpoint",
+        "create_model_card",
+        "push_to_hub",
+        "save_model",
     }
-    assert overridden == {
-        TSPOTrainer: {
-            "__init__",
-            "_calculate_rewards",
-            "_generate_and_score_completions",
-            "_set_signature_columns_if_needed",
-            "_generate",
-            "evaluation_loop",
-            "get_eval_dataloader",
-        },
-        ExactResumeMixin: {
-            "_load_from_checkpoint",
-            "_load_rng_state",
-            "_save_checkpoint",
-            "_save_rng_state",
-            "train",
-        },
-        SharingMixin: {"_push_from_checkpoint", "create_model_card", "push_to_hub", "save_model"},
-    }
-    for cls, names in overridden.items():
-        assert all("__class__" in vars(cls)[name].__code__.co_freevars for name in names)
+    assert len(overridden) == 16  # no method is overridden twice
+    assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
+    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 
@@ -591,4 +598,6 @@ def test_training_generates_by_continuous_batching(make_trainer):
     steps = [entry for entry in trainer.state.log_history if "search/calls" in entry]
     assert len(steps) == 2
     assert all(step["retrieval/searches"] > 0 and step["turns/mean"] > 1 for step in steps)
-    assert not getattr(trainer.model, "_cached_continuous_batching_manager", None)  # a cache would be of old weights
+    assert not getattr(
+        trainer.model, "_cached_continuous_batching_manager", None
+    )  # a cached manager would use old weights

@@ -1,4 +1,4 @@
-"""The picture of the curves of a run."""
+"""A plot of the metrics of a run."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _CURVES = (
-    ("search/hit", "gold answer found", "#3a9d5d"),
+    ("search/hit", "golden answer found", "#3a9d5d"),
     ("reward", "reward", "#1b6ca8"),
     ("search/near_miss", "near miss: found, but answered wrong", "#e0a030"),
 )

@@ -25,6 +25,7 @@ from ..rollout.facts import RolloutFacts, rollout_facts
 from ..rollout.limits import SearchLimits
 from ..rollout.log import append_rollouts, log_files, rollout_record, write_settings
 from ..rollout.loop import SearchLoop
+from ..rollout.protocol import SearchProtocol
 from ..rollout.protocols import make_protocol
 from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
@@ -172,6 +173,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             )
         check_processes(self.accelerator, args, self.train_dataset)
 
+        # Search loop and data sets, which both use the protocol
         protocol = make_protocol(
             args.protocol,
             self.processing_class,
@@ -188,18 +190,21 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         self.train_dataset, self.eval_dataset = map_datasets(
             lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
         )
-        search_loop = SearchLoop(
-            make_engine(self, protocol.stop_strings),
-            retrievers.retriever,
-            protocol,
-            eos_token_ids=self.eos_token_ids,
-            limits=SearchLimits.of(args),
-            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
-        )
         # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
-        self.rollout_func = SearchRollouts(search_loop, retrievers)
+        self.rollout_func = SearchRollouts(self._make_search_loop(protocol, retrievers.retriever), retrievers)
         if args.warn_on_collapse:
             self.add_callback(CollapseCallback(stop_on=args.stop_on_collapse))
+
+    def _make_search_loop(self, protocol: SearchProtocol, retriever: Retriever) -> SearchLoop:
+        """Make the search loop of the configuration. TRL must have set up the model."""
+        return SearchLoop(
+            make_engine(self, protocol.stop_strings),
+            retriever,
+            protocol,
+            eos_token_ids=self.eos_token_ids,
+            limits=SearchLimits.of(self.args),
+            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+        )
 
     @property
     def search_loop(self) -> SearchLoop:
@@ -308,7 +313,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         return rewards, advantages, uses_turn_level(outcomes, **stage)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # Generate, compute rewards and trajectory advantages by TRL; each row then holds its trajectory
+        # TRL generates, and computes rewards and trajectory advantages. Each row then holds its trajectory
         output = super()._generate_and_score_completions(inputs)
         trajectory_advantages = output["advantages"]
         mode = "train" if self.model.training else "eval"
@@ -325,20 +330,21 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             outcomes, by_fact.credited, by_fact.turns, **groups
         )
 
-        # Metrics
+        # Metrics, over the rollouts of all ranks
         logps = [mean_logprob(row["trajectory"]) for row in inputs]
         logps = gather(torch.tensor(logps, device=outcomes.device))
         has_signal = (advantages != 0).any(dim=1)
         for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
             self._metrics[mode][name].append(value)
 
-        # Token advantages: those of turns, or TRL's advantage of the rollout, to which all options of TRL apply
+        # Token advantages: those of the turn, or TRL's advantage of the rollout, to which all options of TRL apply
         local_advantages = torch.where(uses_turns[local, None], advantages[local], trajectory_advantages[:, None])
         local_advantages = local_advantages.masked_fill(turn_rewards[local].isnan(), 0.0)
         if self.args.advantage_level != "trajectory" or uses_turns.any():
             turn_index = self._turn_index(inputs, output["completion_ids"])
             output["advantages"] = token_advantages(local_advantages, turn_index)
 
+        # Log of the rollouts
         if self.args.log_trajectories:
             columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
             self._log_rollouts(inputs, [*columns, local_advantages], num_generations)
