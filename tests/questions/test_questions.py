@@ -520,7 +520,7 @@ def test_invalid_sources_are_errors():
         load_questions("no/where")
     with pytest.raises(FileNotFoundError, match=r"The benchmark is `load_benchmark\('hotpotqa'\)`"):
         load_questions("HotpotQA")
-    with pytest.raises(TypeError, match=r"got `dict`. Rows in memory become one by `Dataset.from_list\(rows\)`"):
+    with pytest.raises(TypeError, match=r"got `dict`. Convert rows in memory with `Dataset.from_list\(rows\)`"):
         load_questions([GOOD])
     with pytest.raises(ValueError, match="`source` is an empty list"):
         load_questions([])

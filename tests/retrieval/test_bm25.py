@@ -354,7 +354,7 @@ def test_an_index_of_another_corpus_is_an_error(saved, tmp_path):
     changed = tmp_path / "changed.jsonl"
     text = (HOTPOTQA / "passages.jsonl").read_text(encoding="utf-8")
     changed.write_text(text.replace("film", "movie", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not of the corpus .*changed\.jsonl"):
+    with pytest.raises(ValueError, match=r"does not belong to the corpus .*changed\.jsonl"):
         BM25Retriever.load(saved, corpus=changed)
 
 
@@ -382,7 +382,7 @@ def test_changed_files_of_the_same_size_are_detected_if_the_corpus_is_given(save
 def test_a_vocabulary_of_another_index_is_an_error(saved, tmp_path):
     BM25Retriever(PASSAGES).save(tmp_path / "other")
     (tmp_path / "other" / "vocab.index.json").write_bytes((saved / "vocab.index.json").read_bytes())
-    with pytest.raises(ValueError, match="its vocabulary is of another index"):
+    with pytest.raises(ValueError, match="its vocabulary belongs to another index"):
         BM25Retriever.load(tmp_path / "other")
 
 
