@@ -1,4 +1,4 @@
-"""Where the server is: `pytest tests/conformance --server URL`, or one of ours without the option."""
+"""The server under test: that of `pytest tests/conformance --server URL`, or our own server without the option."""
 
 import pytest
 from httpx2 import Client
@@ -8,12 +8,14 @@ from helpers.servers import Server
 
 def pytest_addoption(parser):
     parser.addoption("--server", help="the address of a retrieval server, for instance http://localhost:8000")
-    parser.addoption("--query", default="Who wrote Silent Harbor?", help="a query for which it finds several passages")
+    parser.addoption(
+        "--query", default="Who wrote Silent Harbor?", help="a query for which the server finds several passages"
+    )
 
 
 @pytest.fixture(scope="session")
 def server_url(request, tmp_path_factory):
-    """The server under test. The options are unknown when all tests are run together."""
+    """Address of the server under test. The options do not exist if all tests are run together."""
     url = request.config.getoption("--server", default=None)
     if url is not None:
         yield url.rstrip("/").removesuffix("/retrieve")

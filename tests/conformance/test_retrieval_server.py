@@ -1,9 +1,9 @@
-"""What a retrieval server must do so that a training run can rely on it.
+"""Requirements on a retrieval server that is used in training.
 
     pytest tests/conformance --server http://localhost:8000 --query "a question that finds several passages"
 
-The tests of `/retrieve` are what `HTTPRetriever` needs. Those of the other dialects are skipped where a server does not
-have them.
+`HTTPRetriever` needs a server that passes the tests of `/retrieve`. The tests of other dialects are skipped if the
+server does not support them.
 """
 
 import json
@@ -42,12 +42,12 @@ def test_a_query_finds_passages(client, query):
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 10])
-def test_topk_is_the_most_passages_of_a_query(client, query, topk):
+def test_topk_is_the_maximum_number_of_passages_per_query(client, query, topk):
     (passages,) = retrieve(client, queries=[query], topk=topk, return_scores=True)
     assert 1 <= len(passages) <= topk
 
 
-def test_fewer_passages_are_the_first_of_more(client, query):
+def test_smaller_topk_returns_the_first_passages_of_a_larger_one(client, query):
     (many,) = retrieve(client, queries=[query], topk=5, return_scores=True)
     for topk in (1, 2, 3):
         assert retrieve(client, queries=[query], topk=topk, return_scores=True) == [many[:topk]]
@@ -60,19 +60,19 @@ def test_scores_are_numbers_from_best_to_worst(client, query):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_without_scores_the_documents_are_bare_and_the_same(client, query):
+def test_requests_without_scores_return_the_same_documents(client, query):
     (scored,) = retrieve(client, queries=[query], topk=3, return_scores=True)
     (bare,) = retrieve(client, queries=[query], topk=3, return_scores=False)
     assert bare == [passage["document"] for passage in scored]
     assert retrieve(client, queries=[query], topk=3) == [bare]  # as in Search-R1, the default
 
 
-def test_topk_may_be_left_out(client, query):
+def test_topk_is_optional(client, query):
     (passages,) = retrieve(client, queries=[query])
     assert passages
 
 
-def test_no_passage_comes_twice(client, query):
+def test_passages_of_a_query_are_different(client, query):
     (passages,) = retrieve(client, queries=[query], topk=10)
     assert len({json.dumps(passage, sort_keys=True) for passage in passages}) == len(passages)
 
@@ -117,7 +117,7 @@ def test_several_clients_at_once(client, query):
     ids=lambda text: ascii(text)[:30],
 )
 def test_any_text_is_a_query(client, text, query):
-    """Queries are written by a model: none of them may lose the whole batch."""
+    """A model writes the queries: an unusual one must not make the whole batch fail."""
     body = json.dumps({"queries": [text, query], "topk": 2, "return_scores": True})
     response = client.post("/retrieve", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 200, response.text
@@ -125,7 +125,7 @@ def test_any_text_is_a_query(client, text, query):
     assert response.json()["result"][1] == retrieve(client, queries=[query], topk=2, return_scores=True)[0]
 
 
-def test_an_empty_query_finds_nothing_or_is_refused(client):
+def test_empty_query_has_one_result_or_is_refused(client):
     response = client.post("/retrieve", json={"queries": [""], "topk": 2, "return_scores": True})
     assert response.status_code == 200 or 400 <= response.status_code < 500
     if response.status_code == 200:
@@ -182,7 +182,7 @@ def test_health_is_ok(client):
     assert response.status_code == 200
 
 
-def test_skyrl_one_query_gets_one_list(client, query):
+def test_skyrl_single_query(client, query):
     response = client.post("/retrieve", json={"query": query, "topk": 2, "return_scores": True})
     if response.status_code == 422:
         pytest.skip("`query` is not known")

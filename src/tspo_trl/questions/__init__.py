@@ -1,4 +1,4 @@
-"""Questions with golden answers: loading, mixing and checking them, and the seven benchmarks. May import: `scoring`, `support`."""
+"""Loading, mixing and checking questions with golden answers, and the seven benchmarks. May import: `scoring`, `support`."""
 
 from .catalogue import BENCHMARKS, Benchmark, load_benchmark
 from .load import load_questions, question_splits, source_name

@@ -1,4 +1,4 @@
-"""The check of questions that training, evaluation and the audit share."""
+"""Checks of questions, shared by training, evaluation and the audit."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -166,7 +166,7 @@ def _open(
     elif not isinstance(source, (str, Path)):
         raise TypeError(
             f"{label} must be a file, a folder, the name of a data set on the Hub, a `Dataset` or an `IterableDataset`, "
-            f"got `{type(source).__name__}`. Rows in memory become one by `Dataset.from_list(rows)`."
+            f"got `{type(source).__name__}`. Convert rows in memory with `Dataset.from_list(rows)`."
         )
     elif file_format(source):
         return _open_file(label, str(source), split, columns, streaming)

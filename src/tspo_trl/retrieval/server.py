@@ -74,7 +74,7 @@ def create_app(
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """
-    The server as an ASGI application.
+    Create the server as an ASGI application.
 
     A bad request is answered with 422 (400 for an empty `query` of `/search`, 413 for a body that is too large) and one
     sentence in `detail`. While the retriever is being opened, every search is answered with 503; if it cannot be opened
@@ -112,7 +112,7 @@ def create_app(
         if (body.queries is None) == (body.query is None):
             raise HTTPException(422, "Give either `queries`, a list of strings, or `query`, one string.")
         queries = body.queries or [] if body.query is None else [body.query]
-        encode = _scored if body.return_scores else _bare
+        encode = _documents_with_scores if body.return_scores else _documents
         return await service.search(
             http, queries, body.topk, lambda results: {"result": [encode(found) for found in results]}
         )
@@ -121,12 +121,12 @@ def create_app(
     async def search_one(http: Request, body: SearchRequest) -> Response:
         if not body.query.strip():
             raise HTTPException(400, "`query` is empty.")
-        encode = _with_scores_apart if body.return_score else _bare
+        encode = _documents_and_scores if body.return_score else _documents
         return await service.search(http, [body.query], body.top_n, lambda results: encode(results[0]))
 
     @app.post("/batch_search")
     async def search_batch(http: Request, body: BatchSearchRequest) -> Response:
-        encode = _batch_with_scores_apart if body.return_score else _batch
+        encode = _batch_documents_and_scores if body.return_score else _batch_documents
         return await service.search(http, body.query, body.top_n, encode)
 
     return app
@@ -176,20 +176,23 @@ class _Service:
         self._opening: asyncio.Future[Retriever] | None = None
 
     def start(self) -> None:
+        """Start to open the retriever."""
         self._opening = asyncio.get_running_loop().run_in_executor(self._worker, self._open_retriever)
-        self._opening.add_done_callback(self._opened)
+        self._opening.add_done_callback(self._report_failure)
 
     def stop(self) -> None:
+        """Cancel waiting searches, and end the thread after the current one."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    def _opened(self, opening: asyncio.Future[Retriever]) -> None:
+    def _report_failure(self, opening: asyncio.Future[Retriever]) -> None:
+        """Log the exception of a retriever that cannot be opened, and pass it to `on_failure`."""
         if not opening.cancelled() and (error := opening.exception()) is not None:
             logger.error("The retriever cannot be opened: %s", error)
             if self._on_failure is not None:
                 self._on_failure(error)
 
     def retriever(self) -> Retriever:
-        """The retriever, or the HTTP error for a server that has none (yet)."""
+        """The retriever. Raises an HTTP 503 while it is being opened, and 500 if it cannot be opened."""
         if self._opening is None or not self._opening.done():
             raise HTTPException(503, "The index is being loaded.", headers={"Retry-After": "1"})
         if (error := self._opening.exception()) is not None:
@@ -208,11 +211,11 @@ class _Service:
             results = retriever.search(queries, k)
             if len(results) != len(queries):
                 raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
-            # Escaped, because a corpus may hold half a surrogate pair, which UTF-8 cannot encode
+            # `json.dumps` escapes lone surrogates, which a corpus may contain and UTF-8 cannot encode
             return json.dumps(encode(results), default=float)
 
         async with self._turn:
-            if await http.is_disconnected():  # the client has sent its next attempt already
+            if await http.is_disconnected():  # the client has already repeated its request
                 return Response(status_code=499)
             try:
                 content = await asyncio.get_running_loop().run_in_executor(self._worker, answer)
@@ -222,33 +225,39 @@ class _Service:
         return Response(content, media_type="application/json")
 
 
-def _bare(passages: Sequence[Passage]) -> list[Any]:
+def _documents(passages: Sequence[Passage]) -> list[Any]:
+    """The passages of a query, without scores."""
     return [_document(passage) for passage in passages]
 
 
-def _scored(passages: Sequence[Passage]) -> list[Any]:
+def _documents_with_scores(passages: Sequence[Passage]) -> list[Any]:
+    """The passages of a query, each with its score, as in Search-R1 and SkyRL."""
     return [{"document": _document(passage), "score": passage.score} for passage in passages]
 
 
-def _with_scores_apart(passages: Sequence[Passage]) -> list[Any]:
-    return [_bare(passages), [passage.score for passage in passages]]
+def _documents_and_scores(passages: Sequence[Passage]) -> list[Any]:
+    """The passages of a query, and a list of their scores, as in FlashRAG and ReCall."""
+    return [_documents(passages), [passage.score for passage in passages]]
 
 
-def _batch(results: Sequence[Sequence[Passage]]) -> list[Any]:
-    return [_bare(passages) for passages in results]
+def _batch_documents(results: Sequence[Sequence[Passage]]) -> list[Any]:
+    """The passages of several queries, without scores."""
+    return [_documents(passages) for passages in results]
 
 
-def _batch_with_scores_apart(results: Sequence[Sequence[Passage]]) -> list[Any]:
-    return [_batch(results), [[passage.score for passage in passages] for passages in results]]
+def _batch_documents_and_scores(results: Sequence[Sequence[Passage]]) -> list[Any]:
+    """The passages of several queries, and lists of their scores, as in FlashRAG and ReCall."""
+    return [_batch_documents(results), [[passage.score for passage in passages] for passages in results]]
 
 
 def _document(passage: Passage) -> dict[str, str]:
+    """A passage without its score."""
     contents = f'"{passage.title}"\n{passage.text}'  # as in the corpora of Search-R1
     return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": contents}
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    """Answer a body that is not as described with 422 and one sentence."""
+    """Answer 422 to a body that is not JSON or has a field of the wrong type, with the reasons in `detail`."""
     assert isinstance(error, RequestValidationError)
     problems = (
         f"{'.'.join(map(str, problem['loc'][1:])) or 'the body'}: {problem['msg']}" for problem in error.errors()
@@ -257,7 +266,7 @@ async def _explain(request: Request, error: Exception) -> Response:
 
 
 class _BodyLimit:
-    """Answers bodies that are too large with 413, before they are held in memory."""
+    """Middleware that answers 413 to a body that is too large, before the whole body is in memory."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self.app, self.max_bytes = app, max_bytes
