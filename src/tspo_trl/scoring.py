@@ -19,8 +19,8 @@ _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
 def normalize_answer(text: str) -> str:
     """
-    Normalise an answer as SQuAD v1.1 does: lower case, ASCII punctuation removed, the articles a/an/the removed, whitespace
-    collapsed.
+    Normalise an answer as SQuAD v1.1 does: lower case, ASCII punctuation removed, the articles a/an/the removed,
+    whitespace collapsed.
 
     Args:
         text (`str`):
