@@ -38,7 +38,8 @@ def eligible_golds(golden_answers: Sequence[str], *, question: str = "", guard: 
             The question, used by the guard `"strict"`.
         guard (`str`, *optional*, defaults to `"degenerate"`):
             `"none"`: all golden answers, as in the paper. `"degenerate"`: excludes those that normalise to `""`,
-            `"yes"`, `"no"`, `"noanswer"` or a single character. `"strict"`: also excludes those that occur in the question.
+            `"yes"`, `"no"`, `"noanswer"` or a single character. `"strict"`: also excludes those that occur in the
+            question.
 
     Returns:
         `list[str]`: The eligible golden answers, possibly none.
