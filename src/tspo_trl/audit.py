@@ -226,8 +226,10 @@ def verdict(audit: Audit) -> list[str]:
         f"Golden answers: FOLR can use one for {eligible} of {total} questions with the guard 'degenerate', and for "
         f"{strict} with 'strict'.": True,
         f"Ceiling: one search for the plain question finds a golden answer in {k} passages for {hit:.1%} of the "
-        f"eligible questions. An agent that answers only from these passages reaches an exact match of at most {ceiling:.3f} over all "
-        "questions (questions without an eligible golden answer count as correct).": audit.plain is not None,
+        "eligible questions. An agent that answers only from these passages reaches an exact match of at most "
+        f"{ceiling:.3f} over all questions (questions without an eligible golden answer count as correct).": (
+            audit.plain is not None
+        ),
         f"Ideal queries: searches for the supporting titles find a golden answer in {k} passages for {ideal:.1%}.": (
             audit.ideal is not None
         ),
