@@ -1,4 +1,4 @@
-"""The search agent: what it loads, that it does as the trainer does, and what it refuses."""
+"""The search agent: loading, agreement with the trainer, and errors; and `search_config.json`."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def tokens(trajectories):
     return [(t.prompt_ids, t.completion_ids, t.status) for t in trajectories]
 
 
-# What it does
+# Rollouts
 
 
 def test_order_and_results_do_not_depend_on_the_batches(policy_dir, retriever, questions):
@@ -57,12 +57,12 @@ def test_order_and_results_do_not_depend_on_the_batches(policy_dir, retriever, q
     assert sizes[1] == sizes[3] == sizes[32]
     prompts = [agent.search_loop.protocol.prompt(question) for question in questions]
     assert [ids for ids, _, _ in sizes[3]] == agent.search_loop.protocol.encode_prompts(prompts)
-    assert len({len(ids) for ids, _, _ in sizes[3]}) > 1  # the order was there to be mixed up
+    assert len({len(ids) for ids, _, _ in sizes[3]}) > 1  # so that the batches are not in the order of the questions
     assert tokens([agent(questions[4])]) == [sizes[3][4]]
     assert agent.rollout([]) == []
 
 
-def test_no_batch_is_larger_than_it_may_be(policy_dir, retriever, questions, monkeypatch):
+def test_no_batch_is_larger_than_the_batch_size(policy_dir, retriever, questions, monkeypatch):
     agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever, batch_size=3, **LIMITS)
     batches = []
     run = agent.search_loop.run
@@ -129,7 +129,7 @@ def test_the_model_in_memory_is_left_as_it_was(policy_dir, retriever, questions)
     assert own.to_dict() == before
 
 
-def test_sampling_is_asked_for(policy_dir, retriever, questions):
+def test_sampling_is_off_unless_requested(policy_dir, retriever, questions):
     torch.manual_seed(0)
     options = {"retriever": retriever, **LIMITS}
     agent = SearchAgent.from_pretrained(policy_dir, do_sample=True, temperature=1.5, **options)
@@ -153,7 +153,7 @@ def test_settings_are_read_and_overridden(policy_dir, retriever, tmp_path):
     assert SearchAgent.from_pretrained(policy_dir, retriever=retriever).config == SearchConfig()
 
 
-def test_failed_searches_are_data(policy_dir, questions):
+def test_failed_searches_are_reported_as_a_status(policy_dir, questions):
     class Broken:
         def search(self, queries, k):
             raise ConnectionError("away")
@@ -192,7 +192,7 @@ def test_an_adapter_finds_its_base_and_its_tokenizer(adapter, policy_dir, retrie
     assert found != tokens(SearchAgent.from_pretrained(policy_dir, retriever=retriever, **LIMITS).rollout(questions))
 
 
-def test_an_adapter_without_its_base_says_so(adapter, policy_dir, retriever, questions, tmp_path):
+def test_a_missing_base_model_is_reported(adapter, policy_dir, retriever, questions, tmp_path):
     lost = rename_base(adapter, tmp_path, "/gone/base")
     with pytest.raises(ValueError, match=r"adapter .*needs its base model '/gone/base'.*Set `base_model`") as error:
         SearchAgent.from_pretrained(lost, retriever=retriever)
@@ -202,12 +202,12 @@ def test_an_adapter_without_its_base_says_so(adapter, policy_dir, retriever, que
     assert tokens(agent.rollout(questions)) == tokens(expected.rollout(questions))
 
 
-def test_an_adapter_that_names_no_base_says_so(adapter, retriever, tmp_path):
+def test_an_adapter_without_a_named_base_model_is_reported(adapter, retriever, tmp_path):
     with pytest.raises(ValueError, match="names no base model: set `base_model`"):
         SearchAgent.from_pretrained(rename_base(adapter, tmp_path, None), retriever=retriever)
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -220,23 +220,23 @@ def test_an_adapter_that_names_no_base_says_so(adapter, retriever, tmp_path):
         ({"protocol": "tool_call"}, "needs a chat template, but the tokenizer has none"),
         ({"prompt_template": "Answer."}, r"`prompt_template` must be a text with '\{question\}' in it, got 'Answer.'"),
         ({"base_model": "other"}, "`base_model` is for adapters"),
-        ({"device": "cpu", "model_init_kwargs": {"device_map": "auto"}}, "exclude one another"),
+        ({"device": "cpu", "model_init_kwargs": {"device_map": "auto"}}, "cannot both be set"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"retriever": None}, "`retriever` must be an object with a method `search"),
     ],
 )
-def test_wrong_options_are_named(policy_dir, retriever, options, message):
+def test_wrong_options_are_reported(policy_dir, retriever, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         SearchAgent.from_pretrained(policy_dir, **{"retriever": retriever, **options})
 
 
-def test_a_model_in_memory_is_for_another_method(policy_dir, retriever):
+def test_from_pretrained_refuses_a_model_in_memory(policy_dir, retriever):
     model = AutoModelForCausalLM.from_pretrained(policy_dir)
-    with pytest.raises(TypeError, match=r"`SearchAgent\.from_model` takes a model in memory"):
+    with pytest.raises(TypeError, match=r"For a model in memory, use `SearchAgent\.from_model`"):
         SearchAgent.from_pretrained(model, retriever=retriever)
 
 
-def test_a_model_that_is_not_there_is_named(retriever, tmp_path):
+def test_a_missing_model_is_reported(retriever, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         SearchAgent.from_pretrained(tmp_path / "nowhere", retriever=retriever)
 
@@ -249,12 +249,12 @@ def test_a_model_that_is_not_there_is_named(retriever, tmp_path):
         ([None], "Question 0 must be a non-empty text"),
     ],
 )
-def test_wrong_questions_are_named(policy_dir, retriever, questions, message):
+def test_wrong_questions_are_reported(policy_dir, retriever, questions, message):
     with pytest.raises(ValueError, match=message):
         SearchAgent.from_pretrained(policy_dir, retriever=retriever).rollout(questions)
 
 
-def test_prompts_that_nobody_can_write_are_asked_for(policy_dir, retriever):
+def test_a_model_without_a_prompt_template_needs_prompts(policy_dir, retriever):
     agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever, prompt_template=None, **LIMITS)
     with pytest.raises(ValueError, match=r"'prompt_template' .*is null.*`rollout_prompts`"):
         agent("Who wrote Emma?")
@@ -265,7 +265,7 @@ def test_prompts_that_nobody_can_write_are_asked_for(policy_dir, retriever):
 # search_config.json
 
 
-def test_the_file_holds_everything_and_is_read_back(tmp_path):
+def test_a_saved_config_is_loaded_unchanged(tmp_path):
     config = SearchConfig(protocol="tool_call", max_searches=2, chat_template_kwargs={"enable_thinking": False})
     config.save(tmp_path)
     data = json.loads((tmp_path / "search_config.json").read_text())
@@ -274,7 +274,7 @@ def test_the_file_holds_everything_and_is_read_back(tmp_path):
     assert SearchConfig.load(tmp_path) == SearchConfig.load(tmp_path / "search_config.json") == config
 
 
-def test_its_defaults_are_those_of_training():
+def test_the_defaults_are_those_of_training():
     args = TSPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     config = SearchConfig()
     assert {
@@ -284,7 +284,7 @@ def test_its_defaults_are_those_of_training():
     }
 
 
-def test_another_protocol_brings_its_own_prompt():
+def test_another_protocol_has_its_own_prompt_template():
     tags = SearchConfig()
     calls = tags.replace(protocol="tool_call")
     assert calls.prompt_template == SearchConfig(protocol="tool_call").prompt_template != tags.prompt_template
@@ -309,7 +309,7 @@ def test_another_protocol_brings_its_own_prompt():
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path, text, message):
+def test_an_unusable_file_is_reported(tmp_path, text, message):
     (tmp_path / "search_config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         SearchConfig.load(tmp_path)
@@ -355,19 +355,19 @@ def test_every_protocol_has_a_name():
 
 
 def test_a_card_that_cannot_be_written_does_not_end_a_run(make_trainer, world, caplog, tmp_path):
-    class Away(BM25Retriever):
+    class Unreachable(BM25Retriever):
         @property
         def description(self):
-            raise ConnectionError("the server is away")
+            raise ConnectionError("the server is down")
 
-    trainer = make_trainer(retriever=Away(world.passages), save_strategy="steps", save_steps=1, max_steps=1)
+    trainer = make_trainer(retriever=Unreachable(world.passages), save_strategy="steps", save_steps=1, max_steps=1)
     trainer.train()
     assert "README.md is that of TRL" in caplog.text
     assert (tmp_path / "run" / "checkpoint-1" / "search_config.json").is_file()
     assert "# Model Card for run" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_rollouts_are_kept_from_the_hub(tmp_path):
+def test_rollouts_are_not_pushed_to_the_hub(tmp_path):
     (tmp_path / "run").mkdir()
     run = tmp_path / "run"
     keep_from_hub(run, [run / "trajectories", run / "logs" / "retrieval", tmp_path / "elsewhere", run])

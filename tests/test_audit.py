@@ -1,4 +1,4 @@
-"""The audit of a data set and a retriever, and its recipe as a user runs it."""
+"""The audit of a data set and a retriever, and its recipe."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def test_the_first_rank_is_that_of_the_first_passage_with_an_eligible_gold():
     assert first_rank(passages, ["Italy"]) == 2
     assert first_rank(passages, ["Reykjavik", "rome"]) == 2
     assert first_rank(passages, ["the Paris"]) == 1
-    assert first_rank(passages, ["No"]) is None  # stands in the text, but is degenerate
+    assert first_rank(passages, ["No"]) is None  # occurs in the text, but is degenerate
     assert first_rank(passages, ["No", "Helsinki"]) == 3
     assert first_rank(passages, ["Ital"]) is None
     assert first_rank(passages, ["France Rome"]) is None  # across two passages
@@ -65,7 +65,7 @@ def test_the_first_rank_is_that_of_the_first_passage_with_an_eligible_gold():
     assert first_rank([], ["Italy"]) is None
 
 
-def test_searches_are_reduced_to_ranks():
+def test_ranks_are_found_in_the_results_of_searches():
     question = row(golds=["no", "Italy"], titles=["x", "y"], ids=["oslo", "paris", "lost"])
     ranks = find_ranks(question, [[PARIS, OSLO, ROME], [OSLO, ROME], [PARIS]], others=[PARIS, ROME])
     assert ranks == Ranks(plain=3, ideal=2, chance=2, chance_gold="Italy", supporting=(2, 1, None))
@@ -96,7 +96,7 @@ RANKS = [
 ]
 
 
-def test_an_audit_worked_out_by_hand():
+def test_an_audit_has_the_numbers_calculated_by_hand():
     audit = summarize(ROWS, RANKS, top_k=3, num_passages=2)
     assert (audit.num_questions, audit.num_eligible, audit.num_eligible_strict) == (5, 4, 3)
     assert audit.plain == Curve(4, (1 / 4, 2 / 4, 3 / 4))
@@ -127,12 +127,12 @@ def test_examples_have_different_golds():
     assert [e["gold"] for e in audit.unusable["yes_no"]["examples"]] == ["yes", "no", "Yes"]
 
 
-def test_without_titles_ids_other_questions_or_usable_golds_there_are_no_curves():
+def test_curves_without_data_are_none():
     alone = summarize([row("q", ["Rome"])], [Ranks(1, None, None, None, ())], top_k=2, num_passages=1)
     assert (alone.plain, alone.ideal, alone.chance, alone.supporting) == (Curve(1, (1.0, 1.0)), None, None, None)
     closed = summarize([row("q", ["no"])], [Ranks(None, None, None, None, ())], top_k=2, num_passages=1)
     assert closed.plain is None
-    assert "Warning: 100.0% of the questions have no eligible gold" in " ".join(verdict(closed))
+    assert "Warning: 100.0% of the questions have no eligible golden answer" in " ".join(verdict(closed))
     assert not any(line.startswith("Ceiling") for line in verdict(closed))
 
 
@@ -149,7 +149,7 @@ def test_the_verdict_states_the_ceiling():
     # Two of the four eligible questions, and the one that is not
     assert "in 2 passages for 50.0% of the eligible questions" in text
     assert "at most 0.600 over all questions" in text
-    assert "Ideal queries find a gold in 2 passages of a search for 100.0%." in text
+    assert "supporting titles find a golden answer in 2 passages for 100.0%." in text
 
 
 def warnings(audit, **changes):
@@ -196,7 +196,7 @@ def test_real_questions_and_passages(tmp_path):
     assert (tmp_path / "new" / "folder" / "audit.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     data = json.loads((tmp_path / "new" / "folder" / "audit.json").read_text(encoding="utf-8"))
 
-    # Counted again, without the code that audits
+    # Counted again, without the code of the audit
     rows = [json.loads(line) for line in (SAMPLE / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     retriever = BM25Retriever(load_corpus(SAMPLE / "passages.jsonl"))
 
@@ -244,7 +244,7 @@ class Words:
         return [[p for p in self.passages if p.title in query] for query in queries]
 
 
-def test_every_query_is_searched_for_once_in_batches(recipe):
+def test_every_query_is_searched_once_in_batches(recipe):
     retriever = Words()
     rows = [row(f"What of Rome, {i}?", ["Italy"], ["Rome", "Oslo"]) for i in range(300)]
     ranks = recipe.search_all(rows, retriever, top_k=2)
@@ -256,7 +256,7 @@ def test_every_query_is_searched_for_once_in_batches(recipe):
     assert sum(query.startswith("What") for batch in batches for query in batch) == 300
 
 
-def test_chance_is_the_passages_of_another_question_and_the_same_in_every_run(recipe):
+def test_chance_uses_passages_of_another_question_and_repeats_itself(recipe):
     rows = [row(f"{city}?", [gold]) for city, gold in [("Rome", "Italy"), ("Paris", "France"), ("Oslo", "Italy")] * 4]
     ranks = recipe.search_all(rows, Words(), top_k=2)
     assert ranks == recipe.search_all(rows, Words(), top_k=2)
@@ -283,8 +283,8 @@ def test_rows_are_checked_as_the_trainer_does(recipe):
             recipe.read_row(full | change, "here")
 
 
-def test_odd_texts_are_printed_and_drawn(recipe, tmp_path, capsys):
-    """Markup of the terminal and of the picture, and golds that normalise to nothing."""
+def test_texts_with_markup_are_printed_and_drawn(recipe, tmp_path, capsys):
+    """Markup of the terminal and the plot, and golden answers that normalise to the empty string."""
     rows = [
         row("q1", ["[bold]x[/red]"]),
         row("q2", ["$\\frac$"]),
@@ -306,7 +306,7 @@ def run(recipe, monkeypatch, *arguments):
     recipe.main()
 
 
-def test_the_demo_needs_nothing(recipe, monkeypatch, tmp_path):
+def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
     run(recipe, monkeypatch, "--dataset", "demo", "--max_questions", 12, "--top_k", 4, "--output_dir", tmp_path)
     data = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
     assert data["num_questions"] == 12
@@ -330,7 +330,7 @@ def test_the_demo_needs_nothing(recipe, monkeypatch, tmp_path):
         ),
     ],
 )
-def test_wrong_options_are_named(recipe, monkeypatch, capsys, arguments, message):
+def test_wrong_options_are_reported(recipe, monkeypatch, capsys, arguments, message):
     files = {"CORPUS": SAMPLE / "passages.jsonl", "QUESTIONS": SAMPLE / "questions.jsonl"}
     with pytest.raises(SystemExit):
         run(recipe, monkeypatch, *(files.get(a, a) for a in arguments))
@@ -349,7 +349,7 @@ def test_wrong_options_are_named(recipe, monkeypatch, capsys, arguments, message
         ('{"question": "q", "golden_answers": []}', "line 1, column 'golden_answers': expected at least one answer"),
     ],
 )
-def test_wrong_data_sets_are_named(recipe, monkeypatch, tmp_path, content, message):
+def test_wrong_data_sets_are_reported(recipe, monkeypatch, tmp_path, content, message):
     path = tmp_path / "questions.jsonl"
     if content is not None:
         path.write_text(content)
@@ -358,7 +358,7 @@ def test_wrong_data_sets_are_named(recipe, monkeypatch, tmp_path, content, messa
     assert not (tmp_path / "audit.json").exists()
 
 
-def test_an_unknown_split_and_a_missing_corpus_are_named(recipe, monkeypatch, tmp_path):
+def test_an_unknown_split_and_a_missing_corpus_are_reported(recipe, monkeypatch, tmp_path):
     questions = ["--dataset", SAMPLE / "questions.jsonl", "--output_dir", tmp_path]
     with pytest.raises(ValueError, match=r"a file is the split 'train', but `split` is 'dev'"):
         run(recipe, monkeypatch, *questions, "--corpus", SAMPLE / "passages.jsonl", "--split", "dev")

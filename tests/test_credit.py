@@ -1,4 +1,4 @@
-"""Turn rewards and advantages against a slow reference in plain Python, and the cases where they degenerate."""
+"""Turn rewards and advantages, compared with a slow reference in plain Python, and degenerate cases."""
 
 import math
 from statistics import stdev
@@ -24,7 +24,7 @@ SCALES = ["group", "batch", "none"]
 PLACEMENTS = ["first", "up_to_first"]
 
 
-# The reference: loops over rollouts and turns, numbers as Python floats, a rollout as (outcome, t*, number of turns)
+# The reference: loops over rollouts and turns with Python floats; a rollout is (outcome, t*, number of turns)
 
 
 def reference_rewards(rollouts, *, alpha, placement, threshold):
@@ -207,7 +207,7 @@ def test_advantages_in_float32_are_finite_and_close_to_float64(batch, choices, p
     outcomes, occurrence, num_turns = tensors(rollouts)
     threshold = choices["success_threshold"]
     outcomes32 = outcomes.float()
-    # 0.5 and the like are exact, so that nobody becomes correct or wrong by rounding
+    # 0.5 and similar numbers are exact, so that rounding makes no rollout correct or wrong
     rewards = folr_rewards(outcomes32, occurrence, num_turns, placement=placement, success_threshold=threshold)
     advantages = turn_advantages(rewards, outcomes32, num_generations=group_size, **choices)
     assert advantages.dtype == torch.float32
@@ -218,7 +218,7 @@ def test_advantages_in_float32_are_finite_and_close_to_float64(batch, choices, p
 
 @settings(deadline=None, max_examples=100)
 @given(batches(), options(), st.sampled_from(PLACEMENTS))
-def test_advantages_are_zero_where_there_is_no_turn_and_for_unscorable_rollouts(batch, choices, placement):
+def test_advantages_are_zero_for_missing_turns_and_unscorable_rollouts(batch, choices, placement):
     rollouts, group_size = batch
     advantages = advantages_of(rollouts, group_size, placement=placement, **choices)
     assert advantages.shape == (len(rollouts), max(r[2] for r in rollouts))
@@ -254,7 +254,7 @@ def test_permuting_the_rollouts_of_a_group_permutes_their_advantages(data, batch
 
 @settings(deadline=None, max_examples=100)
 @given(st.data(), options(), st.sampled_from(PLACEMENTS))
-def test_groups_do_not_influence_one_another_unless_the_scale_is_of_the_batch(data, choices, placement):
+def test_groups_are_independent_unless_the_scale_is_that_of_the_batch(data, choices, placement):
     choices["scale_rewards"] = data.draw(st.sampled_from(["group", "none"]))
     group_size = data.draw(st.integers(2, 4))
     groups = [data.draw(st.lists(a_rollout(), min_size=group_size, max_size=group_size)) for _ in range(3)]
@@ -268,7 +268,7 @@ def test_groups_do_not_influence_one_another_unless_the_scale_is_of_the_batch(da
         assert not rows[:, alone.size(1) :].any()
 
 
-def test_the_scale_of_the_batch_is_shared_by_groups():
+def test_all_groups_share_the_scale_of_the_batch():
     # the second group alone has a standard deviation of sqrt(1/2), all six outcomes one of sqrt(0.3)
     rollouts = [(0.0, None, 1), (0.0, None, 1), (0.0, None, 1), (1.0, None, 1), (0.0, None, 1), (1.0, None, 1)]
     advantages = advantages_of(rollouts, 2, scale_rewards="batch")
@@ -330,7 +330,7 @@ def test_groups_without_variance_have_exactly_zero_advantages(level, baseline, s
         assert not advantages.any()
 
 
-def test_no_variance_is_exactly_zero_in_a_group_beside_one_with_variance():
+def test_a_group_without_variance_has_zero_advantages_beside_one_with_variance():
     rollouts = [(0.1, None, 2)] * 3 + [(0.0, None, 1), (0.3, None, 2), (0.3, None, 2)]
     for scale in SCALES:
         advantages = advantages_of(rollouts, 3, scale_rewards=scale)
@@ -366,7 +366,7 @@ def test_a_near_miss_earns_nothing_in_a_mixed_group_at_level_stage():
     assert near_miss[1] == other[1]
 
 
-def test_a_turn_that_stands_alone_has_advantage_zero():
+def test_the_only_kth_turn_of_a_group_has_advantage_zero():
     advantages = advantages_of([(0.0, 2, 3), (0.0, None, 1)], 2)
     assert not advantages.any()
     advantages = advantages_of([(0.0, 2, 3), (0.0, None, 1)], 2, scale_rewards="none", baseline="group")
@@ -407,18 +407,18 @@ def test_unscorable_groups_have_advantage_zero(level, baseline, scale):
     beside = advantages_of([(NAN, 0, 2), (NAN, None, 2), (0.0, 0, 2), (0.3, None, 2)], 2, **choices)
     assert not beside[:2].any()
     assert beside[2:].any()
-    # a lone scorable rollout has nothing to be compared with
+    # a single scorable rollout has nothing to be compared with
     assert not advantages_of([(NAN, 0, 2), (0.5, None, 3)], 2, level=level, scale_rewards=scale).any()
 
 
-def test_unscorable_outcomes_count_even_where_turn_rewards_are_given():
+def test_unscorable_outcomes_mask_given_turn_rewards():
     outcomes = torch.tensor([0.0, 0.0, NAN])
     turn_rewards = torch.tensor([[0.5, 0.0], [0.0, 0.0], [7.0, 7.0]])
     advantages = turn_advantages(turn_rewards, outcomes, num_generations=3, scale_rewards="none")
     same(advantages, torch.tensor([[0.25, 0], [-0.25, 0], [0, 0]]), rtol=0, atol=1e-6)
 
 
-def test_turn_advantages_change_neither_argument():
+def test_turn_advantages_do_not_change_their_arguments():
     outcomes, rewards = torch.tensor([0.0, NAN]), torch.tensor([[0.5, NAN], [1.0, 2.0]])
     before = outcomes.clone(), rewards.clone()
     turn_advantages(rewards, outcomes, num_generations=2)
@@ -496,7 +496,7 @@ def test_an_empty_gold_never_occurs():
         assert first_occurrence(["", "anything", None], ["", "  "], guard=guard) is None
 
 
-def test_guard_strict_leaves_out_golds_that_the_question_contains():
+def test_guard_strict_excludes_golds_that_the_question_contains():
     texts, golds = ["Rome", "Oslo"], ["Rome", "Oslo"]
     question = "Which is larger, Rome or Bern?"
     assert first_occurrence(texts, golds, question=question, guard="strict") == 1
@@ -519,13 +519,13 @@ def test_guard_strict_ignores_turns_whose_own_query_names_the_gold():
     assert first_occurrence(["Paris"], ["Paris"], queries=["Parisian life"], guard="strict") == 0
 
 
-def test_guard_strict_looks_at_each_gold_by_itself():
-    # the query names one gold, the passages hold the other
+def test_guard_strict_checks_each_gold_separately():
+    # the query contains one golden answer, the passages contain the other
     assert first_occurrence(["Lutetia"], ["Paris", "Lutetia"], queries=["Paris"], guard="strict") == 0
     assert first_occurrence(["Paris"], ["Paris", "Lutetia"], queries=["Paris"], guard="strict") is None
 
 
-def test_guard_strict_copes_with_missing_queries():
+def test_guard_strict_accepts_missing_queries():
     assert first_occurrence(["Rome", "Paris"], ["Paris"], queries=["x"], guard="strict") == 1
     assert first_occurrence([None, "Paris"], ["Paris"], queries=["Paris", ""], guard="strict") == 1
 

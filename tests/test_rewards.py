@@ -1,4 +1,4 @@
-"""Outcome rewards: they read the trajectory, so that only model-written text earns anything."""
+"""Outcome rewards: they read the trajectory, so that only model-written text is rewarded."""
 
 import pytest
 
@@ -25,12 +25,12 @@ ROLLOUTS = [
 GOLDS = [["Eiffel Tower"], ["Paris", "Eiffel Tower"], [""], ["query"], ["query"], ["Oslo", "Rome"]]
 
 
-def test_exact_match_reward_is_of_the_given_answer():
+def test_exact_match_reward_scores_the_answer():
     rewards = exact_match_reward(trajectories=ROLLOUTS, golden_answers=GOLDS, prompts=["x"] * 6, hops=[1] * 6)
     assert rewards == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
-def test_f1_reward_is_of_the_given_answer():
+def test_f1_reward_scores_the_answer():
     rewards = f1_reward(trajectories=ROLLOUTS, golden_answers=GOLDS, prompts=["x"] * 6, hops=[1] * 6)
     assert rewards == pytest.approx([1.0, 2 / 3, 0.0, 0.0, 0.0, 1.0])
 
@@ -45,7 +45,7 @@ def test_passages_and_queries_earn_nothing(reward):
 
 
 @pytest.mark.parametrize("reward", [exact_match_reward, f1_reward])
-def test_an_earlier_answer_does_not_count_if_the_last_turn_gave_none(reward):
+def test_an_earlier_answer_does_not_count_if_the_last_turn_has_none(reward):
     trajectory = rollout("answer", "none", answer="Paris", status="no_answer")
     assert reward(trajectories=[trajectory], golden_answers=[["Paris"]]) == [0.0]
 
@@ -75,5 +75,5 @@ def test_rewards_of_no_rollouts():
         (rollout("search", status="retrieval_failed"), 0.0),
     ],
 )
-def test_format_reward_wants_an_answer_and_no_invalid_action(trajectory, reward):
+def test_format_reward_requires_an_answer_and_no_invalid_action(trajectory, reward):
     assert format_reward(trajectories=[trajectory], golden_answers=[["x"]], prompts=["y"]) == [reward]

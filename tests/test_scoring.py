@@ -1,4 +1,4 @@
-"""Answers as text: normalisation, exact match, token F1, containment, answer tags."""
+"""Scores of text answers: normalisation, exact match, token F1, containment, answer tags."""
 
 import string
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tspo_trl.scoring import contains_answer, exact_match, extract_answer, f1_score, normalize_answer
 
-# Letters, articles, punctuation, white space and a few troublemakers (final sigma, dotted I, combining accent)
+# Letters, articles, punctuation, whitespace and some difficult characters (final sigma, dotted I, combining accent)
 TEXTS = st.text(alphabet=string.ascii_letters + string.punctuation + " \t\n0123éßΣİ\u0301\u00a0日", max_size=30)
 ANSWERS = st.lists(
     st.sampled_from("the The a an Eiffel tower tower! paris, 1887 - yes no noanswer !!!".split()), max_size=6
@@ -26,9 +26,9 @@ PHRASES = ANSWERS.map(" ".join)
         ("The The", ""),
         ("a", ""),
         ("!!!", ""),
-        ("Theatre and Analysis", "theatre and analysis"),  # articles are removed as words only
+        ("Theatre and Analysis", "theatre and analysis"),  # articles are removed only as whole words
         ("U.S.A.", "usa"),
-        ("state-of-the-art", "stateoftheart"),  # punctuation goes before articles, so no article is left
+        ("state-of-the-art", "stateoftheart"),  # punctuation is removed first, so no article is left
         ("rock 'n' roll", "rock n roll"),
         ("O'Neill's", "oneills"),
         ("$1,000.50", "100050"),
@@ -63,7 +63,7 @@ def test_normalizing_twice_changes_nothing(text):
         (None, ["Paris"], 0.0),
         ("Paris", [], 0.0),
         (None, [], 0.0),
-        # a gold that normalises to nothing matches the same raw text only
+        # a golden answer that normalises to the empty string is compared without normalisation
         ("The The", ["The The"], 1.0),
         (" the the\n", ["The The"], 1.0),
         ("the", ["The The"], 0.0),
@@ -99,7 +99,7 @@ def test_exact_match(prediction, golds, score):
         ("Paris Paris", ["Paris Paris Texas"], 2 * 1 * (2 / 3) / (1 + 2 / 3)),  # 0.8
         ("John Adams", ["Quincy Adams Smith"], 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)),  # 0.4
         ("Rome", ["Paris"], 0.0),
-        ("Tower", ["Paris", "Eiffel Tower", "the tower"], 1.0),  # best over golds
+        ("Tower", ["Paris", "Eiffel Tower", "the tower"], 1.0),  # the best golden answer counts
         ("", ["Paris"], 0.0),
         (None, ["Paris"], 0.0),
         ("the", ["Paris"], 0.0),
@@ -114,7 +114,7 @@ def test_exact_match(prediction, golds, score):
         ("noanswer here", ["noanswer"], 0.0),
         ("yes", ["no", "yes"], 1.0),
         ("nobody", ["nobody knows"], 2 * 1 * 0.5 / 1.5),
-        # a gold without tokens has no token F1
+        # a golden answer without tokens has no token F1
         ("The The", ["The The"], 1.0),
         ("the", ["The The"], 0.0),
         ("!!!", ["!!!"], 1.0),
@@ -167,7 +167,7 @@ def test_an_exact_match_contains_the_answer_and_f1_is_symmetric(prediction, gold
         (None, ["Paris"], False),
         ("Paris", [""], False),
         ("Paris", [" "], False),
-        # a gold that normalises to nothing is looked for raw, as whole words
+        # a golden answer that normalises to the empty string is searched for without normalisation
         ("The band The The was founded in 1979.", ["The The"], True),
         ("the band was the best", ["The The"], False),
         ("bathe the cat", ["The The"], False),
@@ -189,7 +189,7 @@ def test_contains_answer_finds_whole_words(text, golds, found):
     st.lists(st.sampled_from("north south lake town".split()), max_size=4),
     st.lists(st.sampled_from("north south lake town".split()), min_size=1, max_size=2),
 )
-def test_contains_answer_is_a_run_of_words(words, gold):
+def test_contains_answer_needs_consecutive_words(words, gold):
     found = any(words[i : i + len(gold)] == gold for i in range(len(words)))
     assert contains_answer(" ".join(words), [" ".join(gold)]) is found
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
-# Public name -> the module that defines it, imported on first use: `import tspo_trl` is quick and needs no torch
+# Public name -> the module that defines it. Modules are imported on first use, so that `import tspo_trl` is fast and
+# needs no torch
 _MODULES = {
     "BENCHMARKS": "questions",
     "BM25Retriever": "retrieval",
@@ -22,6 +23,7 @@ _MODULES = {
     "Retriever": "retrieval",
     "SearchAgent": "agent",
     "SearchConfig": "rollout.search_config",
+    "SearchLimits": "rollout.limits",
     "SearchLoop": "rollout.loop",
     "TSPOConfig": "training.config",
     "TSPOTrainer": "training.trainer",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from .retrieval import index_corpus as index_corpus
     from .retrieval import load_corpus as load_corpus
     from .retrieval import open_retriever as open_retriever
+    from .rollout.limits import SearchLimits as SearchLimits
     from .rollout.log import read_rollouts as read_rollouts
     from .rollout.loop import SearchLoop as SearchLoop
     from .rollout.search_config import SearchConfig as SearchConfig

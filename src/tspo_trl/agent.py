@@ -1,4 +1,4 @@
-"""A trained model at work: answers questions by searching, outside the trainer."""
+"""Inference with a trained model: an agent that answers questions by searching."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,15 +26,17 @@ Prompt = str | list[dict[str, str]]
 
 class SearchAgent:
     """
-    Answers questions by searching, as the model has learned to.
+    Answers questions by searching, as the model was trained to do.
 
     Args:
         search_loop ([`SearchLoop`]):
-            The model, the retriever and the protocol. [`SearchAgent.from_pretrained`] makes it from a saved model.
+            The search loop, with the model, the retriever and the protocol. [`SearchAgent.from_pretrained`] creates it
+            from a saved model.
         config ([`SearchConfig`], *optional*):
-            The settings that it was made with.
+            The settings of the search loop.
         batch_size (`int`, *optional*, defaults to `32`):
-            The most questions that are rolled out together. Memory grows with it, and not with the number of questions.
+            Maximum number of questions that are rolled out together. Memory use grows with it, but not with the number
+            of questions.
 
     Example:
 
@@ -83,38 +85,39 @@ class SearchAgent:
 
         Args:
             model (`str` or `Path`):
-                A folder, or a name on the Hub: of a full model or of a LoRA adapter, whose base model is loaded too. A
-                model without `search_config.json` gets the defaults of [`SearchConfig`].
+                The folder or the name on the Hub of a full model or a LoRA adapter. The base model of an adapter is
+                loaded too. For a model without `search_config.json`, the defaults of [`SearchConfig`] apply.
             retriever ([`Retriever`]):
                 Executes the searches, for instance a [`BM25Retriever`].
             do_sample (`bool`, *optional*, defaults to `False`):
-                Whether to sample. Otherwise the most probable token is taken. Sampling settings that came with the
-                model (its `generation_config.json`) do not apply, only its end-of-sequence tokens do.
+                Whether to sample. Otherwise decoding is greedy. Of the model's own `generation_config.json`, only the
+                end-of-sequence tokens are used, not the sampling settings.
             temperature (`float`, *optional*, defaults to `1.0`):
-                Temperature of sampling.
+                Sampling temperature.
             top_p (`float`, *optional*, defaults to `1.0`):
-                Sample from the most probable tokens that have this probability together.
+                Sample from the smallest set of most probable tokens whose probabilities sum to at least this value.
             top_k (`int`, *optional*, defaults to `0`):
-                Sample from this many most probable tokens. `0` takes all.
+                Sample from this many most probable tokens. `0` means all tokens.
             batch_size (`int`, *optional*, defaults to `32`):
-                The most questions that are rolled out together.
+                Maximum number of questions that are rolled out together.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-                Type of the weights; `"auto"` is that of the file.
+                Data type of the weights. `"auto"` uses the data type of the saved weights.
             device (`str` or `torch.device`, *optional*):
-                Where the model runs. Defaults to the accelerator if there is one, else the CPU.
+                Device of the model. Defaults to the accelerator if there is one, else to the CPU.
             base_model (`str` or `Path`, *optional*):
-                The base model of an adapter. Defaults to the one that its `adapter_config.json` names.
+                The base model of an adapter. Defaults to the base model named in its `adapter_config.json`.
             processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                The tokenizer. Defaults to the one saved with the model, for an adapter without one that of its base.
+                The tokenizer. Defaults to the tokenizer saved with the model, or to that of the base model if an
+                adapter has none.
             revision (`str`, *optional*):
                 Branch, tag or commit on the Hub.
             subfolder (`str`, *optional*, defaults to `""`):
-                Folder in the repository, for instance `"last-checkpoint"`.
+                Subfolder of the repository, for instance `"last-checkpoint"`.
             token (`str` or `bool`, *optional*):
-                Token of the Hub, for private repositories.
+                Hub token, for private repositories.
             model_init_kwargs (`dict[str, Any]`, *optional*):
                 Further arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`], for instance
-                `{"attn_implementation": "sdpa"}`. With a `device_map` in it, `device` must be `None`.
+                `{"attn_implementation": "sdpa"}`. If it contains a `device_map`, `device` must be `None`.
             search_settings:
                 Values of [`SearchConfig`] that override `search_config.json`, for instance `max_searches=2`.
 
@@ -124,14 +127,14 @@ class SearchAgent:
         """
         if not isinstance(model, (str, Path)):
             raise TypeError(
-                f"`model` must be a name or a path, got `{type(model).__name__}`. `SearchAgent.from_model` takes a model in "
-                "memory."
+                f"`model` must be a name or a path, got `{type(model).__name__}`. For a model in memory, use "
+                "`SearchAgent.from_model`."
             )
         if device is not None and "device_map" in (model_init_kwargs or {}):
             raise ValueError(
-                "`device` and the `device_map` of `model_init_kwargs` exclude one another: set one of them."
+                "`device` and the `device_map` of `model_init_kwargs` cannot both be set: set one of them."
             )
-        # Settings first: they are quick to read, and a mistake in them is reported before anything large is loaded
+        # The settings come first, so that a mistake in them is reported before the model is loaded
         place = ModelPlace(str(model), revision=revision, subfolder=subfolder, token=token)
         config = load_search_config(place, search_settings)
         loaded, processing_class = load_model(
@@ -158,22 +161,22 @@ class SearchAgent:
         batch_size: int = 32,
     ) -> "SearchAgent":
         """
-        An agent of a model in memory.
+        Create an agent from a model in memory.
 
         Args:
             model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                A causal language model. It is put into evaluation mode while it generates.
+                A causal language model. It is in evaluation mode while it generates.
             processing_class ([`~transformers.PreTrainedTokenizerBase`]):
                 Its tokenizer.
             retriever ([`Retriever`]):
                 Executes the searches.
             config ([`SearchConfig`], *optional*):
-                The settings of the search loop. Defaults to those of a new [`SearchConfig`].
+                The settings of the search loop. Defaults to `SearchConfig()`.
             sampling (`dict[str, Any]`, *optional*):
-                How to sample, in the terms of [`~transformers.GenerationConfig`], for instance `{"temperature": 0.7}`.
-                By default, the most probable token is taken.
+                Sampling parameters of [`~transformers.GenerationConfig`], for instance `{"temperature": 0.7}`. By
+                default, decoding is greedy.
             batch_size (`int`, *optional*, defaults to `32`):
-                The most questions that are rolled out together.
+                Maximum number of questions that are rolled out together.
         """
         if not isinstance(retriever, Retriever):
             raise ValueError(
@@ -228,34 +231,34 @@ class SearchAgent:
         **search_settings: Any,
     ) -> "SearchAgent":
         """
-        An agent whose model is served, by any server with OpenAI's interface for completions.
+        Create an agent whose model runs on a server with an OpenAI-compatible completions API.
 
         Args:
             url (`str`):
-                The server, see [`EndpointEngine`].
+                The address of the server, see [`EndpointEngine`].
             model (`str`):
                 The name of the model on the server.
             tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`]):
-                Its tokenizer: a folder, a name on the Hub, or the object. If a `search_config.json` is beside it, its
-                settings apply.
+                Its tokenizer: a folder, a name on the Hub, or a tokenizer object. If the folder or repository has a
+                `search_config.json`, its settings apply.
             retriever ([`Retriever`]):
                 Executes the searches.
             temperature (`float`, *optional*, defaults to `0.0`):
-                Temperature of sampling. `0` takes the most probable token.
+                Sampling temperature. `0` means greedy decoding.
             seed (`int`, *optional*, defaults to `0`):
                 Seed of sampling.
             batch_size (`int`, *optional*, defaults to `256`):
                 Maximum number of questions that are rolled out together.
             max_requests (`int`, *optional*, defaults to `32`):
-                Maximum number of requests at the same time.
+                Maximum number of simultaneous requests.
             api_key (`str`, *optional*):
                 Sent as a bearer token.
             search_settings:
                 Values of [`SearchConfig`], for instance `max_searches=2`.
 
         Raises:
-            [`~engines.endpoint.EndpointError`]: If the server cannot be reached, does not have the model, or refuses
-                completions.
+            [`~tspo_trl.engines.endpoint.EndpointError`]: If the server cannot be reached, does not have the model, or
+                refuses completions.
             `ValueError`: If the tokenizer has no end-of-sequence token.
         """
         config = SearchConfig()
@@ -291,33 +294,36 @@ class SearchAgent:
                 The question.
 
         Returns:
-            [`Trajectory`]: What the model wrote, searched for, read and answered (`trajectory.answer`).
+            [`Trajectory`]: The turns, queries, passages and answer (`trajectory.answer`) of the rollout.
         """
         return self.rollout([question])[0]
 
     def rollout(self, questions: Sequence[str]) -> list[Trajectory]:
         """
-        Answer questions. The protocol writes the prompts, as in training.
+        Answer several questions. The protocol writes the prompts, as in training.
 
         Args:
             questions (`Sequence[str]`):
-                N questions. Repeat one to get several trajectories of it.
+                N questions. Repeat a question to get several trajectories of it.
 
         Returns:
-            `list[Trajectory]`: N trajectories in the order of the questions. One whose search failed has the status
-                `"retrieval_failed"`.
+            `list[Trajectory]`: N trajectories in the order of the questions. A trajectory whose search failed has the
+                status `"retrieval_failed"`.
 
         Raises:
-            `ValueError`: If a question is no text or empty, or too long for the model, or if the model was trained on
-                prompts that nobody can write from a question.
+            `ValueError`: If a question is not a text, is empty or is too long for the model, or if the model was
+                trained on prompts that cannot be written from a question.
         """
         if isinstance(questions, str):
-            raise ValueError(f"`questions` must be a list of texts, got one: {questions!r}. Call the agent with it.")
+            raise ValueError(
+                f"`questions` must be a list of texts, got a single text: {questions!r}. For one question, call "
+                "`agent(question)`."
+            )
         if self.config is not None and self.config.prompt_template is None:
             raise ValueError(
-                f"This model was trained on prompts of its data set ('prompt_template' of its {SEARCH_CONFIG_NAME} is "
-                "null), so none can be written from a question. Give the prompts to `rollout_prompts`, or set "
-                "`prompt_template`, a text with '{question}' in it."
+                f"This model was trained on the prompts of its data set ('prompt_template' in its {SEARCH_CONFIG_NAME} "
+                "is null), so a prompt cannot be written from a question. Pass prompts to `rollout_prompts`, or set "
+                "`prompt_template` to a text that contains '{question}'."
             )
         for index, question in enumerate(questions):
             if not isinstance(question, str) or not question.strip():
@@ -326,11 +332,11 @@ class SearchAgent:
 
     def rollout_prompts(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
         """
-        Roll out prompts as they are.
+        Roll out given prompts without a template.
 
         Args:
             prompts (`Sequence[str]` or `Sequence[list[dict[str, str]]]`):
-                N texts, or N conversations.
+                N prompts: texts or conversations.
 
         Returns:
             `list[Trajectory]`: N trajectories in the order of the prompts.
@@ -338,7 +344,7 @@ class SearchAgent:
         if not prompts:
             return []
         prompt_ids = self.search_loop.protocol.encode_prompts(prompts)
-        # Longest first: what will not fit into memory fails at once and not at the end
+        # Longest first, so that a batch that does not fit into memory fails at the start and not at the end
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
         trajectories: list[Any] = [None] * len(prompt_ids)
         for start in range(0, len(order), self.batch_size):
@@ -362,7 +368,7 @@ def _protocol(config: SearchConfig, tokenizer: PreTrainedTokenizerBase, eos_toke
 
 @contextmanager
 def _evaluating(model: Any, generation_config: GenerationConfig) -> Iterator[Any]:
-    """The model in evaluation mode, and with nothing in its generation_config that could fill in what is left open."""
+    """Evaluation mode, with `generation_config` in place of the model's own: `generate` takes unset values from it."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     own, training = network.generation_config, model.training
     network.generation_config = generation_config

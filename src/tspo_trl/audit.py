@@ -1,4 +1,4 @@
-"""What a data set and a retriever allow, before anything is trained: pure functions of rows and passages, no I/O."""
+"""The audit of a data set and a retriever before training. Pure functions of rows and passages: no I/O."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,34 +11,35 @@ from .retrieval.base import Passage
 from .rollout.trajectory import Turn
 from .scoring import exact_match, normalize_answer
 
-#: Why FOLR cannot use a gold. The guard "degenerate" leaves out the first three, "strict" all four.
+#: Why FOLR cannot use a golden answer. The guard "degenerate" excludes the first three, "strict" all four.
 REASONS = {
     "yes_no": "yes, no or noanswer",
     "empty": "empty after normalisation",
     "one_character": "a single character",
     "in_question": "contained in the question",
 }
+# Thresholds of the warnings
 LOW_HIT, HIGH_UNUSABLE, HIGH_CONSTANT, HIGH_CHANCE = 0.30, 0.10, 0.05, 0.20
 
 
 class Ranks(NamedTuple):
-    """The ranks (from 1) at which the searches of one question first found what was looked for, `None` for never."""
+    """The first ranks (from 1) at which the searches of a question found something; `None` if they did not find it."""
 
-    plain: int | None  # a gold, searching for the question
-    ideal: int | None  # a gold, the best rank of the searches for the supporting titles
-    chance: int | None  # a gold, in the passages of another question
-    chance_gold: str | None  # that gold
-    supporting: tuple[int | None, ...]  # each supporting passage, searching for the question
+    plain: int | None  # of a golden answer, with the question as the query
+    ideal: int | None  # of a golden answer, the best rank of the searches for the supporting titles
+    chance: int | None  # of a golden answer, in the passages of another question
+    chance_gold: str | None  # the golden answer found there
+    supporting: tuple[int | None, ...]  # of each supporting passage, with the question as the query
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """
-    A rate against the number of passages of a search.
+    A rate as a function of the number of passages of a search.
 
     Args:
         questions (`int`):
-            How many questions the rates are means over.
+            Number of questions over which the rates are means.
         rates (`tuple[float, ...]`):
             The rates at k = 1…`top_k`.
     """
@@ -50,35 +51,36 @@ class Curve:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """
-    What a data set and a retriever allow. The recipe writes `to_dict()` as JSON.
+    The result of an audit. The recipe writes `to_dict()` as JSON.
 
     Args:
         num_questions (`int`):
-            How many questions were audited.
+            Number of audited questions.
         num_eligible (`int`):
-            How many of them have a gold that FOLR can use with the guard `"degenerate"`. Hit rates are over these.
+            Number of questions with a golden answer that FOLR can use with the guard `"degenerate"`. Hit rates are over
+            these questions.
         num_eligible_strict (`int`):
             The same with the guard `"strict"`.
         num_passages (`int`):
-            The passages of a search in training: the k of the verdict.
+            Number of passages of a search in training: the k of the verdict.
         plain ([`Curve`] or `None`):
-            Share of questions with a gold among the first k passages for the question itself. `None` if no question is
-            eligible.
+            Share of questions with a golden answer among the first k passages for the question itself. `None` if no
+            question is eligible.
         ideal ([`Curve`] or `None`):
-            The same in any of the searches for the supporting titles. `None` if no eligible question has such titles.
+            The same for any of the searches for the supporting titles. `None` if no eligible question has such titles.
         chance ([`Curve`] or `None`):
-            The same in the passages of another question, drawn at random. `None` with fewer than two questions.
+            The same for the passages of another question, drawn at random. `None` with fewer than two questions.
         supporting ([`Curve`] or `None`):
-            Recall of the supporting passages among the first k passages for the question itself, mean over all
-            questions that have any. `None` without supporting ids.
+            Recall of the supporting passages among the first k passages for the question itself, averaged over all
+            questions that have supporting ids. `None` if no question has them.
         unusable (`dict[str, dict]`):
-            For each reason of `REASONS`: how many `questions` have such a gold, their `share` of all questions, and
-            `examples` with different golds (`gold` and `question`, at most three). Under `"chance"`, likewise, the
-            golds that are among the first `num_passages` passages of another question.
+            For each reason of `REASONS`: the number of `questions` with such a golden answer, their `share` of all
+            questions, and up to three `examples` with different golden answers (`gold` and `question`). The key
+            `"chance"` has the same for golden answers among the first `num_passages` passages of another question.
         constant_answers (`dict[str, float]`):
-            Exact match of always giving the same answer, best first: yes, no, and the most frequent golds.
+            Exact match of always giving the same answer, best first: yes, no, and the most frequent golden answers.
         about (`dict`, *optional*):
-            What was audited, for instance the options of a command line.
+            A description of the audited data, for instance the options of the command line.
     """
 
     num_questions: int
@@ -103,7 +105,7 @@ class Audit:
 
 
 def unusable_reason(gold: str, question: str) -> str | None:
-    """Why FOLR cannot use a gold: one of `REASONS`, or `None` if it can with every guard."""
+    """Why FOLR cannot use a golden answer: a key of `REASONS`, or `None` if it can use it with every guard."""
     if eligible_golds([gold], question=question, guard="strict"):
         return None
     if eligible_golds([gold], guard="degenerate"):
@@ -113,21 +115,21 @@ def unusable_reason(gold: str, question: str) -> str | None:
 
 
 def first_rank(passages: Sequence[Passage], golden_answers: Sequence[str]) -> int | None:
-    """The rank (from 1) of the first passage that contains an eligible gold, by the code that training uses."""
-    # Each passage as a turn of its own: the first turn is the first rank
+    """The rank (from 1) of the first passage with an eligible golden answer, found by the code of training."""
+    # Each passage is its own turn, so that the first turn is the first rank
     rank = first_occurrence([Turn(token_ids=[], passages=[p]).passage_text for p in passages], golden_answers)
     return None if rank is None else rank + 1
 
 
 def find_ranks(row: Mapping[str, Any], results: Sequence[Sequence[Passage]], others: Sequence[Passage] = ()) -> Ranks:
     """
-    Reduce the searches of a question to ranks.
+    Compute the ranks of a question from the results of its searches.
 
     Args:
         row (`Mapping`):
             The question, with `golden_answers` and `supporting_ids`.
         results (`Sequence[Sequence[Passage]]`):
-            The passages for the question itself, then for each of its supporting titles; best first.
+            The passages for the question itself, then those for each of its supporting titles; each best first.
         others (`Sequence[Passage]`, *optional*, defaults to `()`):
             The passages for another question.
     """
@@ -145,7 +147,8 @@ def find_ranks(row: Mapping[str, Any], results: Sequence[Sequence[Passage]], oth
 
 
 def constant_answers(golden_answers: Sequence[Sequence[str]], count: int = 5) -> dict[str, float]:
-    """Exact match of always answering yes, no, or one of the `count` most frequent golds; best first."""
+    """Exact match of always answering yes, no, or one of the `count` most frequent golden answers; best first."""
+    # Normalised form -> its first spelling in the data
     spellings = {normalize_answer(gold): gold for golds in reversed(golden_answers) for gold in reversed(golds)}
     frequency = Counter(form for golds in golden_answers for form in {normalize_answer(gold): None for gold in golds})
     frequent = [spellings[form] for form, _ in frequency.most_common() if form not in ("", "yes", "no")][:count]
@@ -161,15 +164,16 @@ def summarize(rows: Sequence[Mapping[str, Any]], ranks: Sequence[Ranks], *, top_
         rows (`Sequence[Mapping]`):
             The questions, at least one, with `question`, `golden_answers` and `supporting_titles`.
         ranks (`Sequence[Ranks]`):
-            What [`find_ranks`] returned for each.
+            The results of [`find_ranks`], one for each question.
         top_k (`int`):
-            Maximum number of passages that the searches asked for.
+            Maximum number of passages of the searches.
         num_passages (`int`):
-            The passages of a search in training, at most `top_k`.
+            Number of passages of a search in training, at most `top_k`.
     """
     pairs = list(zip(rows, ranks, strict=True))
     eligible = [(row, found) for row, found in pairs if eligible_golds(row["golden_answers"])]
     strict = [row for row in rows if eligible_golds(row["golden_answers"], question=row["question"], guard="strict")]
+    # Questions for each reason, and examples of them: golden answer -> question
     count, examples = Counter[str](), {reason: dict[str, str]() for reason in (*REASONS, "chance")}
     for row, found in pairs:
         golds = {unusable_reason(gold, row["question"]): gold for gold in reversed(row["golden_answers"])}
@@ -201,7 +205,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], ranks: Sequence[Ranks], *, top_
 
 
 def _curve(ranks: Sequence[Sequence[int | None]], top_k: int) -> Curve | None:
-    """The share of ranks up to k at k = 1…`top_k`: mean over the ranks of a question, then over questions."""
+    """The share of ranks up to k, for k = 1…`top_k`: averaged over the ranks of a question, then over questions."""
     gains = [0.0] * top_k
     for group in ranks:
         for rank in group:
@@ -211,7 +215,7 @@ def _curve(ranks: Sequence[Sequence[int | None]], top_k: int) -> Curve | None:
 
 
 def verdict(audit: Audit) -> list[str]:
-    """What the numbers mean for training, in sentences; those that call for a change begin with "Warning"."""
+    """The meaning of the numbers for training, as sentences; those that suggest a change begin with "Warning"."""
     total, eligible, strict, k = audit.num_questions, audit.num_eligible, audit.num_eligible_strict, audit.num_passages
     hit, ideal, chance = (audit.at_k(curve) or 0.0 for curve in (audit.plain, audit.ideal, audit.chance))
     none, in_question = (total - eligible) / total, (eligible - strict) / total
@@ -219,24 +223,29 @@ def verdict(audit: Audit) -> list[str]:
     answer, score = next(iter(audit.constant_answers.items()))
     remedy = "the policy must learn better queries." if ideal >= LOW_HIT else "does the corpus cover the questions?"
     lines = {
-        f"Golds: FOLR can use a gold of {eligible} of {total} questions with the guard 'degenerate', of {strict} with "
-        "'strict'.": True,
-        f"Ceiling: one search for the plain question finds a gold in {k} passages for {hit:.1%} of the eligible questions. "
-        f"An agent that answers from these passages alone reaches an exact match of at most {ceiling:.3f} over all "
-        "questions (those without an eligible gold counted as answered).": audit.plain is not None,
-        f"Ideal queries find a gold in {k} passages of a search for {ideal:.1%}.": audit.ideal is not None,
-        f"Constant answer: always answering {answer!r} scores an exact match of {score:.3f}.": True,
-        f"Warning: {hit:.1%} of the eligible questions find a gold with one plain search, fewer than {LOW_HIT:.0%}: "
-        f"{remedy}": audit.plain is not None and hit < LOW_HIT,
-        f"Warning: {chance:.1%} of the questions find a gold in the passages of another, more than {HIGH_CHANCE:.0%} of the hit "
-        "rate: FOLR would pay many occurrences that say nothing.": chance > HIGH_CHANCE * hit,
-        f"Warning: {none:.1%} of the questions have no eligible gold: FOLR cannot help them.": none > HIGH_UNUSABLE,
-        f"Warning: {in_question:.1%} of the questions name their only eligible golds: consider folr_guard='strict'.": (
-            in_question > HIGH_UNUSABLE
+        f"Golden answers: FOLR can use one for {eligible} of {total} questions with the guard 'degenerate', and for "
+        f"{strict} with 'strict'.": True,
+        f"Ceiling: one search for the plain question finds a golden answer in {k} passages for {hit:.1%} of the "
+        "eligible questions. An agent that answers only from these passages reaches an exact match of at most "
+        f"{ceiling:.3f} over all questions (questions without an eligible golden answer count as correct).": (
+            audit.plain is not None
         ),
-        f"Warning: the constant answer {answer!r} scores over {HIGH_CONSTANT:.0%}: judge by the questions that it does "
-        "not answer, too.": score > HIGH_CONSTANT,
-        "Warning: no supporting passage was found at any rank: do the ids of data set and corpus agree?": (
+        f"Ideal queries: searches for the supporting titles find a golden answer in {k} passages for {ideal:.1%}.": (
+            audit.ideal is not None
+        ),
+        f"Constant answer: always answering {answer!r} scores an exact match of {score:.3f}.": True,
+        f"Warning: one search for the plain question finds a golden answer for only {hit:.1%} of the eligible "
+        f"questions, less than {LOW_HIT:.0%}: {remedy}": audit.plain is not None and hit < LOW_HIT,
+        f"Warning: for {chance:.1%} of the questions, the passages of another question contain a golden answer, more "
+        f"than {HIGH_CHANCE:.0%} of the hit rate: FOLR would reward many accidental occurrences.": (
+            chance > HIGH_CHANCE * hit
+        ),
+        f"Warning: {none:.1%} of the questions have no eligible golden answer: FOLR cannot help.": none > HIGH_UNUSABLE,
+        f"Warning: {in_question:.1%} of the questions contain all their eligible golden answers: consider "
+        "folr_guard='strict'.": in_question > HIGH_UNUSABLE,
+        f"Warning: the constant answer {answer!r} scores over {HIGH_CONSTANT:.0%}: also look at the scores of the "
+        "questions that it does not answer.": score > HIGH_CONSTANT,
+        "Warning: no supporting passage was found at any rank: do the ids of the data set and the corpus agree?": (
             audit.supporting is not None and not any(audit.supporting.rates)
         ),
     }

@@ -1,10 +1,11 @@
 """Turn rewards and advantages: pure functions of numbers and strings, no model, no I/O.
 
-Notation: N rollouts of all groups, group-major (the G rollouts of one question are adjacent), K the largest number of turns of any of
-them. Rollout i has turns k = 1…K_i and the outcome R_i. Tensors of shape (N, K) are NaN where a rollout has no k-th turn.
+Notation: N is the number of rollouts of all groups, in group-major order (the G rollouts of a question are adjacent).
+Rollout i has turns k = 1…K_i and the outcome R_i. K is the largest K_i. Tensors of shape (N, K) are NaN where a rollout
+has no k-th turn.
 
-The method is Turn-level Stage-aware Policy Optimization (TSPO, arXiv 2601.22776). What the paper fixes and what is this
-library's reading stands in `docs/algorithm.md`.
+The method is Turn-level Stage-aware Policy Optimization (TSPO, arXiv 2601.22776). `docs/algorithm.md` says what the
+paper specifies and what this library chooses.
 """
 
 from collections.abc import Sequence
@@ -22,25 +23,26 @@ Baseline = Literal["turn", "group"]
 Scale = Literal["group", "batch", "none"]
 Composition = Literal["unscored", "all_wrong", "rescued", "mixed", "all_correct"]
 
-_EPS = 1e-4  # TRL's: added to every standard deviation that divides
+_EPS = 1e-4  # added to standard deviations before the division, as in TRL
 _DEGENERATE = frozenset({"", "yes", "no", "noanswer"})
 
 
 def eligible_golds(golden_answers: Sequence[str], *, question: str = "", guard: Guard = "degenerate") -> list[str]:
     """
-    The golden answers whose occurrence in a passage says something, and which may earn FOLR.
+    The golden answers that may earn FOLR, because their occurrence in a passage is informative.
 
     Args:
         golden_answers (`Sequence[str]`):
             All golden answers of a question.
         question (`str`, *optional*, defaults to `""`):
-            The question; read by the guard `"strict"`.
+            The question, used by the guard `"strict"`.
         guard (`str`, *optional*, defaults to `"degenerate"`):
-            `"none"`: all of them, as published. `"degenerate"`: without golds that normalise to `""`, `"yes"`, `"no"`,
-            `"noanswer"` or a single character. `"strict"`: also without golds that the question contains.
+            `"none"`: all golden answers, as in the paper. `"degenerate"`: excludes those that normalise to `""`,
+            `"yes"`, `"no"`, `"noanswer"` or a single character. `"strict"`: also excludes those that occur in the
+            question.
 
     Returns:
-        `list[str]`: A possibly empty part of `golden_answers`.
+        `list[str]`: The eligible golden answers, possibly none.
     """
     if guard not in ("none", "degenerate", "strict"):
         raise ValueError(f"`guard` must be 'none', 'degenerate' or 'strict', got {guard!r}.")
@@ -69,15 +71,16 @@ def first_occurrence(
         golden_answers (`Sequence[str]`):
             The golden answers.
         question (`str`, *optional*, defaults to `""`):
-            The question; read by the guard `"strict"`.
+            The question, used by the guard `"strict"`.
         queries (`Sequence[str]`, *optional*):
-            The query of each of the K turns, `""` for turns without; read by the guard `"strict"`.
+            The query of each of the K turns, `""` for a turn without a query; used by the guard `"strict"`.
         guard (`str`, *optional*, defaults to `"degenerate"`):
-            Which golds may earn FOLR, see [`eligible_golds`]. `"strict"` also ignores an occurrence in a turn whose own
-            query already names the gold: otherwise a policy can farm FOLR by guessing in its queries.
+            Which golden answers may earn FOLR, see [`eligible_golds`]. `"strict"` also ignores an occurrence in a turn
+            whose own query already contains the golden answer: otherwise the policy could earn FOLR by guessing answers
+            in its queries.
 
     Returns:
-        `int` or `None`: The 0-based turn, or `None` if no turn's passages contain an eligible gold.
+        `int` or `None`: The 0-based turn, or `None` if no passage contains an eligible golden answer.
     """
     golds = eligible_golds(golden_answers, question=question, guard=guard)
     for turn, text in enumerate(passage_texts):
@@ -108,7 +111,7 @@ def folr_rewards(
 
     Args:
         outcomes (`torch.Tensor`):
-            Outcome rewards R of shape (N,); NaN marks an unscorable rollout, whose turn rewards are all NaN.
+            Outcome rewards R of shape (N,). NaN marks an unscorable rollout: all its turn rewards are NaN.
         first_occurrence (`torch.Tensor`):
             The 0-based turn t* of each rollout, integers of shape (N,), -1 for none.
         num_turns (`torch.Tensor`):
@@ -116,9 +119,9 @@ def folr_rewards(
         alpha (`float`, *optional*, defaults to `0.5`):
             The partial reward α.
         placement (`str`, *optional*, defaults to `"first"`):
-            `"first"` pays turn t*, `"up_to_first"` every turn up to and including it.
+            `"first"` rewards turn t*, `"up_to_first"` every turn up to and including t*.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is correct, and earns no FOLR, if its outcome is at least this.
+            A rollout whose outcome is at least this is correct and earns no FOLR.
 
     Returns:
         `torch.Tensor`: Turn rewards of shape (N, K) with K the largest of `num_turns`, NaN where a rollout has no k-th
@@ -129,7 +132,7 @@ def folr_rewards(
     num_columns = int(num_turns.max()) if num_turns.numel() else 0
     turn = torch.arange(num_columns, device=outcomes.device)  # (K,)
     occurrence = first_occurrence[:, None]  # (N, 1)
-    paid = (turn == occurrence) if placement == "first" else (turn <= occurrence)  # -1 pays no turn in either case
+    paid = (turn == occurrence) if placement == "first" else (turn <= occurrence)  # -1 rewards no turn in either case
     paid = paid & (outcomes < success_threshold)[:, None]
     rewards = outcomes[:, None] + alpha * paid.to(outcomes.dtype)
     return rewards.masked_fill(turn >= num_turns[:, None], torch.nan)
@@ -139,7 +142,7 @@ def uses_turn_level(
     outcomes: torch.Tensor, *, num_generations: int, level: Level = "stage", success_threshold: float = 1.0
 ) -> torch.Tensor:
     """
-    Which rollouts are trained with turn advantages, and which with the trajectory advantage.
+    Which rollouts are trained with turn advantages; the others are trained with the trajectory advantage.
 
     Args:
         outcomes (`torch.Tensor`):
@@ -147,12 +150,12 @@ def uses_turn_level(
         num_generations (`int`):
             G, the size of a group.
         level (`str`, *optional*, defaults to `"stage"`):
-            `"turn"`: all. `"trajectory"`: none. `"stage"`: those of groups without any correct rollout.
+            `"turn"`: all. `"trajectory"`: none. `"stage"`: the rollouts of groups without a correct rollout.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is correct if its outcome is at least this.
+            A rollout whose outcome is at least this is correct.
 
     Returns:
-        `torch.Tensor`: Booleans of shape (N,), equal within a group.
+        `torch.Tensor`: Booleans of shape (N,), the same for all rollouts of a group.
     """
     if level not in ("stage", "turn", "trajectory"):
         raise ValueError(f"`level` must be 'stage', 'turn' or 'trajectory', got {level!r}.")
@@ -166,20 +169,20 @@ def group_composition(
     outcomes: Sequence[float | None], *, has_signal: bool, success_threshold: float = 1.0
 ) -> Composition:
     """
-    What a group consists of.
+    Classify a group by its outcomes.
 
     Args:
         outcomes (`Sequence[float | None]`):
             The outcome rewards of the G rollouts, `None` or NaN for unscorable ones.
         has_signal (`bool`):
-            Whether any turn of the group has an advantage other than 0.
+            Whether any turn of the group has a nonzero advantage.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is correct if its outcome is at least this.
+            A rollout whose outcome is at least this is correct.
 
     Returns:
-        `str`: `"unscored"` (no rollout can be scored), `"all_wrong"` (no rollout is correct, and nothing is learned),
-        `"rescued"` (no rollout is correct, but turn rewards give a signal), `"mixed"` or `"all_correct"`. Unscorable rollouts
-        do not count.
+        `str`: `"unscored"` (no rollout can be scored), `"all_wrong"` (no rollout is correct and no turn has an
+        advantage), `"rescued"` (no rollout is correct, but turn rewards give a signal), `"mixed"` or `"all_correct"`.
+        Unscorable rollouts do not count.
     """
     scored = [outcome for outcome in outcomes if outcome is not None and not isnan(outcome)]
     correct = sum(outcome >= success_threshold for outcome in scored)
@@ -192,15 +195,15 @@ def group_composition(
 
 def is_near_miss(outcome: float | None, occurrence: int | None, *, success_threshold: float = 1.0) -> bool:
     """
-    Whether a rollout found a golden answer and still is not correct.
+    Whether a rollout retrieved a golden answer but is not correct.
 
     Args:
         outcome (`float` or `None`):
-            The outcome reward; `None` or NaN for an unscorable rollout, which is no near miss.
+            The outcome reward; `None` or NaN for an unscorable rollout, which is not a near miss.
         occurrence (`int` or `None`):
             The 0-based turn whose passages first contain a golden answer; `None` or -1 for none.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is correct if its outcome is at least this.
+            A rollout whose outcome is at least this is correct.
     """
     found = occurrence is not None and occurrence >= 0
     return found and outcome is not None and outcome < success_threshold
@@ -217,34 +220,35 @@ def turn_advantages(
     success_threshold: float = 1.0,
 ) -> torch.Tensor:
     r"""
-    Advantages of turns, by TSPO's stage-aware rule:
+    The advantages of turns by the stage-aware rule of TSPO. A rollout has one of two kinds of advantages:
 
-    - trajectory advantage \\((R_i - \mathrm{mean}\,R) / (\mathrm{std}\,R + 10^{-4})\\) over the group, the same for all
-      turns of a rollout: this is GRPO (arXiv 2402.03300);
-    - turn advantage \\((r_{i,k} - \mathrm{mean}) / (\mathrm{std} + 10^{-4})\\) over those rollouts of the group that have
-      a k-th turn, or over all turns of the group.
+    - the trajectory advantage \\((R_i - \mathrm{mean}\,R) / (\mathrm{std}\,R + 10^{-4})\\) over the group, the same for
+      all turns of a rollout: this is GRPO (arXiv 2402.03300);
+    - turn advantages \\((r_{i,k} - \mathrm{mean}) / (\mathrm{std} + 10^{-4})\\) over the rollouts of the group that
+      have a k-th turn, or over all turns of the group.
 
-    Standard deviations are unbiased (n - 1), as in TRL. A value that stands alone, or values without variance, have
-    advantage exactly 0.
+    Standard deviations are unbiased (n - 1), as in TRL. The advantage is exactly 0 for a single value and for values
+    without variance.
 
     Args:
         turn_rewards (`torch.Tensor`):
             Turn rewards of shape (N, K), NaN where a rollout has no k-th turn, see [`folr_rewards`].
         outcomes (`torch.Tensor`):
-            Outcome rewards of shape (N,), NaN for unscorable rollouts: they count in no mean or standard deviation and
-            have advantage 0.
+            Outcome rewards of shape (N,), NaN for unscorable rollouts. These are excluded from all means and standard
+            deviations, and have advantage 0.
         num_generations (`int`):
             G, the size of a group; N must be a multiple of it.
         level (`str`, *optional*, defaults to `"stage"`):
             `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
             `"turn"`: turn advantages always. `"trajectory"`: trajectory advantages always.
         baseline (`str`, *optional*, defaults to `"turn"`):
-            What a turn reward is compared with: `"turn"`, the k-th turns of the group, or `"group"`, all its turns.
+            The turns over which the mean is taken: `"turn"`, the k-th turns of the group, or `"group"`, all its turns.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            `"group"`: divide by the standard deviation of the values that the mean is over. `"batch"`: by that of all
-            outcomes (for trajectory advantages) or of all turn rewards (for turn advantages). `"none"`: do not divide.
+            `"group"`: divide by the standard deviation of the values over which the mean is taken. `"batch"`: divide by
+            that of all outcomes (for trajectory advantages) or of all turn rewards (for turn advantages). `"none"`: do
+            not divide.
         success_threshold (`float`, *optional*, defaults to `1.0`):
-            A rollout is correct if its outcome is at least this.
+            A rollout whose outcome is at least this is correct.
 
     Returns:
         `torch.Tensor`: Advantages of shape (N, K), 0 where `turn_rewards` is NaN.
@@ -263,10 +267,12 @@ def turn_advantages(
         raise ValueError(f"`scale_rewards` must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
     turn_rewards = turn_rewards.masked_fill(outcomes.isnan()[:, None], torch.nan)
 
+    # Both kinds of advantages, for all rollouts
     trajectory = _normalize(outcomes.view(-1, num_generations), (1,), scale_rewards).view(-1, 1)
     grouped = turn_rewards.view(-1, num_generations, turn_rewards.size(1))  # (N / G, G, K)
     turn = _normalize(grouped, (1,) if baseline == "turn" else (1, 2), scale_rewards).view_as(turn_rewards)
 
+    # One of them for each group
     turn_level = uses_turn_level(
         outcomes, num_generations=num_generations, level=level, success_threshold=success_threshold
     )
@@ -275,12 +281,12 @@ def turn_advantages(
 
 
 def _normalize(values: torch.Tensor, dim: tuple[int, ...], scale: Scale) -> torch.Tensor:
-    """(x - mean) / (std + eps) along `dim`, NaN counted nowhere; exactly 0 for NaN, lone values and no variance."""
+    """(x - mean) / (std + eps) along `dim`, ignoring NaN; exactly 0 for NaN, a single value or no variance."""
     known = ~values.isnan()
     filled = values.masked_fill(~known, 0.0)
     count = known.sum(dim, keepdim=True)
     centered = (filled - filled.sum(dim, keepdim=True) / count.clamp(min=1)).masked_fill(~known, 0.0)
-    # Rounding leaves a residue where all values are equal, and dividing by eps would blow it up
+    # Equal values leave a rounding residue, which the division by eps would amplify
     largest = values.masked_fill(~known, -torch.inf).amax(dim, keepdim=True)
     smallest = values.masked_fill(~known, torch.inf).amin(dim, keepdim=True)
     centered = torch.where(largest > smallest, centered, 0.0)
@@ -295,7 +301,7 @@ def _normalize(values: torch.Tensor, dim: tuple[int, ...], scale: Scale) -> torc
 
 def token_advantages(advantages: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:
     """
-    Give every token the advantage of its turn.
+    Assign the advantage of each turn to its tokens.
 
     Args:
         advantages (`torch.Tensor`):

@@ -1,11 +1,11 @@
-"""Outcome rewards in TRL's form. They read trajectories, so that only model-written text can earn anything.
+"""Outcome rewards as TRL's reward functions. They read trajectories, so that only model-written text is rewarded.
 
-A reward function of your own may take any of these arguments, and must accept `**kwargs`:
+A custom reward function can take any of these arguments, and must accept `**kwargs`:
 
 - `trajectories` (`list[Trajectory]`): the rollouts;
-- `golden_answers` (`list[list[str]]`), `question` and any other column of the data set, one value for each rollout;
+- `golden_answers` (`list[list[str]]`), `question` and any other column of the data set: one value for each rollout;
 - `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`, `log_metric`: as in TRL. `completions` are
-  conversations of assistant turns and tool messages, or, for plain text prompts, the model-written text alone.
+  conversations of assistant turns and tool messages, or only the model-written text if the prompts are plain text.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ def exact_match_reward(
 
     Args:
         trajectories (`Sequence[Trajectory]`):
-            B rollouts.
+            The trajectories of B rollouts.
         golden_answers (`Sequence[Sequence[str]]`):
-            The golden answers of each.
+            The golden answers of each rollout.
 
     Returns:
         `list[float]`: B rewards.
@@ -37,13 +37,13 @@ def f1_reward(
     trajectories: Sequence[Trajectory], golden_answers: Sequence[Sequence[str]], **kwargs: Any
 ) -> list[float]:
     """
-    The token F1 of a rollout's answer, best over its golden answers.
+    The token F1 of the answer of a rollout, the maximum over its golden answers.
 
     Args:
         trajectories (`Sequence[Trajectory]`):
-            B rollouts.
+            The trajectories of B rollouts.
         golden_answers (`Sequence[Sequence[str]]`):
-            The golden answers of each.
+            The golden answers of each rollout.
 
     Returns:
         `list[float]`: B rewards in [0, 1].
@@ -53,11 +53,11 @@ def f1_reward(
 
 def format_reward(trajectories: Sequence[Trajectory], **kwargs: Any) -> list[float]:
     """
-    1.0 for a rollout that ended with an answer and wrote no invalid action on its way, else 0.0.
+    1.0 for a rollout that ended with an answer and has no invalid action, else 0.0.
 
     Args:
         trajectories (`Sequence[Trajectory]`):
-            B rollouts.
+            The trajectories of B rollouts.
 
     Returns:
         `list[float]`: B rewards.

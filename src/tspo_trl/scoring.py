@@ -1,6 +1,6 @@
-"""Scores of answers as text. Pure functions of strings: no model, no I/O, no state.
+"""Scores of text answers. Pure functions of strings: no model, no I/O, no state.
 
-The normalisation and exact match follow the SQuAD v1.1 evaluation (Rajpurkar et al., 2016, arXiv 1606.05250), the
+The normalisation and exact match follow the SQuAD v1.1 evaluation (Rajpurkar et al., 2016, arXiv 1606.05250). The
 token F1 follows the HotpotQA evaluation (Yang et al., 2018, arXiv 1809.09600).
 """
 
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-_ANY_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # Search-R1's: whatever stands between them
-# HotpotQA: a comparison question is right or wrong, a token in common with these answers means nothing.
+_ANY_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as in Search-R1: any text between the tags
+# As in HotpotQA, these answers must match exactly: tokens in common with a longer text earn no partial score
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
 
 def normalize_answer(text: str) -> str:
     """
-    Normalise an answer as SQuAD v1.1 does: lower case, ASCII punctuation removed, the articles a/an/the removed, white
-    space collapsed.
+    Normalise an answer as SQuAD v1.1 does: lower case, ASCII punctuation removed, the articles a/an/the removed,
+    whitespace collapsed.
 
     Args:
         text (`str`):
@@ -45,16 +45,16 @@ def _raw(text: str) -> str:
 
 def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """
-    Exact match after normalisation, best over the golden answers.
+    Exact match after normalisation, the maximum over the golden answers.
 
-    A golden answer that normalises to the empty string (`"The The"`, `"!!!"`) matches only the same text compared raw
-    (stripped, lower case), so that an empty or punctuation-only prediction earns nothing.
+    A golden answer that normalises to the empty string (`"The The"`, `"!!!"`) is compared without normalisation (only
+    stripped and lower-cased), so that an empty or punctuation-only prediction does not match it.
 
     Args:
         prediction (`str` or `None`):
-            The answer that was given; `None` when there is none.
+            The predicted answer; `None` if there is none.
         golden_answers (`Sequence[str]`):
-            The answers that count as right.
+            The correct answers.
 
     Returns:
         `float`: 1.0 if any golden answer matches, else 0.0.
@@ -71,14 +71,14 @@ def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
 
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """
-    Token F1 of HotpotQA, best over the golden answers: the harmonic mean of the precision and the recall of normalised
-    tokens. The answers yes, no and noanswer must match exactly.
+    Token F1 as in HotpotQA, the maximum over the golden answers: the harmonic mean of precision and recall over
+    normalised tokens. The answers yes, no and noanswer must match exactly.
 
     Args:
         prediction (`str` or `None`):
-            The answer that was given; `None` when there is none.
+            The predicted answer; `None` if there is none.
         golden_answers (`Sequence[str]`):
-            The answers that count as right.
+            The correct answers.
 
     Returns:
         `float`: A value in [0, 1].
@@ -102,18 +102,19 @@ def _f1(prediction: str, gold: str) -> float:
 
 def contains_answer(text: str | None, golden_answers: Sequence[str]) -> bool:
     """
-    Whether some golden answer occurs in the text after normalisation, as whole words (`"us"` is not in `"bus"`).
+    Whether any golden answer occurs in the text as whole words after normalisation (`"us"` does not occur in `"bus"`).
 
-    A golden answer that normalises to the empty string is looked for raw (stripped, lower case, as whole words).
+    For a golden answer that normalises to the empty string, the texts are compared without normalisation (only stripped
+    and lower-cased), again as whole words.
 
     Args:
         text (`str` or `None`):
-            The text to look in, for instance a passage.
+            The text to search, for instance a passage.
         golden_answers (`Sequence[str]`):
             The answers to look for.
 
     Returns:
-        `bool`: `True` if at least one occurs.
+        `bool`: `True` if at least one golden answer occurs.
     """
     if not text:
         return False
@@ -130,16 +131,16 @@ def contains_answer(text: str | None, golden_answers: Sequence[str]) -> bool:
 
 def extract_answer(text: str) -> str | None:
     """
-    The content of the last well-formed answer tag of model-written text.
+    The content of the last well-formed `<answer>…</answer>` of a text.
 
-    Pass only text that the model wrote: a passage may hold an answer tag of its own.
+    Pass only text that the model wrote: a passage may contain answer tags too.
 
     Args:
         text (`str`):
             Model-written text.
 
     Returns:
-        `str` or `None`: The stripped content, `""` for an empty tag, `None` without a well-formed tag.
+        `str` or `None`: The stripped content, `""` if the tag is empty, `None` if there is no well-formed tag.
     """
     matches = _ANSWER.findall(text)
     return matches[-1].strip() if matches else None
@@ -147,18 +148,18 @@ def extract_answer(text: str) -> str | None:
 
 def search_r1_exact_match(sequence: str, golden_answers: Sequence[str]) -> float:
     """
-    Exact match as Search-R1 computes it (`verl/utils/reward_score/qa_em.py` of PeterGriffinJin/Search-R1), to compare
-    with numbers that were published so. Prefer [`exact_match`] for any other purpose.
+    Exact match as Search-R1 computes it (`verl/utils/reward_score/qa_em.py` of PeterGriffinJin/Search-R1), for
+    comparison with published numbers. Prefer [`exact_match`] for any other purpose.
 
-    It reads the whole sequence: the prompt, what the model wrote and the passages. The answer is what stands in the last
-    `<answer>…</answer>`, provided that there are at least two: one is taken for the example of the prompt. A golden
-    answer that normalises to the empty string matches any answer that does.
+    It reads the whole sequence: the prompt, the model-written text and the passages. The answer is the content of the
+    last `<answer>…</answer>` if there are at least two of them; the first one counts as the example in the prompt. A
+    golden answer that normalises to the empty string matches every answer that also does.
 
     Args:
         sequence (`str`):
-            Prompt, turns and observations as one text.
+            The prompt, turns and observations as one text.
         golden_answers (`Sequence[str]`):
-            The answers that count as right.
+            The correct answers.
 
     Returns:
         `float`: 1.0 if any golden answer matches, else 0.0.

@@ -1,4 +1,4 @@
-"""Evaluations: what they count, how they go on after a kill, what they refuse, and how they are compared."""
+"""Evaluations: metrics, resuming after a kill, errors and comparisons."""
 
 import csv
 import gc
@@ -44,7 +44,7 @@ FOUND = Passage(id="7", title="Silent Harbor", text="Silent Harbor is a novel by
 
 
 class ScriptedEngine(BatchEngine):
-    """Writes the texts of the question that is in the prompt, turn by turn."""
+    """Writes the scripted texts of the question in the prompt, turn by turn."""
 
     def __init__(self, tokenizer, scripts):
         super().__init__()
@@ -75,7 +75,7 @@ class OneRetriever:
 
 @pytest.fixture
 def scripted(tokenizer):
-    """A function that makes an agent which writes what it is told."""
+    """A function that creates an agent which writes scripted texts."""
 
     def make(scripts, retriever=None, batch_size=4, **options):
         loop = SearchLoop(
@@ -117,7 +117,7 @@ GOLDS = {
 }
 
 
-def test_what_is_counted(tmp_path, scripted):
+def test_metrics_of_scripted_rollouts(tmp_path, scripted):
     results = evaluate(scripted(SCRIPTS), {"books": rows(**GOLDS)}, tmp_path, progress=False)
     found = scores_of(tmp_path / "books")
 
@@ -148,7 +148,7 @@ def test_truncated_rollouts_are_counted(tmp_path, scripted):
     assert {q: row["truncated"] for q, row in found.items()} == {"Distant": "1.0", "Crimson": "0.0"}
 
 
-def test_trajectories_are_written_in_the_form_of_the_training(tmp_path, scripted):
+def test_trajectories_are_written_in_the_format_of_training(tmp_path, scripted):
     evaluate(scripted(SCRIPTS), {"books": rows(**GOLDS)}, tmp_path, progress=False)
     records = {record["id"]: record for record in read_rollouts(tmp_path / "books")}
     assert len(records) == 6
@@ -160,7 +160,7 @@ def test_trajectories_are_written_in_the_form_of_the_training(tmp_path, scripted
     assert silent["scores"]["hit"] == 1.0
 
 
-def test_the_average_counts_data_sets_and_not_questions(tmp_path, scripted):
+def test_every_data_set_has_the_same_weight_in_the_average(tmp_path, scripted):
     datasets = {"one": rows(Silent=["Mira Talvek"]), "five": rows(**{k: v for k, v in GOLDS.items() if k != "Silent"})}
     results = evaluate(scripted(SCRIPTS), datasets, tmp_path, progress=False)
     summary = results.summary()
@@ -173,7 +173,7 @@ def test_the_average_counts_data_sets_and_not_questions(tmp_path, scripted):
     assert "| one (1)" in text
     assert "| **average**" in text
     assert f"0.600 [{average['low']:.3f}, {average['high']:.3f}]" in text
-    assert "| model" not in text  # there is one
+    assert "| model" not in text  # with one model, the column is omitted
     assert "| other" in results_table({"scripted": summary, "other": summary})
 
 
@@ -181,15 +181,15 @@ def test_the_average_counts_data_sets_and_not_questions(tmp_path, scripted):
     ("text", "golds", "score"),
     [
         ("in <answer> and </answer>, like <answer> Beijing </answer>. Q <answer> The  Emma! </answer>", ["emma"], 1.0),
-        ("like <answer> Beijing </answer>. Q", ["Beijing"], 0.0),  # one is taken for the example
+        ("like <answer> Beijing </answer>. Q", ["Beijing"], 0.0),  # the first counts as the example
         ("<answer> Emma</answer>", ["Emma"], 0.0),
         ("no tags", ["Emma"], 0.0),
-        # What follows from reading all: the prompt of Search-R1 has two, so that its example answers for silence
+        # The whole sequence is read: the prompt of Search-R1 has two tags, so its example counts if there is no answer
         ("in <answer> and </answer>, like <answer> Beijing </answer>. Q", ["Beijing"], 1.0),
         ("<answer>a</answer> <information> <answer>Emma</answer> </information>", ["Emma"], 1.0),
         ("<answer>a</answer> <answer>Emma", ["Emma"], 0.0),
         ("<answer>a</answer> <answer>x <answer>Emma</answer>", ["Emma"], 0.0),  # the first opening tag counts
-        ("<answer>a</answer> <answer> </answer>", ["The The"], 1.0),  # both normalise to nothing
+        ("<answer>a</answer> <answer> </answer>", ["The The"], 1.0),  # both normalise to the empty string
         ("<answer>a</answer> <answer>line\nbreak</answer>", ["line break"], 1.0),
     ],
 )
@@ -197,7 +197,7 @@ def test_search_r1_scores_prompt_and_passages(text, golds, score):
     assert search_r1_exact_match(text, golds) == score
 
 
-def test_the_scores_of_search_r1_stand_beside_ours(tmp_path, scripted, tokenizer):
+def test_the_exact_match_of_search_r1_is_reported_too(tmp_path, scripted, tokenizer):
     agent = scripted(SCRIPTS)
     agent.search_loop.protocol.prompt_template = "<answer> x</answer> Question: {question}\n"
     results = evaluate(agent, {"books": rows(**GOLDS)}, tmp_path, scorer="search_r1", progress=False)
@@ -225,7 +225,7 @@ def test_several_samples_give_means_and_pass_at_k(tmp_path, policy_dir, retrieve
     assert len({str(text) for text in texts}) > 6  # samples of a question differ
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_results(tmp_path, policy_dir, world, dataset):
+def test_a_killed_evaluation_resumes_to_the_same_results(tmp_path, policy_dir, world, dataset):
     corpus = tmp_path / "passages.jsonl"
     passages = [{"id": p.id, "title": p.title, "text": p.text} for p in world.passages]
     corpus.write_text("".join(json.dumps(p) + "\n" for p in passages))
@@ -248,20 +248,20 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(tmp_path, policy_dir, w
     lines = log.read_bytes().splitlines(keepends=True)
     assert 16 <= len(lines) < 48
     assert not (tmp_path / "killed" / "results.json").exists()
-    # As if it had been killed while it wrote: a batch that is not whole, and half a line
+    # As if it had been killed while writing: an incomplete batch, and half a line
     whole = b"".join(lines[: len(lines) // 8 * 8])
     last = (tmp_path / "whole" / "first" / "trajectories.jsonl").read_bytes().splitlines(keepends=True)[-1]
     log.write_bytes(whole + last + last[: len(last) // 2])
     slow_evaluation(*arguments, tmp_path / "killed")
-    assert log.read_bytes().startswith(whole)  # what was there was not computed again
+    assert log.read_bytes().startswith(whole)  # finished batches were not repeated
     for name in ("results.json", "first/scores.csv", "second/scores.csv", "first/trajectories.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_finished_evaluation_computes_nothing_again(tmp_path, scripted):
+def test_a_finished_evaluation_is_not_repeated(tmp_path, scripted):
     data = {"books": rows(**GOLDS)}
     before = evaluate(scripted(SCRIPTS), data, tmp_path, progress=False)
-    after = evaluate(scripted({}), data, tmp_path, progress=False)  # it could not write a single turn
+    after = evaluate(scripted({}), data, tmp_path, progress=False)  # without scripts, any generation would fail
     assert after.summary() == before.summary()
 
 
@@ -282,7 +282,9 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path, scripted, options
         evaluate(scripted(SCRIPTS, **agent_options), data, tmp_path, progress=False, **options)
     with pytest.raises(ValueError, match=r"dataset.questions was 1, is 2; dataset.fingerprint was"):
         evaluate(scripted(SCRIPTS), {"books": rows(Crimson=["x"], Silent=["y"])}, tmp_path, progress=False)
-    evaluate(scripted(SCRIPTS), {"more": rows(Silent=["Mira Talvek"])}, tmp_path, progress=False)  # beside it
+    evaluate(
+        scripted(SCRIPTS), {"more": rows(Silent=["Mira Talvek"])}, tmp_path, progress=False
+    )  # another data set in the same folder
 
 
 @pytest.mark.parametrize(
@@ -294,13 +296,13 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path, scripted, options
         ([], "`books` is empty"),
     ],
 )
-def test_bad_rows_are_named_before_anything_is_computed(tmp_path, scripted, data, message):
+def test_bad_rows_are_reported_before_the_first_rollout(tmp_path, scripted, data, message):
     with pytest.raises(ValueError, match=message):
         evaluate(scripted({}), {"good": rows(Silent=["x"]), "books": Dataset.from_list(data)}, tmp_path)
     assert not (tmp_path / "good" / "trajectories.jsonl").exists()
 
 
-def test_damaged_files_are_named(tmp_path, scripted):
+def test_damaged_files_are_reported(tmp_path, scripted):
     data = {"books": rows(**GOLDS)}
     evaluate(scripted(SCRIPTS), data, tmp_path, progress=False)
     log = tmp_path / "books" / "trajectories.jsonl"
@@ -317,7 +319,7 @@ def test_damaged_files_are_named(tmp_path, scripted):
         evaluate(scripted(SCRIPTS), data, tmp_path, progress=False)
 
 
-def test_failed_searches_count_as_failures_and_are_tried_again(tmp_path, scripted):
+def test_failed_searches_count_as_failures_and_are_repeated(tmp_path, scripted):
     data = {"books": rows(**GOLDS)}
     down = OneRetriever(lambda queries: "Silent Harbor" in queries)
     before = evaluate(scripted(SCRIPTS, down, batch_size=2), data, tmp_path, progress=False)
@@ -332,7 +334,7 @@ def test_failed_searches_count_as_failures_and_are_tried_again(tmp_path, scripte
     assert len(list(read_rollouts(tmp_path / "books"))) == 6
 
 
-def test_too_many_failures_stop_and_lose_nothing(tmp_path, scripted):
+def test_too_many_failures_stop_the_evaluation_which_can_resume(tmp_path, scripted):
     books = [
         f"{a} {b}" for a in ("Silent", "Golden", "Broken", "Hidden") for b in ("Harbor", "Mirror", "Clock", "Letter")
     ]
@@ -355,7 +357,7 @@ def test_too_many_failures_stop_and_lose_nothing(tmp_path, scripted):
     assert results.summary()["datasets"]["books"]["metrics"]["em"]["mean"] == 1.0
 
 
-def test_an_endpoint_that_stops_loses_nothing(tmp_path, policy_dir, retriever, dataset):
+def test_an_evaluation_resumes_after_its_endpoint_failed(tmp_path, policy_dir, retriever, dataset):
     data = {"demo": dataset.select(range(36))}
     worst = int(np.argmin([len(prompt) for prompt in data["demo"]["prompt"]]))  # asked last
 
@@ -369,8 +371,10 @@ def test_an_endpoint_that_stops_loses_nothing(tmp_path, policy_dir, retriever, d
 
     with FakeEndpoint(policy_dir) as server:
         made = agent(server)
-        server.fail = lambda body, count: 500 if len(list_of(tmp_path)) >= 12 else None
-        with pytest.raises(EvaluationStopped, match=r"It is EndpointEngine\(.* HTTP 500.* 12 of 36 questions are in"):
+        server.fail = lambda body, count: 500 if len(lines_of(tmp_path)) >= 12 else None
+        with pytest.raises(
+            EvaluationStopped, match=r"component is EndpointEngine\(.* HTTP 500.* 12 of 36 questions are in"
+        ):
             evaluate(made, data, tmp_path, progress=False)
     with FakeEndpoint(policy_dir) as server:
         bad = data["demo"][worst]["prompt"]
@@ -389,12 +393,12 @@ def test_an_endpoint_that_stops_loses_nothing(tmp_path, policy_dir, retriever, d
     assert found.values["em"][others].tolist() == expected.values["em"][others].tolist()
 
 
-def list_of(folder):
+def lines_of(folder):
     log = folder / "demo" / "trajectories.jsonl"
     return log.read_bytes().splitlines() if log.exists() else []
 
 
-def test_trajectories_of_one_batch_are_in_memory_at_a_time(tmp_path, scripted, monkeypatch):
+def test_only_the_trajectories_of_one_batch_are_in_memory(tmp_path, scripted, monkeypatch):
     alive = []
 
     def append_and_count(path, records):
@@ -411,7 +415,7 @@ def test_trajectories_of_one_batch_are_in_memory_at_a_time(tmp_path, scripted, m
 
 
 def make_results(**columns):
-    """Results of one data set whose questions have these ids and scores."""
+    """The results of a data set whose questions have these ids and scores."""
     ids = list(columns.pop("ids"))
     digests = columns.pop("digests", [f"d{i}" for i in ids])
     failed = np.array(columns.pop("failed", [False] * len(ids)))
@@ -420,7 +424,7 @@ def make_results(**columns):
     )
 
 
-def test_comparison_is_of_the_shared_questions():
+def test_comparison_uses_the_shared_questions():
     first = make_results(ids="abcdefgh", em=[1, 0, 0, 0, 1, 1, 0, 1], f1=[1, 0.5, 0, 0, 1, 1, 0, 1])
     second = make_results(
         ids="hgfedcbx", em=[1, 1, 0, 1, 1, 1, 0, 0], f1=[1, 1, 0.5, 1, 1, 1, 0.5, 0], failed=[False] * 6 + [True, False]
@@ -445,7 +449,7 @@ def test_comparison_is_of_the_shared_questions():
     assert (f1["low"], f1["high"]) == pytest.approx(tuple(expected), abs=0.1)
     text = comparison_table({"nq": comparison}, "base", "trained")
     assert "| nq (6)" in text
-    assert "1 questions that failed in one of them are left out" in text
+    assert "1 questions that failed in one of the evaluations are excluded" in text
 
 
 def test_comparison_of_several_data_sets_has_an_average():
@@ -465,20 +469,20 @@ def test_comparison_of_several_data_sets_has_an_average():
     assert comparison["average"]["questions"] == 120
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_results_that_cannot_be_compared_are_refused(tmp_path):
     first = make_results(ids="ab", em=[1, 0])
-    with pytest.raises(ValueError, match=r"asked different questions, .* under the id 'b'"):
+    with pytest.raises(ValueError, match=r"have different questions .* with the id 'b'"):
         compare_results(first, make_results(ids="ab", em=[1, 0], digests=["da", "other"]))
-    with pytest.raises(ValueError, match="share no question: ids like 'a' and 'x'"):
+    with pytest.raises(ValueError, match="share no question: their ids look like 'a' and 'x'"):
         compare_results(first, make_results(ids="xy", em=[1, 0]))
     other = EvaluationResults({"popqa": first.scores["nq"]})
-    with pytest.raises(ValueError, match=r"nothing to compare: the data sets of the first are \['nq'\]"):
+    with pytest.raises(ValueError, match=r"share no data set: the first has \['nq'\]"):
         compare_results(first, other)
     with pytest.raises(FileNotFoundError, match=r"There is no results.json in"):
         EvaluationResults.load(tmp_path)
 
 
-def test_results_survive_being_saved(tmp_path):
+def test_saved_results_are_loaded_unchanged(tmp_path):
     first = make_results(ids=["a", "b,\n", "c\ud83d"], em=[1, 0, 1], f1=[1, 1 / 3, 0.1])
     first.save(tmp_path)
     loaded = EvaluationResults.load(tmp_path / "results.json")

@@ -1,4 +1,4 @@
-"""Intervals and tests, against enumeration and known values."""
+"""Intervals and tests, compared with enumeration and known values."""
 
 from fractions import Fraction
 from itertools import combinations, product
@@ -25,13 +25,13 @@ def test_pass_at_k_is_stable_for_many_samples():
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_pass_at_k_wants_a_possible_k(k):
+def test_pass_at_k_refuses_an_impossible_k(k):
     with pytest.raises(ValueError, match=rf"`k` must be from 1 to the number of samples \(4\), got {k}"):
         pass_at_k(np.array([1]), 4, k)
 
 
 def test_bootstrap_means_are_means_of_questions_drawn_with_replacement():
-    """Of three questions there are 27 draws: their distribution is known."""
+    """Three questions have 27 draws, so the exact distribution is known."""
     values = np.array([0.0, 1.0, 5.0])
     exact = np.array([np.mean(draw) for draw in product(values, repeat=3)])
     means = bootstrap_means(values[:, None], seed=1, resamples=200_000)[:, 0]
@@ -40,7 +40,7 @@ def test_bootstrap_means_are_means_of_questions_drawn_with_replacement():
         assert np.isclose(means, mean).mean() == pytest.approx(np.isclose(exact, mean).mean(), abs=0.005)
 
 
-def test_bootstrap_draws_the_same_questions_for_all_metrics_and_repeats_itself(monkeypatch):
+def test_bootstrap_draws_the_same_questions_for_all_metrics_and_is_reproducible(monkeypatch):
     values = np.random.default_rng(0).random((40, 2))
     means = bootstrap_means(np.stack([values[:, 0], 2 * values[:, 0], values[:, 1]], axis=1), seed=3, resamples=500)
     assert np.allclose(means[:, 1], 2 * means[:, 0])
@@ -51,7 +51,7 @@ def test_bootstrap_draws_the_same_questions_for_all_metrics_and_repeats_itself(m
     assert not np.allclose(bootstrap_means(values, seed=4, resamples=500), again)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     rng = np.random.default_rng(7)
     held = 0
     for trial in range(400):
@@ -76,7 +76,7 @@ def test_mcnemar_is_the_binomial_test(first, second):
 
 def test_mcnemar_has_the_published_values():
     assert mcnemar_test(5, 15) == pytest.approx(0.04139, abs=1e-5)  # R: binom.test(5, 20)
-    assert mcnemar_test(20_000, 20_800) < 1e-4  # powers of a half that no float holds
+    assert mcnemar_test(20_000, 20_800) < 1e-4  # powers of 0.5 that underflow a float
 
 
 def test_permutation_test_approaches_enumeration():
@@ -87,7 +87,7 @@ def test_permutation_test_approaches_enumeration():
     assert permutation_test(-differences, seed=0, resamples=100_000) == pytest.approx(exact, abs=0.006)
 
 
-def test_permutation_test_of_no_and_of_all_the_same_differences():
+def test_permutation_test_of_zero_and_of_equal_differences():
     assert permutation_test(np.zeros(5), seed=0) == 1.0
-    assert permutation_test(np.array([0.3]), seed=0) == 1.0  # one question says nothing
+    assert permutation_test(np.array([0.3]), seed=0) == 1.0  # one question is no evidence
     assert permutation_test(np.full(30, 0.1), seed=0, resamples=999) == 1 / 1000

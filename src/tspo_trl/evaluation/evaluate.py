@@ -1,4 +1,4 @@
-"""Evaluation of a model outside the trainer: data sets in, scores with intervals out. It can be killed at any moment."""
+"""Evaluation of a model on data sets, outside the trainer. A killed evaluation can be resumed."""
 
 import json
 import logging
@@ -37,11 +37,11 @@ from .results import METRICS, EvaluationResults, Scores
 
 logger = logging.getLogger(__name__)
 Scorer = Literal["tspo", "search_r1"]
-_TOLERATED_FAILURES = 8  # of a batch, whatever its size: a few bad questions do not stop an evaluation
+_TOLERATED_FAILURES = 8  # in a batch of any size, so that a few bad questions do not stop an evaluation
 
 
 class EvaluationStopped(RuntimeError):
-    """Too much failed. What was computed is kept, and the same evaluation goes on from there."""
+    """Too many rollouts of a batch failed. Earlier batches are kept, and the same evaluation resumes after them."""
 
 
 def evaluate(
@@ -60,31 +60,33 @@ def evaluate(
     """
     Evaluate a model on questions with golden answers.
 
-    Every rollout is written down as soon as its batch is done. Call it again with the same arguments after it was
-    killed, and it goes on from there, to the same results; what has failed is tried again. Questions are rolled out in
-    batches of similar length, and only numbers of them are kept in memory.
+    The rollouts of a batch are written to disk when the batch is finished. If the evaluation is interrupted, call it
+    again with the same arguments: it resumes after the finished batches and gives the same results. Batches with failed
+    rollouts are repeated. A batch contains questions of similar length. Only scores are kept in memory.
 
     Args:
         agent ([`SearchAgent`]):
-            The model, with its retriever and its way to sample.
+            The agent, with its model, retriever and sampling parameters.
         datasets (`Mapping[str, Dataset]`):
-            Data sets by name, with the columns `question`, `golden_answers` (a non-empty list of strings), and if they
-            have them, `id` and `prompt` (used as it is, like the trainer does).
+            Data sets by name, with the columns `question` and `golden_answers` (a non-empty list of strings). The
+            columns `id` and `prompt` (used instead of the prompt template, as in training) are optional.
         output_dir (`str` or `Path`):
-            Where to write `results.json`, and for each data set `NAME/trajectories.jsonl` and `NAME/scores.csv`.
+            Folder for `results.json`, and for `NAME/trajectories.jsonl` and `NAME/scores.csv` of each data set.
         retrievers (`Mapping[str, Retriever]`, *optional*):
-            Retrievers of data sets that have one of their own.
+            Retrievers by name of the data set. Other data sets use the retriever of the agent.
         num_samples (`int`, *optional*, defaults to `1`):
-            Rollouts of each question, n. Scores are means over them; with n > 1 there is pass@k too.
+            Number of rollouts for each question, n. Scores are means over these rollouts. With n > 1, pass@k is
+            reported too.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of sampling.
+            Seed for sampling.
         scorer (`str`, *optional*, defaults to `"tspo"`):
-            `"search_r1"` adds the exact match as Search-R1 computes it, see [`~scoring.search_r1_exact_match`].
+            `"search_r1"` adds the exact match as Search-R1 computes it, see
+            [`~tspo_trl.scoring.search_r1_exact_match`].
         max_failure_rate (`float`, *optional*, defaults to `0.5`):
-            If more than this share of a batch (and more than 8 rollouts of it) fail, the evaluation stops.
+            The evaluation stops if more than this share of the rollouts of a batch fails, and more than 8 of them.
         about (`Mapping[str, Any]`, *optional*):
-            What else the results depend on, for instance the name of the model: written to `results.json`, and must be
-            the same when the evaluation goes on.
+            Other settings on which the results depend, for instance the name of the model. They are written to
+            `results.json`, and must be the same when the evaluation is resumed.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
 
@@ -92,9 +94,9 @@ def evaluate(
         [`EvaluationResults`]: The scores.
 
     Raises:
-        `ValueError`: If an argument or a row is wrong, or the folder holds another evaluation; the message says what
-            differs.
-        [`EvaluationStopped`]: If too much failed.
+        `ValueError`: If an argument or a row is invalid, or the folder contains another evaluation; the message lists
+            the differences.
+        [`EvaluationStopped`]: If too many rollouts of a batch fail.
 
     Example:
 
@@ -109,18 +111,19 @@ def evaluate(
     ```
     """
     if not datasets:
-        raise ValueError("`datasets` is empty: there is nothing to evaluate.")
+        raise ValueError("`datasets` is empty: give at least one data set.")
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     if scorer not in ("tspo", "search_r1"):
         raise ValueError(f"`scorer` must be 'tspo' or 'search_r1', got {scorer!r}.")
     loop = agent.search_loop
     if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
-        raise ValueError("`scorer='search_r1'` reads answers between tags: it needs the protocol 'tags'.")
+        raise ValueError("`scorer='search_r1'` reads answers between tags, so it needs the protocol 'tags'.")
     for name in datasets:
         if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
             raise ValueError(
-                f"`datasets`: a name becomes a folder, so it has letters, digits and '_.@+-' only, got {name!r}."
+                f"`datasets`: names are used as folder names, so they may contain only letters, digits and '_.@+-' and "
+                f"must not begin with '.', got {name!r}."
             )
     retrievers = retrievers or {}
     common = {
@@ -132,7 +135,7 @@ def evaluate(
         "seed": seed,
         "scorer": scorer,
     }
-    # Everything is checked before anything is computed
+    # Check all rows and settings before the first rollout
     has_template = agent.config is None or agent.config.prompt_template is not None
     plans = {name: _make_plan(name, dataset, has_template=has_template) for name, dataset in datasets.items()}
     sets = {}
@@ -147,9 +150,10 @@ def evaluate(
 
     if scorer == "search_r1" and "<answer>" not in loop.protocol.prompt_template:
         logger.warning(
-            "Search-R1 takes one <answer>…</answer> of a sequence for the example of the prompt. The prompt template here "
-            "has none: an answer alone scores 0."
+            "The scorer of Search-R1 takes the first <answer>…</answer> of a sequence as the example in the prompt. "
+            "This prompt template has no such example, so a rollout with one answer scores 0."
         )
+    # Evaluate each data set with its own retriever
     scores = {}
     own = loop.retriever
     try:
@@ -166,13 +170,13 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A data set, and in which order its questions are asked."""
+    """A data set, and the order of its questions."""
 
     name: str
     dataset: Dataset
     ids: list[str]
     digests: list[str]
-    order: np.ndarray  # (Q,), longest first: what will not fit into memory fails at once and not at the end
+    order: np.ndarray  # (Q,), longest first: a batch that does not fit into memory fails at the start
     fingerprint: str
 
 
@@ -211,7 +215,7 @@ def _versions() -> dict[str, str]:
 
 
 class _Evaluation:
-    """The evaluation of one data set. Batches are fixed by the plan, so that a resumed one computes what is missing and nothing else."""
+    """The evaluation of one data set. The plan fixes the batches, so that only missing ones run after a resume."""
 
     def __init__(
         self,
@@ -232,12 +236,12 @@ class _Evaluation:
         self.metrics = [name for name in METRICS if name != "search_r1_em" or scorer == "search_r1"]
         size = max(1, agent.batch_size // num_samples)
         self.batches = [plan.order[i : i + size] for i in range(0, len(plan.order), size)]
-        # Everything that is kept of a rollout in memory
+        # Only these numbers of a rollout are kept in memory
         self.values = np.full((len(plan.ids), num_samples, len(self.metrics)), np.nan)
         self.failed = np.zeros((len(plan.ids), num_samples), dtype=bool)
 
     def run(self, progress: bool) -> Scores:
-        """Roll out and score the batches that are not in the file yet, and return the scores of all."""
+        """Roll out and score the batches that are not in the file yet, and return the scores of all questions."""
         done = self._restore()
         bar = Progress(
             TextColumn("{task.description}"),
@@ -258,13 +262,15 @@ class _Evaluation:
         return self._scores()
 
     def _roll_out(self, number: int, questions: np.ndarray) -> None:
-        """Roll out a batch and write it down."""
+        """Roll out a batch, score its rollouts and write them to the file."""
+        # Roll out all samples of all questions
         rows = [self.plan.dataset[int(i)] for i in questions]
         protocol = self.loop.protocol
         prompts = [p if (p := row.get("prompt")) is not None else protocol.prompt(row["question"]) for row in rows]
         prompt_ids = [ids for prompt in prompts for ids in protocol.encode_prompts([prompt]) * self.num_samples]
         with _seeded(self.seed + number):
             trajectories, stats = self.loop.run(prompt_ids)
+        # Score every rollout
         errors: Mapping[int, str] = getattr(self.loop.engine, "failures", {})
         records = []
         for place, trajectory in enumerate(trajectories):
@@ -277,6 +283,7 @@ class _Evaluation:
             records.append(record | {"batch": number, "failure": failure})
             self.values[question, sample] = [record["scores"][name] for name in self.metrics]
             self.failed[question, sample] = failure is not None
+        # Stop without writing the batch if too many rollouts failed
         failures = Counter(record["failure"] for record in records if record["failure"])
         if failures.total() > max(self.max_failure_rate * len(records), _TOLERATED_FAILURES):
             known = int((~np.isnan(self.values[:, 0, 0])).sum()) - len(rows)
@@ -285,16 +292,16 @@ class _Evaluation:
             last = list(errors.values())[-1] if by_endpoint else repr(stats.error)
             raise EvaluationStopped(
                 f"{failures.total()} of {len(records)} rollouts of a batch of {self.plan.name!r} failed, more than "
-                f"`max_failure_rate` ({self.max_failure_rate}) allows. It is {source!r}; its last failure: {last} "
-                f"Nothing is lost: {known} of {len(self.plan.ids)} questions are in {self.path}. When it works again, "
-                "the same evaluation goes on from there."
+                f"`max_failure_rate` ({self.max_failure_rate}) allows. The failing component is {source!r}; "
+                f"its last failure: {last} The results of {known} of {len(self.plan.ids)} questions are in "
+                f"{self.path}. Run the same evaluation again to resume from there."
             )
         append_rollouts(self.path, records)
 
     def _record(
         self, trajectory: Trajectory, row: Mapping[str, Any], failure: str | None, *, number: int, sample: int
     ) -> dict[str, Any]:
-        """A line of the trajectories, in the form of those of the training."""
+        """The record of a rollout, in the format of training, with its scores."""
         golds = row["golden_answers"]
         occurrence = first_occurrence(trajectory.passage_texts, golds)
         facts = rollout_facts(trajectory, occurrence, None)
@@ -334,7 +341,7 @@ class _Evaluation:
         return {"id": self.plan.ids[number], **record, "scores": scores}
 
     def _restore(self) -> set[int]:
-        """Read the batches that are whole and did not fail; remove the rest from the file."""
+        """Read the complete batches without failures; remove all other lines from the file."""
         lines: Counter[int] = Counter()
         failed: set[int] = set()
         for where, record in read_records(self.path):
@@ -370,7 +377,7 @@ class _Evaluation:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Sample from a state of its own, so that a batch does not depend on those before it."""
+    """Sample from a separate random state, so that a batch does not depend on earlier ones."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

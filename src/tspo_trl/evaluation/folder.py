@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it is an evaluation of, and which of its batches are whole."""
+"""The folder of an evaluation: its settings, and the rollouts of its finished batches."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -11,8 +11,8 @@ from transformers.utils import cached_file
 from ..support.files import replace_file, replacing
 
 SETTINGS, TRAJECTORIES = "settings.json", "trajectories.jsonl"
-REMEDY = "Remove that line, and its batch is computed again."
-# What an answer may depend on, in the folder of a model
+REMEDY = "Remove that line: its batch is then repeated."
+# The files in the folder of a model that can change an answer
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -33,18 +33,18 @@ _BLOCKS, _BLOCK_SIZE = 64, 1 << 16
 
 def model_fingerprint(model: str | Path) -> str | None:
     """
-    A hash of the files of a model that tells one checkpoint from the next. Of large files it reads 64 blocks of 64 KiB,
-    evenly spaced: weights need not be read twice.
+    A hash of the files of a model, which differs between checkpoints. For speed, it reads only 64 evenly spaced blocks
+    of 64 KiB of large files.
 
     Args:
         model (`str` or `Path`):
             A folder, or a name on the Hub.
 
     Returns:
-        `str` or `None`: 16 hexadecimal digits; `None` if there are no such files.
+        `str` or `None`: 16 hexadecimal digits; `None` if no file of the model is found.
     """
     folder = Path(model)
-    if not folder.is_dir():  # a snapshot of the Hub: where its configuration was downloaded to
+    if not folder.is_dir():  # a name on the Hub: use the folder of the downloaded snapshot
         quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = [cached_file(str(model), name, **quietly) for name in ("config.json", "adapter_config.json")]
         folders = {Path(path).parent for path in found if path is not None}
@@ -68,16 +68,16 @@ def model_fingerprint(model: str | Path) -> str | None:
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
-    Write down the settings of an evaluation, or compare them with those that the folder holds.
+    Save the settings of an evaluation, or compare them with the settings already saved in the folder.
 
     Args:
         folder (`Path`):
             The folder of a data set.
         settings (`Mapping[str, Any]`):
-            Everything that the rollouts depend on, as JSON can hold it.
+            All settings on which the rollouts depend, JSON-serialisable.
 
     Raises:
-        `ValueError`: If they differ; the message says where.
+        `ValueError`: If the settings differ; the message lists the differences.
     """
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -99,8 +99,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds another evaluation: {'; '.join(changed)}. Give the settings of that one to go on with it; "
-            "else remove it, or choose another folder."
+            f"{folder} holds another evaluation: {'; '.join(changed)}. To resume that evaluation, use its settings. "
+            "Otherwise remove the folder, or choose another one."
         )
 
 
@@ -113,17 +113,17 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    The rollouts that a killed evaluation has left. A last line that was being written is none.
+    Read the rollouts of an interrupted evaluation. An incomplete last line is skipped.
 
     Args:
         path (`Path`):
             The file, which need not exist.
 
     Yields:
-        `tuple[str, dict]`: Where the record stands, for messages, and the record.
+        `tuple[str, dict]`: The position of the record in the file, for messages, and the record.
 
     Raises:
-        `ValueError`: If a whole line is not JSON.
+        `ValueError`: If a complete line is not JSON.
     """
     if not path.exists():
         return
@@ -141,13 +141,13 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def keep_batches(path: Path, batches: Collection[int]) -> None:
     """
-    Remove everything but these batches from the file.
+    Remove all lines of other batches from the file.
 
     Args:
         path (`Path`):
             The file, which need not exist.
         batches (`Collection[int]`):
-            The numbers of the batches.
+            The numbers of the batches to keep.
     """
     if not path.exists():
         return

@@ -1,7 +1,6 @@
-"""How sure a score is: intervals and tests over questions. Pure functions on NumPy arrays, no model, no I/O.
+"""Confidence intervals and significance tests over questions. Pure functions of NumPy arrays: no model, no I/O.
 
-Questions are what is drawn at random, so they are what is resampled. Several samples of a question are averaged first:
-they say less than as many questions would.
+The resampled unit is the question. Several samples of a question are averaged first, because they are not independent.
 """
 
 from math import comb
@@ -13,7 +12,7 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-_CELLS = 1 << 20  # of an array at a time: memory does not grow with the number of resamples
+_CELLS = 1 << 20  # maximum size of an array: memory does not grow with the number of resamples
 
 
 def pass_at_k(num_correct: NDArray[np.integer], num_samples: int, k: int) -> Floats:
@@ -23,11 +22,11 @@ def pass_at_k(num_correct: NDArray[np.integer], num_samples: int, k: int) -> Flo
 
     Args:
         num_correct (`np.ndarray`):
-            Shape (Q,): how many of a question's samples are correct, c.
+            Shape (Q,): number of correct samples of each question, c.
         num_samples (`int`):
-            The samples of a question, n.
+            Number of samples of each question, n.
         k (`int`):
-            From 1 (the mean) to n.
+            A number from 1 (which gives the mean) to n.
 
     Returns:
         `np.ndarray`: Shape (Q,).
@@ -37,22 +36,22 @@ def pass_at_k(num_correct: NDArray[np.integer], num_samples: int, k: int) -> Flo
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"`k` must be from 1 to the number of samples ({num_samples}), got {k}.")
-    # Whole numbers: exact for any n
+    # Integer arithmetic is exact for any n
     rates = [1 - comb(num_samples - c, k) / comb(num_samples, k) for c in range(num_samples + 1)]
     return np.asarray(rates)[num_correct]
 
 
 def bootstrap_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) -> Floats:
     """
-    The means of questions drawn with replacement.
+    Bootstrap means: the means over questions drawn with replacement.
 
     Args:
         values (`np.ndarray`):
-            Shape (Q, M): M numbers of each of Q questions, at least one. The same questions are drawn for all of them.
+            Shape (Q, M): M metrics of Q ≥ 1 questions. The same questions are drawn for all metrics.
         seed (`int`):
             The same seed gives the same means.
         resamples (`int`, *optional*, defaults to `10_000`):
-            How often to draw Q questions, B.
+            Number of resamples of Q questions, B.
 
     Returns:
         `np.ndarray`: Shape (B, M).
@@ -64,7 +63,7 @@ def bootstrap_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) ->
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
-        # How often each question was drawn, so that the means are one product of matrices
+        # Count how often each question was drawn: the means are then one matrix product
         weights = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
         means[start : start + count] = weights @ values / size
     return means
@@ -76,9 +75,9 @@ def interval(means: Floats, level: float = LEVEL) -> Floats:
 
     Args:
         means (`np.ndarray`):
-            Shape (B, M), of [`bootstrap_means`] or sums of them.
+            Shape (B, M): the result of [`bootstrap_means`], or a linear combination of such results.
         level (`float`, *optional*, defaults to `0.95`):
-            The share of the means that the interval holds.
+            The share of the means inside the interval.
 
     Returns:
         `np.ndarray`: Shape (M, 2): the lower and the upper bounds.
@@ -89,21 +88,21 @@ def interval(means: Floats, level: float = LEVEL) -> Floats:
 
 def mcnemar_test(only_first: int, only_second: int) -> float:
     """
-    McNemar's exact test of two systems that are right or wrong on the same questions: if both are equally good, each
-    question that only one of them gets right is as likely the one's as the other's.
+    McNemar's exact test of two systems that answer the same questions correctly or not. Its null hypothesis is that a
+    question that only one system answers correctly is equally likely to be answered by either.
 
     Args:
         only_first (`int`):
-            How many questions only the first gets right.
+            Number of questions that only the first system answers correctly.
         only_second (`int`):
-            How many only the second gets right.
+            Number of questions that only the second system answers correctly.
 
     Returns:
         `float`: The two-sided p-value, 1.0 if there is no such question.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
     term, tail = 1, 0
-    for i in range(fewer + 1):  # C(total, i), in whole numbers: powers of a half would underflow
+    for i in range(fewer + 1):  # C(total, i) as an integer: powers of 0.5 would underflow
         tail += term
         term = term * (total - i) // (i + 1)
     return min(1.0, 2 * tail / 2**total)
@@ -111,17 +110,17 @@ def mcnemar_test(only_first: int, only_second: int) -> float:
 
 def permutation_test(differences: Floats, *, seed: int, resamples: int = RESAMPLES) -> float:
     """
-    A paired permutation test: if two systems are equally good, the difference of each question has either sign as
-    likely.
+    A paired permutation test of two systems. Its null hypothesis is that the difference of each question is equally
+    likely to have either sign.
 
     Args:
         differences (`np.ndarray`):
-            Shape (Q,): a score of the second system minus that of the first, for each question; weighted, if their
-            weighted sum is to be tested.
+            Shape (Q,): the score of the second system minus that of the first, for each question. To test a weighted
+            sum, multiply the differences by the weights.
         seed (`int`):
             The same seed gives the same p-value.
         resamples (`int`, *optional*, defaults to `10_000`):
-            How often to draw signs. The p-value is at least 1 / (resamples + 1).
+            Number of random draws of the signs. The p-value is at least 1 / (resamples + 1).
 
     Returns:
         `float`: The two-sided p-value, 1.0 if no question differs.
@@ -129,7 +128,7 @@ def permutation_test(differences: Floats, *, seed: int, resamples: int = RESAMPL
     differences = differences[differences != 0]
     if not len(differences):
         return 1.0
-    # Sums that are equal but for rounding count as equal
+    # Sums that differ only by rounding count as equal
     observed = abs(differences.sum()) * (1 - 1e-9)
     rng = np.random.default_rng(seed)
     rows = max(1, _CELLS // len(differences))

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores of questions, their means with intervals, comparisons, and the files of all that."""
+"""The results of an evaluation: scores of questions, means with intervals, comparisons, and their files."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ RESULTS, SCORES = "results.json", "scores.csv"
 SEED = 0  # of intervals and tests
 AVERAGE = "average"
 
-#: The metrics of a rollout, and how many digits of them a table shows.
+#: The metrics of a rollout, with the number of decimals that tables show.
 METRICS = {
     "em": 3,
     "search_r1_em": 3,
@@ -46,14 +46,14 @@ class Scores:
         ids (`list[str]`):
             The Q ids of the questions.
         digests (`list[str]`):
-            Q short hashes of question and golden answers: what tells that two evaluations asked the same.
+            Q short hashes of question and golden answers, which show whether two evaluations used the same questions.
         failed (`np.ndarray`):
             Shape (Q,), booleans: whether any rollout of the question failed.
         values (`dict[str, np.ndarray]`):
-            Each of shape (Q,): the metrics of `METRICS`, mean over the samples of a question, and with n > 1 samples
-            `"pass@k"` for k = 2, 4, 8… and n.
+            Arrays of shape (Q,): the metrics of `METRICS`, averaged over the samples of a question, and with n > 1
+            samples also `"pass@k"` for k = 2, 4, 8… and n.
         num_samples (`int`, *optional*, defaults to `1`):
-            Rollouts of each question, n.
+            Number of rollouts for each question, n.
     """
 
     ids: list[str]
@@ -64,7 +64,7 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """
-        Write a CSV file, one line a question.
+        Write a CSV file with one line for each question.
 
         Args:
             path (`str` or `Path`):
@@ -82,14 +82,14 @@ class Scores:
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
         """
-        Read what [`Scores.save`] wrote.
+        Read a file that [`Scores.save`] wrote.
 
         Args:
             path (`str` or `Path`):
                 The file.
 
         Raises:
-            `ValueError`: If it is no such file.
+            `ValueError`: If the file has another format.
         """
         with Path(path).open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
@@ -101,19 +101,19 @@ class Scores:
             values = {name: np.array(column, dtype=float) for name, column in zip(header[4:], columns, strict=True)}
             return cls(list(ids), list(digests), np.array(failed, dtype=int) > 0, values, int(samples[0]))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}). Run the evaluation again: it is written anew.") from error
+            raise ValueError(f"{path} is damaged ({error}). Run the evaluation again to rewrite it.") from error
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResults:
     """
-    What an evaluation of a model found.
+    The results of an evaluation of a model.
 
     Args:
         scores (`dict[str, Scores]`):
-            The scores of each data set by its name.
+            The scores by name of the data set.
         about (`dict[str, Any]`, *optional*):
-            What was evaluated, and with which settings.
+            A description of the evaluation: model, data and settings.
     """
 
     scores: dict[str, Scores]
@@ -121,8 +121,8 @@ class EvaluationResults:
 
     def summary(self) -> dict[str, Any]:
         """
-        The means of all metrics with their bootstrap intervals (95 %, over questions): under `"datasets"` for each data
-        set, under `"average"` the mean over data sets, each of which counts the same.
+        The means of all metrics with their 95 % bootstrap intervals over questions: those of each data set under
+        `"datasets"`, and their unweighted mean over data sets under `"average"`.
         """
         names: list[str] = []  # of the metrics that all data sets have
         for scores in self.scores.values():
@@ -130,27 +130,27 @@ class EvaluationResults:
         datasets, means, resampled = {}, [], []
         for name, scores in self.scores.items():
             matrix = np.stack(list(scores.values.values()), axis=1)
-            of_bootstrap = bootstrap_means(matrix, seed=_seed(name))
+            bootstrapped = bootstrap_means(matrix, seed=_seed(name))
             datasets[name] = {
                 "questions": len(scores.ids),
-                "metrics": _with_intervals(scores.values, matrix.mean(axis=0), of_bootstrap),
+                "metrics": _with_intervals(scores.values, matrix.mean(axis=0), bootstrapped),
             }
             shared = [list(scores.values).index(metric) for metric in names]
             means.append(matrix.mean(axis=0)[shared])
-            resampled.append(of_bootstrap[:, shared])
+            resampled.append(bootstrapped[:, shared])
         average = _with_intervals(names, np.mean(means, axis=0), np.mean(resampled, axis=0))
         return {"datasets": datasets, AVERAGE: {"metrics": average}}
 
     def save(self, folder: str | Path) -> dict[str, Any]:
         """
-        Write `results.json`, and beside it for each data set `NAME/scores.csv`.
+        Write `results.json`, and `NAME/scores.csv` for each data set.
 
         Args:
             folder (`str` or `Path`):
-                Where to write.
+                The folder to write to.
 
         Returns:
-            `dict`: What `results.json` holds.
+            `dict`: The content of `results.json`.
         """
         folder = Path(folder)
         bootstrap = {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "method": "percentile, over questions"}
@@ -165,15 +165,15 @@ class EvaluationResults:
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResults":
         """
-        Read what [`EvaluationResults.save`] wrote.
+        Read the files that [`EvaluationResults.save`] wrote.
 
         Args:
             path (`str` or `Path`):
-                The folder, or its `results.json`.
+                The folder, or the `results.json` in it.
 
         Raises:
-            `FileNotFoundError`: If there is no `results.json`: the evaluation may not have finished.
-            `ValueError`: If a file is not what it should be.
+            `FileNotFoundError`: If there is no `results.json`, for instance because the evaluation has not finished.
+            `ValueError`: If a file has another format.
         """
         file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
         if not file.is_file():
@@ -190,7 +190,7 @@ class EvaluationResults:
 
 
 def _seed(name: str) -> int:
-    return SEED + crc32(name.encode())  # each data set draws on its own, whichever are evaluated beside it
+    return SEED + crc32(name.encode())  # the seed of a data set does not depend on the other data sets
 
 
 def _with_intervals(names: Iterable[str], means: Floats, resampled: Floats) -> dict[str, dict[str, float]]:
@@ -203,49 +203,52 @@ def _with_intervals(names: Iterable[str], means: Floats, resampled: Floats) -> d
 
 def compare_results(first: EvaluationResults, second: EvaluationResults) -> dict[str, Any]:
     """
-    Compare two evaluations on the questions that they share: data sets of one name, questions of one id. Questions of
-    which a rollout failed in either are left out.
+    Compare two evaluations on their shared questions: those with the same id in data sets with the same name. Questions
+    with a failed rollout in either evaluation are excluded.
 
     Args:
         first ([`EvaluationResults`]):
-            What is compared with, for instance the base model.
+            The reference, for instance the results of the base model.
         second ([`EvaluationResults`]):
-            What is compared.
+            The results to compare with it.
 
     Returns:
-        `dict`: For each shared data set, and for their average if there are several, the number of `questions`, of
-        questions `left_out` because they failed, and for each metric the means `first` and `second`, their `difference`
-        (second − first) with the bounds `low` and `high` of its paired bootstrap interval, and the `p` value of a
-        `test`: `"McNemar, exact"` for scores of 0 and 1 (exact match of one rollout a question), else `"permutation"`.
+        `dict`: An entry for each shared data set, and one for their average if there are several. It has the number of
+        `questions`, the number of failed questions `left_out`, and `metrics`. For each metric, these are the means
+        `first` and `second`, their `difference` (second − first) with the bounds `low` and `high` of its paired
+        bootstrap interval, and the `p` value of a `test`: `"McNemar, exact"` if all scores are 0 or 1 (exact match with
+        one rollout for each question), else `"permutation"`.
 
     Raises:
-        `ValueError`: If nothing is shared, or a question of one id differs.
+        `ValueError`: If the evaluations share no questions, or have different questions with the same id.
     """
     shared = [name for name in first.scores if name in second.scores]
     if not shared:
         raise ValueError(
-            f"There is nothing to compare: the data sets of the first are {sorted(first.scores)}, those of the second "
+            f"The evaluations share no data set: the first has {sorted(first.scores)}, the second "
             f"{sorted(second.scores)}."
         )
     comparison: dict[str, Any] = {}
     differences: dict[str, dict[str, Floats]] = {}
     for name in shared:
+        # The shared questions that did not fail
         a, b = first.scores[name], second.scores[name]
         rows, columns = _pair(a, b, name)
         whole = ~(a.failed[rows] | b.failed[columns])
         rows, columns = rows[whole], columns[whole]
         if not len(rows):
             raise ValueError(f"All questions that both evaluations of {name!r} share have failed in one of them.")
+        # Paired differences, with their intervals and tests
         pairs = {
             metric: (a.values[metric][rows], b.values[metric][columns])
-            for metric in (*_COMPARED, *_passes([a]))
+            for metric in (*_COMPARED, *_pass_metrics([a]))
             if metric in a.values and metric in b.values
         }
         differences[name] = {metric: y - x for metric, (x, y) in pairs.items()}
         resampled = bootstrap_means(np.stack(list(differences[name].values()), axis=1), seed=_seed(name))
         metrics = {}
         for (metric, (x, y)), (low, high) in zip(pairs.items(), interval(resampled), strict=True):
-            test, p = _test(metric, x, y, _seed(name))
+            test, p = _significance(metric, x, y, _seed(name))
             values = {"first": x.mean(), "second": y.mean(), "difference": (y - x).mean(), "low": low, "high": high}
             metrics[metric] = {k: float(v) for k, v in values.items()} | {"p": p, "test": test}
         comparison[name] = {"questions": len(rows), "left_out": int((~whole).sum()), "metrics": metrics}
@@ -255,17 +258,17 @@ def compare_results(first: EvaluationResults, second: EvaluationResults) -> dict
 
 
 def _average(comparison: Mapping[str, Any], differences: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
-    """The same for the mean over data sets, each of which counts the same."""
-    names = [m for m in next(iter(differences.values())) if all(m in of_set for of_set in differences.values())]
+    """The comparison of the unweighted means over data sets."""
+    names = [m for m in next(iter(differences.values())) if all(m in of_dataset for of_dataset in differences.values())]
     resampled = [
-        bootstrap_means(np.stack([of_set[metric] for metric in names], axis=1), seed=_seed(name))
-        for name, of_set in differences.items()
+        bootstrap_means(np.stack([of_dataset[metric] for metric in names], axis=1), seed=_seed(name))
+        for name, of_dataset in differences.items()
     ]
     metrics = {}
     for metric, (low, high) in zip(names, interval(np.mean(resampled, axis=0)), strict=True):
         entries = [entry["metrics"][metric] for entry in comparison.values()]
         means = {key: float(np.mean([entry[key] for entry in entries])) for key in ("first", "second", "difference")}
-        weighted = np.concatenate([of_set[metric] / len(of_set[metric]) for of_set in differences.values()])
+        weighted = np.concatenate([of_dataset[metric] / len(of_dataset[metric]) for of_dataset in differences.values()])
         p = permutation_test(weighted, seed=SEED)
         metrics[metric] = means | {"low": float(low), "high": float(high), "p": p, "test": "permutation"}
     totals = {key: sum(entry[key] for entry in comparison.values()) for key in ("questions", "left_out")}
@@ -273,23 +276,25 @@ def _average(comparison: Mapping[str, Any], differences: Mapping[str, Mapping[st
 
 
 def _pair(a: Scores, b: Scores, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the shared questions in both."""
+    """The indices of the shared questions in both evaluations."""
     places = {key: i for i, key in enumerate(_keys(b.ids))}
     pairs = [(i, places[key]) for i, key in enumerate(_keys(a.ids)) if key in places]
     if not pairs:
-        raise ValueError(f"The two evaluations of {name!r} share no question: ids like {a.ids[0]!r} and {b.ids[0]!r}.")
+        raise ValueError(
+            f"The two evaluations of {name!r} share no question: their ids look like {a.ids[0]!r} and {b.ids[0]!r}."
+        )
     for i, j in pairs:
         if a.digests[i] != b.digests[j]:
             raise ValueError(
-                f"The two evaluations of {name!r} asked different questions, or had different golden answers, under the "
-                f"id {a.ids[i]!r}. They cannot be compared."
+                f"The two evaluations of {name!r} cannot be compared: they have different questions or golden answers "
+                f"with the id {a.ids[i]!r}."
             )
     rows, columns = zip(*pairs, strict=True)
     return np.array(rows), np.array(columns)
 
 
 def _keys(ids: Sequence[str]) -> list[tuple[str, int]]:
-    """An id may occur more than once: the first belongs to the first."""
+    """Ids with their number of earlier occurrences, so that repeated ids are paired in order."""
     seen: Counter[str] = Counter()
     keys = []
     for name in ids:
@@ -298,11 +303,11 @@ def _keys(ids: Sequence[str]) -> list[tuple[str, int]]:
     return keys
 
 
-def _test(metric: str, first: Floats, second: Floats, seed: int) -> tuple[str, float]:
+def _significance(metric: str, first: Floats, second: Floats, seed: int) -> tuple[str, float]:
     if metric in ("em", "search_r1_em") and np.isin([first, second], (0.0, 1.0)).all():
         return "McNemar, exact", mcnemar_test(int((first > second).sum()), int((second > first).sum()))
     return "permutation", permutation_test(second - first, seed=seed)
 
 
-def _passes(scores: Iterable[Scores]) -> list[str]:
+def _pass_metrics(scores: Iterable[Scores]) -> list[str]:
     return list(dict.fromkeys(name for s in scores for name in s.values if name.startswith("pass@")))

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as Markdown tables that can also be read in a terminal."""
+"""Markdown tables of evaluations and comparisons, also readable in a terminal."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,14 +29,14 @@ _TITLES = {
 
 def results_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    The results of one or several models.
+    Write tables of the results of one or several models.
 
     Args:
         summaries (`Mapping[str, Mapping]`):
-            [`EvaluationResults.summary`] of each model by its name.
+            [`EvaluationResults.summary`] by name of the model.
 
     Returns:
-        `str`: Three Markdown tables: answers, searches, turns. A cell is the mean with its 95 % interval.
+        `str`: Three Markdown tables: answers, searches and turns. Each cell has a mean with its 95 % interval.
     """
     rows = []  # (data set, model, metrics)
     names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["datasets"]))
@@ -54,13 +54,13 @@ def results_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         if not any(values.get("generation_failed", {}).get("mean") for _, _, values in rows):
             shown = [metric for metric in shown if metric != "generation_failed"]
         if title == "Answers":
-            shown += _most_samples(values for _, _, values in rows)
+            shown += _largest_pass_at_k(values for _, _, values in rows)
         header = ["data set (questions)", "model", *(_TITLES.get(metric, metric) for metric in shown)]
         cells = [
             [name, model, *(_cell(metric, values.get(metric)) for metric in shown)] for name, model, values in rows
         ]
         left = 2
-        if len(summaries) == 1:  # its name says nothing
+        if len(summaries) == 1:  # omit the column of its name
             header, cells, left = [header[0], *header[2:]], [[row[0], *row[2:]] for row in cells], 1
         parts.append(f"{title}:\n\n{markdown_table(header, cells, left=left)}")
     return "\n\n".join(parts)
@@ -68,18 +68,18 @@ def results_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def comparison_table(comparison: Mapping[str, Any], first: str, second: str) -> str:
     """
-    A comparison of two models.
+    Write a table that compares two models.
 
     Args:
         comparison (`Mapping[str, Any]`):
-            What [`compare_results`] returned.
+            The result of [`compare_results`].
         first (`str`):
-            The name of the first.
+            The name of the first model.
         second (`str`):
-            The name of the second.
+            The name of the second model.
 
     Returns:
-        `str`: A Markdown table, and a line on the tests.
+        `str`: A Markdown table, and notes on the tests.
     """
     rows = []
     for name, entry in comparison.items():
@@ -97,7 +97,7 @@ def comparison_table(comparison: Mapping[str, Any], first: str, second: str) -> 
         "permutation test; one comparison each, not corrected for their number."
     ]
     if left_out := max(entry["left_out"] for entry in comparison.values()):
-        notes.append(f"{left_out} questions that failed in one of them are left out.")
+        notes.append(f"{left_out} questions that failed in one of the evaluations are excluded.")
     return f"{text}\n\n{' '.join(notes)}"
 
 
@@ -116,6 +116,6 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _most_samples(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+def _largest_pass_at_k(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
     passes = {name for values in metrics for name in values if name.startswith("pass@")}
     return sorted(passes, key=lambda name: int(name.removeprefix("pass@")))[-1:]

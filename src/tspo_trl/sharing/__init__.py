@@ -1,4 +1,4 @@
-"""What is saved and pushed for others: `search_config.json` beside the weights, and the model card.
+"""Saving, loading and sharing of models: `search_config.json` beside the weights, and the model card.
 
 May import `rollout`, `retrieval`, `support`.
 """

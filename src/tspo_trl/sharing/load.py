@@ -1,4 +1,4 @@
-"""Loading what was saved: the model with its tokenizer, an adapter with its base model, and `search_config.json`."""
+"""Loading of saved models: full models, adapters with their base model, tokenizers, and `search_config.json`."""
 
 import logging
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ModelPlace:
     """
-    Where a model is.
+    The location of a model.
 
     Args:
         name (`str`):
@@ -28,9 +28,9 @@ class ModelPlace:
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         subfolder (`str`, *optional*, defaults to `""`):
-            Folder in the repository.
+            Subfolder of the repository.
         token (`str` or `bool`, *optional*):
-            Token of the Hub, for private repositories.
+            Hub token, for private repositories.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ModelPlace:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `from_pretrained` for this place."""
+        """The keyword arguments of `from_pretrained` for this location."""
         options = {"revision": self.revision, "subfolder": self.subfolder, "token": self.token}
         return {key: value for key, value in options.items() if value not in (None, "")}
 
@@ -50,7 +50,7 @@ class ModelPlace:
             self.name,
             file,
             _raise_exceptions_for_missing_entries=False,
-            # Offline, a file that is not in the cache cannot be told from one that does not exist
+            # Offline, a file that is not in the cache is treated as one that does not exist
             _raise_exceptions_for_connection_errors=not is_offline_mode(),
             **self.options,
         )
@@ -58,16 +58,16 @@ class ModelPlace:
 
 def load_search_config(place: ModelPlace, changes: dict[str, Any]) -> SearchConfig:
     """
-    The settings that were saved with a model, with some changes.
+    Load the settings saved with a model, and change some of them.
 
     Args:
         place ([`ModelPlace`]):
-            Where the model is. A model without `search_config.json` gets the defaults of [`SearchConfig`].
+            The location of the model. Without a `search_config.json`, the defaults of [`SearchConfig`] apply.
         changes (`dict[str, Any]`):
-            Values of [`SearchConfig`] by name.
+            New values of [`SearchConfig`] by name.
 
     Raises:
-        `TypeError`: If a name is unknown; the message suggests the nearest.
+        `TypeError`: If a name is unknown; the message suggests the closest known name.
         `ValueError`: If the file cannot be read, or a value is wrong.
     """
     known = [f.name for f in fields(SearchConfig)]
@@ -94,13 +94,14 @@ def load_model(
 
     Args:
         place ([`ModelPlace`]):
-            Where the model is.
+            The location of the model.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer. Defaults to the one saved with the model, for an adapter without one that of its base.
+            The tokenizer. Defaults to the tokenizer saved with the model, or to that of the base model if an adapter
+            has none.
         base_model (`str` or `Path`, *optional*):
-            The base model of an adapter. Defaults to the one that its `adapter_config.json` names.
+            The base model of an adapter. Defaults to the base model named in its `adapter_config.json`.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs. Defaults to the accelerator if there is one, else the CPU.
+            Device of the model. Defaults to the accelerator if there is one, else to the CPU.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`].
 
@@ -111,6 +112,7 @@ def load_model(
         `ValueError`: If the base model of an adapter cannot be found.
         `OSError`: If the model cannot be found.
     """
+    # Find the adapter, the base model and the tokenizer
     kwargs = model_init_kwargs or {}
     trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     has_adapter = place.find("adapter_config.json") is not None
@@ -119,18 +121,19 @@ def load_model(
     if processing_class is None:
         source = base if adapter is not None and place.find("tokenizer_config.json") is None else place
         processing_class = AutoTokenizer.from_pretrained(source.name, **source.options, **trust)
+    # Load the weights
     model: Any = AutoModelForCausalLM.from_pretrained(base.name, **base.options, **kwargs)
     if adapter is not None:
-        if len(processing_class) > model.get_input_embeddings().weight.shape[0]:  # tokens that training has added
+        if len(processing_class) > model.get_input_embeddings().weight.shape[0]:  # training added tokens
             model.resize_token_embeddings(len(processing_class))
         model = PeftModel.from_pretrained(model, place.name, **place.options)
-    if "device_map" not in kwargs and getattr(model, "hf_quantizer", None) is None:  # quantised: already placed
+    if "device_map" not in kwargs and getattr(model, "hf_quantizer", None) is None:  # a quantised model is on its device already
         model.to(device or torch.accelerator.current_accelerator() or "cpu")
     return model, processing_class
 
 
 def _find_base(place: ModelPlace, adapter: PeftConfig | None, base_model: str | Path | None) -> ModelPlace:
-    """Where the base model of an adapter is, after a check that it is there; a full model is its own base."""
+    """The location of the base model of an adapter, which must exist; a full model is its own base model."""
     if adapter is None:
         if base_model is not None:
             raise ValueError(f"`base_model` is for adapters, but {place.name!r} has no adapter_config.json.")
@@ -145,7 +148,7 @@ def _find_base(place: ModelPlace, adapter: PeftConfig | None, base_model: str | 
         problem = str(error)
     if problem:
         raise ValueError(
-            f"The adapter {place.name!r} needs its base model {name!r}, which cannot be loaded. Set `base_model` to where it "
-            f"is: a folder or a name on the Hub. {problem}"
+            f"The adapter {place.name!r} needs its base model {name!r}, which cannot be loaded. Set `base_model` to its "
+            f"folder or its name on the Hub. {problem}"
         )
     return base

@@ -1,4 +1,4 @@
-"""What a trainer writes for those who use its model: `search_config.json` beside the weights, and the model card."""
+"""Saving and pushing by the trainer: `search_config.json` beside the weights, the model card, and push errors."""
 
 import logging
 from collections.abc import Sequence
@@ -20,11 +20,10 @@ logger = logging.getLogger(__name__)
 
 class SharingMixin:
     """
-    For a [`~trl.GRPOTrainer`]: what is saved and pushed can be used by others.
+    Extends a [`~trl.GRPOTrainer`], so that saved and pushed models can be used as search agents.
 
-    The only changes with respect to its saving are that `search_config.json` is written beside the weights, that the
-    model card says what makes a search agent, that rollouts are not pushed to the Hub, and that a failed push loses
-    nothing and is reported.
+    It changes saving and pushing as follows: `search_config.json` is written beside the weights, the model card describes
+    the search agent, rollouts are not pushed to the Hub, and a failed push loses nothing and is reported.
     """
 
     args: Any
@@ -48,7 +47,7 @@ class SharingMixin:
         """
         if self.args.should_save:
             run = Path(self.args.output_dir)
-            # Into the run's folder too: at a checkpoint that is what is pushed, with the files that transformers knows
+            # Also save to the folder of the run: at a checkpoint, transformers pushes that folder
             for folder in {Path(output_dir or run), run}:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.search_config.save(folder)
@@ -66,16 +65,16 @@ class SharingMixin:
         **kwargs: Any,
     ) -> Any:
         """
-        Save the model and push the folder of the run, see [`~transformers.Trainer.push_to_hub`]. Whatever the Hub answers,
-        the model is saved.
+        Save the model and push the folder of the run, see [`~transformers.Trainer.push_to_hub`]. The model is saved even if
+        the push fails.
 
         Raises:
-            `RuntimeError`: If the Hub refuses or fails; the message says where the model is, and how to push it again.
+            `RuntimeError`: If the push fails; the message says where the model is saved, and how to push it again.
         """
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token=token, private=private)  # type: ignore[attr-defined]
-        except Exception as error:  # before transformers has saved anything
+        except Exception as error:  # transformers has not saved anything yet
             self.save_model(_internal_call=True)
             name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
             self.create_model_card(name, kwargs.get("dataset_name"), kwargs.get("tags"))
@@ -88,8 +87,8 @@ class SharingMixin:
     def _push_error(self, error: Exception) -> RuntimeError:
         folder, repository = str(self.args.output_dir), self.hub_model_id or self.args.hub_model_id or "<user>/<name>"
         return RuntimeError(
-            f"The model is saved in {folder!r}, but pushing it to the Hub failed: {error}\n`trainer.push_to_hub()` tries "
-            f"again; without the trainer, `hf upload {repository} {folder} . --exclude 'checkpoint-*'` does."
+            f"The model is saved in {folder!r}, but pushing it to the Hub failed: {error}\nTo try again, call "
+            f"`trainer.push_to_hub()`, or run `hf upload {repository} {folder} . --exclude 'checkpoint-*'`."
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -97,7 +96,7 @@ class SharingMixin:
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
         for job in self._push_jobs():
             if job not in earlier:
-                job.add_done_callback(_warn_of_failure)  # a failure would not be reported otherwise
+                job.add_done_callback(_warn_of_failure)  # transformers does not report a failure
 
     def _push_jobs(self) -> list[Any]:
         return list(getattr(getattr(self, "push_in_progress", None), "jobs", []))
@@ -115,22 +114,22 @@ class SharingMixin:
             model_name (`str`, *optional*):
                 The name of the model.
             dataset_name (`str` or `list[str]`, *optional*):
-                The name of the training data, or several: on the Hub, or any other.
+                One or several names of the training data, on the Hub or elsewhere.
             tags (`str` or `list[str]`, *optional*):
-                Further tags.
+                Additional tags.
         """
         if not self.accelerator.is_main_process:
             return
         names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or [])
-        # Of the names, only those of the Hub may be in the metadata, and TRL knows but one
+        # The metadata may contain only names on the Hub, and TRL supports only one: they are added below
         super().create_model_card(model_name=model_name, dataset_name=None, tags=tags)  # type: ignore[misc]
         file = Path(self.args.output_dir) / "README.md"
         try:
             card = ModelCard.load(file)
             extend_model_card(card, self._facts_to_share(names))
             card.save(file)
-        except Exception:  # a page must not end a run: what it says comes from data and retrievers of all kinds
-            logger.warning("The model card %s is that of TRL, without what this library adds.", file, exc_info=True)
+        except Exception:  # data and retrievers can be of any kind, and an error here must not end the run
+            logger.warning("The model card %s is that of TRL, without the sections that this library adds.", file, exc_info=True)
 
     def _facts_to_share(self, dataset_names: list[str]) -> TrainingFacts:
         args, state = self.args, self.state
@@ -159,21 +158,20 @@ class SharingMixin:
 
 def _warn_of_failure(job: "Future[Any]") -> None:
     if not job.cancelled() and (error := job.exception()) is not None:
-        logger.warning("A checkpoint could not be pushed to the Hub; it is saved, and training goes on. %s", error)
+        logger.warning("A checkpoint could not be pushed to the Hub. It is saved, and training continues. %s", error)
 
 
 def keep_from_hub(run: str | Path, folders: Sequence[str | Path]) -> None:
     """
-    List what a run writes beside its model in a `.gitignore`, which the Hub obeys when the folder of the run is pushed:
-    rollouts hold passages and questions that may not be meant for publication, and they are large; `training_args.bin`
-    is a pickle of all options, paths and `hub_token` included, that nothing needs. A `.gitignore` that is there is left
-    as it is.
+    Write a `.gitignore` in the folder of a run, so that some files are not pushed to the Hub: rollouts are large, and
+    contain questions and passages that may be private; `training_args.bin` is a pickle of all options, including paths and
+    `hub_token`, and is not needed. An existing `.gitignore` is not changed.
 
     Args:
         run (`str` or `Path`):
             The folder of the run.
         folders (`Sequence[str | Path]`):
-            Folders. Those that are not in the folder of the run are left out.
+            The folders to exclude. Folders outside the folder of the run are skipped.
     """
     root = Path(run).resolve()
     paths = [Path(folder).resolve() for folder in folders]

@@ -1,4 +1,4 @@
-"""The page of a trained model: what it learned from, how it searches, how to use it. Extends the model card of TRL."""
+"""The model card: training data, search settings, results and usage. It extends the model card of TRL."""
 
 import json
 import re
@@ -46,26 +46,27 @@ print(trajectory.queries)
 print(trajectory.answer)
 ```
 
-These are two passages to try it with. For your own, `BM25Retriever.from_jsonl("passages.jsonl")` reads lines of `id`,
-`title` and `text`, and any object with a method `search(queries, k)` can take its place. Decoding is greedy, and
-`search_config.json` sets the search loop as it was in training.
+This example searches two passages. To search your own, `BM25Retriever.from_jsonl("passages.jsonl")` reads a JSON Lines
+file with `id`, `title` and `text`; any object with a method `search(queries, k)` can also be the retriever. Decoding is
+greedy. The settings of the search loop are those of training, read from `search_config.json`.
 
 """
 
 
 def extend_model_card(card: ModelCard, facts: TrainingFacts) -> None:
     """
-    Say in a model card of TRL what makes a search agent: its quick start is replaced, sections and metadata are added.
+    Describe the search agent in a model card of TRL: replace the quick start, and add sections and metadata.
 
     Args:
         card ([`~huggingface_hub.ModelCard`]):
             The card, changed in place.
         facts ([`TrainingFacts`]):
-            What to say.
+            The facts of the run.
     """
+    # Metadata
     base, results = hub_id(facts.base_model), evaluations(facts)
     data: Any = card.data
-    data.pop("licence", None)  # a placeholder of TRL: the licence is for the author to choose
+    data.pop("licence", None)  # a placeholder of TRL: the author must choose the licence
     data.base_model, data.pipeline_tag = base, "text-generation"
     if facts.adapter is not None:
         data.library_name = "peft"
@@ -85,6 +86,7 @@ def extend_model_card(card: ModelCard, facts: TrainingFacts) -> None:
         data.eval_results = [result for evaluation in results for result in evaluation.results]
         data.metrics = sorted({result.metric_type for result in data.eval_results} & {"exact_match", "f1"}) or None
 
+    # Sections: those of TRL are kept, except its quick start
     title, *sections = re.split(r"(?m)^(?=## )", card.text)
     by_name = {re.match(r"## (.*)", section)[1]: section for section in sections}  # type: ignore[index]
     by_name.pop("Quick start", None)
@@ -114,7 +116,7 @@ def _introduction(facts: TrainingFacts, base: str | None) -> str:
     adapter = facts.adapter
     kind = "It is a fine-tuned version of" if adapter is None else f"It is a {_peft_type(adapter)} adapter for"
     return (
-        "\nThis language model searches before it answers: it writes queries, reads the passages that come back, and "
+        "\nThis language model searches before it answers: it writes queries, reads the passages of a retriever, and "
         f"answers from them. {kind} {origin}, trained with [TRL](https://github.com/huggingface/trl) and `tspo_trl`.\n\n"
     )
 
@@ -126,7 +128,7 @@ def _peft_type(adapter: Any) -> str:
 
 def _arguments(facts: TrainingFacts, base: str | None) -> str:
     name = json.dumps(facts.model)
-    return name if facts.adapter is None or base else f'{name}, base_model="path/of/the/base/model"'
+    return name if facts.adapter is None or base else f'{name}, base_model="path/to/the/base/model"'
 
 
 def _results_section(facts: TrainingFacts, results: list[Evaluation]) -> str:
@@ -134,8 +136,8 @@ def _results_section(facts: TrainingFacts, results: list[Evaluation]) -> str:
         return _training_metrics(facts)
     samples = facts.args.num_generations_eval or facts.args.num_generations
     text = (
-        f"## Results\n\nMeasured during training with {samples} sampled rollouts a question (temperature "
-        f"{facts.args.temperature:g}), not greedily.\n\n"
+        f"## Results\n\nMeasured during training with {samples} sampled rollouts per question (temperature "
+        f"{facts.args.temperature:g}), without greedy decoding.\n\n"
     )
     for evaluation in results:
         if len(results) > 1:
@@ -156,7 +158,7 @@ def _results_section(facts: TrainingFacts, results: list[Evaluation]) -> str:
 
 
 def _training_metrics(facts: TrainingFacts) -> str:
-    """What was logged of the last training steps, for a run without evaluation."""
+    """The training metrics of the last steps, for a run without evaluation."""
     logged = [
         read_metrics(entry, "") for entry in facts.log_history if "reward" in entry and entry["step"] <= facts.step
     ]
@@ -167,8 +169,8 @@ def _training_metrics(facts: TrainingFacts) -> str:
     for kind, label, _ in METRICS:
         if values := [metrics[kind] for metrics in last if kind in metrics]:
             rows.append([label, f"{sum(values) / len(values):.3f}"])
-    when = "the last time" if len(last) == 1 else f"the mean of the last {len(last)} times"
-    return f"## Results\n\nNo evaluation was run. On the training questions, {when} that it was logged:\n\n" + _table(
+    when = "the last log entry" if len(last) == 1 else f"the mean of the last {len(last)} log entries"
+    return f"## Results\n\nNo evaluation was run. On the training questions, {when}:\n\n" + _table(
         ["", f"step {facts.step}"], rows
     )
 
@@ -176,19 +178,19 @@ def _training_metrics(facts: TrainingFacts) -> str:
 def _search_section(config: SearchConfig) -> str:
     actions = {
         "tags": "`tags`: the model searches with `<search>query</search>` and answers with `<answer>…</answer>`; passages "
-        "come back between `<information>` and `</information>`",
-        "tool_call": "`tool_call`: the model searches by the chat template's own tool calls, of a tool `search(query)`; "
-        "passages come back as its response, and a message without a call is the answer",
+        "are inserted between `<information>` and `</information>`",
+        "tool_call": "`tool_call`: the model calls a tool `search(query)` in the format of its chat template; passages are "
+        "the response of the tool, and a message without a call is the answer",
     }
     limits = asdict(SearchLimits.of(config))
     rows = [["`protocol`", actions[config.protocol]], *([f"`{name}`", f"{value}"] for name, value in limits.items())]
     if config.chat_template_kwargs:
         rows.append(["`chat_template_kwargs`", _value(config.chat_template_kwargs)])
     if config.prompt_template is None:
-        prompt = "The prompts came with the training data: ask with the same, by `agent.rollout_prompts([prompt])`.\n\n"
+        prompt = "The training data contained the prompts. Use prompts of the same form: `agent.rollout_prompts([prompt])`.\n\n"
     else:
         fence = "```" if "```" not in config.prompt_template else "~~~~~~"
-        prompt = f"The prompt is\n\n{fence}text\n{config.prompt_template.rstrip()}\n{fence}\n\n"
+        prompt = f"The prompt template is\n\n{fence}text\n{config.prompt_template.rstrip()}\n{fence}\n\n"
     return "## How it searches\n\n" + _table(["setting", "value"], rows) + prompt
 
 
@@ -245,8 +247,8 @@ def _options_section(facts: TrainingFacts) -> str:
             modules = ", ".join(f"`{name}`" for name in sorted({name.rpartition(".")[2] for name in modules}))
         text += f", on {modules}." if modules else "."
     if not rows:
-        return text + " All options of `TSPOConfig` had their defaults.\n\n"
-    return text + " Options of `TSPOConfig` that differ from its defaults:\n\n" + _table(["option", "value"], rows)
+        return text + " All options of `TSPOConfig` have their default values.\n\n"
+    return text + " Options of `TSPOConfig` that differ from their default values:\n\n" + _table(["option", "value"], rows)
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a run when its model is shared: its data, its results, the options that shaped it."""
+"""The facts of a run for its model card: its data, its results, and the options that affect the model."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..rollout.limits import SearchLimits
 from ..rollout.search_config import SearchConfig
 
-# Where a run writes, how fast it runs and what it prints: nothing that shapes the model, and nothing to publish
+# Options that do not affect the model or should not be published: paths, speed, logging
 _NOT_SHOWN = re.compile(
     r"(hub|save|log|logging|eval|dataloader|ddp|fsdp|trackio|include|vllm_server|retrieval)_.*"
     r"|(.*_)?(token|dir|path|url|host|port|secret|password)(_.*)?"
@@ -24,15 +24,15 @@ _NOT_SHOWN = re.compile(
     r"|enable_jit_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint|num_completions_to_print"
     r"|remove_unused_columns|label_names|vllm_group_port|pad_to_multiple_of|generation_batch_size"
 )
-_ADDRESS = re.compile(r"\w+://\S+|(?<![\w.])(?:~|\.{1,2})?/\S*/")  # of a server, or the folders of a path
+_ADDRESS = re.compile(r"\w+://\S+|(?<![\w.])(?:~|\.{1,2})?/\S*/")  # the address of a server, or the folders of a path
 
-# What is reported of an evaluation: (type, name, the keys under which it is logged)
+# The reported metrics: (type, name, the possible keys in the log)
 METRICS = (
     ("exact_match", "Exact match", ("em", "rewards/exact_match_reward/mean")),
     ("f1", "Token F1", ("f1", "rewards/f1_reward/mean")),
     ("reward", "Reward", ("reward",)),
-    ("hit_rate", "Gold answer retrieved (hit)", ("hit", "search/hit")),
-    ("near_miss_rate", "Retrieved, but answered wrong (near miss)", ("near_miss", "search/near_miss")),
+    ("hit_rate", "Golden answer retrieved (hit)", ("hit", "search/hit")),
+    ("near_miss_rate", "Golden answer retrieved, but wrong answer (near miss)", ("near_miss", "search/near_miss")),
     ("searches", "Searches per question", ("search/calls",)),
     ("invalid_turns", "Invalid turns", ("search/invalid",)),
     ("truncated", "Truncated rollouts", ("turns/truncated",)),
@@ -42,13 +42,13 @@ METRICS = (
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
     """
-    What a model card says about a run.
+    The facts of a run that its model card states.
 
     Args:
         model (`str`):
-            Where the model is: its name on the Hub, or the name of its folder.
+            The name of the model on the Hub, or the name of its folder.
         base_model (`str`, *optional*):
-            The name or path of the model that training began with.
+            The name or path of the initial model.
         adapter ([`~peft.PeftConfig`], *optional*):
             The configuration of the adapter, if one was trained.
         args ([`TSPOConfig`]):
@@ -56,19 +56,19 @@ class TrainingFacts:
         search_config ([`SearchConfig`]):
             The settings of the search loop.
         retriever ([`Retriever`]):
-            What was searched in.
+            The retriever, without caches and logs around it.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The questions of training.
+            The training questions.
         eval_dataset (the same, or a `dict` of them, *optional*):
-            The questions of evaluation.
+            The evaluation questions.
         dataset_names (`Sequence[str]`):
-            The names of the training data, where the caller knows them.
+            The names of the training data given by the caller, possibly none.
         log_history (`Sequence[Mapping[str, Any]]`):
-            What was logged, in order.
+            The log entries, in order.
         step (`int`):
-            The step of the weights.
+            The training step of the weights.
         processes (`str`):
-            On how many processes it ran, in words.
+            The number of processes, in words.
     """
 
     model: str
@@ -87,7 +87,8 @@ class TrainingFacts:
 
 def hub_id(name: str | None) -> str | None:
     """
-    A name, if it may be that of a repository on the Hub and is no local file or folder; the Hub refuses cards with others.
+    The name, if it is a valid name of a repository on the Hub and not a local file or folder; else `None`. The Hub rejects
+    cards with other names.
 
     Args:
         name (`str`, *optional*):
@@ -104,14 +105,14 @@ def hub_id(name: str | None) -> str | None:
 
 def hub_datasets(dataset: Any) -> list[str]:
     """
-    The data set on the Hub that this one was loaded from, as far as its files in the cache tell.
+    The names on the Hub of the data sets from which this one was loaded, read from the paths of its cache files.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The data set.
 
     Returns:
-        `list[str]`: Its name, of mixed ones all names; empty if it is from elsewhere, or streamed.
+        `list[str]`: The names; several for mixed data, none if the data set is streamed or not from the Hub.
     """
     if not isinstance(dataset, Dataset):
         return []
@@ -121,7 +122,7 @@ def hub_datasets(dataset: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of one data set: the step that they were measured at, and where they stood before training."""
+    """The results on one data set, the step at which they were measured, and the metrics before training."""
 
     name: str
     step: int
@@ -131,7 +132,7 @@ class Evaluation:
 
 def evaluations(facts: TrainingFacts) -> list[Evaluation]:
     """
-    The last results of every evaluation set, up to the step of the weights.
+    The last results of every evaluation set, not later than the step of the weights.
 
     Args:
         facts ([`TrainingFacts`]):
@@ -141,12 +142,14 @@ def evaluations(facts: TrainingFacts) -> list[Evaluation]:
     found = []
     for name, dataset in sets.items():
         prefix = f"eval_{name}_" if name else "eval_"
+        # The log entries with metrics of this set
         entries = [e for e in facts.log_history if any(k.startswith(prefix) for k in e) and e["step"] <= facts.step]
         measured = [(e["step"], read_metrics(e, prefix)) for e in entries]
         measured = [(step, values) for step, values in measured if values]
         if not measured:
             continue
         (first_step, first), (step, values) = measured[0], measured[-1]
+        # The last of them, in the Hub's format
         source = next(iter(hub_datasets(dataset)), None)
         shown = name or source or "Held-out questions"
         results = [
@@ -169,16 +172,16 @@ def evaluations(facts: TrainingFacts) -> list[Evaluation]:
 
 def read_metrics(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """
-    The metrics that are reported, from an entry of the log.
+    Read the reported metrics from a log entry.
 
     Args:
         entry (`Mapping[str, Any]`):
-            What was logged.
+            The log entry.
         prefix (`str`):
-            What the keys begin with: `""` in training, `"eval_"` or `"eval_<name>_"`.
+            The prefix of the keys: `""` in training, else `"eval_"` or `"eval_<name>_"`.
 
     Returns:
-        `dict[str, float]`: Values by the type of the metric, as far as they were logged.
+        `dict[str, float]`: The logged values by type of the metric.
     """
     values = {}
     for kind, _, keys in METRICS:
@@ -186,14 +189,14 @@ def read_metrics(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
         if logged and math.isfinite(logged[0]):
             values[kind] = round(float(logged[0]), 4)
     if values.get("reward") == values.get("exact_match", math.nan):
-        del values["reward"]  # the default reward is the exact match: said once
+        del values["reward"]  # the default reward is the exact match, which is reported already
     return values
 
 
 def non_default_options(args: Any) -> dict[str, Any]:
     """
-    The options of a run that differ from their defaults and shape the model. Paths, addresses and tokens are left out, and
-    so are the settings of the search loop, which [`SearchConfig`] has.
+    The options of a run that differ from their defaults and affect the model. Paths, addresses and tokens are excluded, and
+    so are the settings of the search loop, which are in [`SearchConfig`].
 
     Args:
         args ([`TSPOConfig`]):
@@ -203,7 +206,7 @@ def non_default_options(args: Any) -> dict[str, Any]:
     for option in fields(args):
         value = getattr(args, option.name)
         default = option.default_factory() if option.default_factory is not MISSING else option.default
-        # These two are calculated where they are not given
+        # Defaults that are computed from other options
         calculated = {"steps_per_generation": args.gradient_accumulation_steps, "activation_checkpointing": True}
         elsewhere = (
             "protocol",
@@ -222,7 +225,7 @@ def non_default_options(args: Any) -> dict[str, Any]:
 
 def without_addresses(text: str) -> str:
     """
-    A text without the addresses of servers and the folders of paths, which are nobody else's business.
+    A text without addresses of servers and folders of paths, which should not be published.
 
     Args:
         text (`str`):

@@ -1,4 +1,4 @@
-"""Small tools that several packages share: files that are replaced whole, Markdown tables, retries of requests.
+"""Small helpers that several packages share: atomic replacement of files, Markdown tables.
 
-Imports nothing else of the library.
+It imports nothing else of the library.
 """

@@ -1,4 +1,4 @@
-"""Files that are replaced whole, so that a killed process never leaves half of one."""
+"""Atomic replacement of files: a killed process never leaves a half-written file."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from uuid import uuid4
 
 def replace_file(path: str | Path, text: str) -> None:
     """
-    Write a text file, or leave the old one as it is.
+    Replace the content of a text file. If that fails, the old file is unchanged.
 
     Args:
         path (`str` or `Path`):
@@ -25,15 +25,15 @@ def replace_file(path: str | Path, text: str) -> None:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """
-    Open a file for writing under a temporary name beside it, and rename it when the block ends. After an exception the old
-    file is still there. Several processes may replace one file: the last one wins.
+    Open a temporary file in the same folder for writing, and rename it to `path` when the block ends. If the block
+    raises an exception, the old file is unchanged. If several processes replace the same file, the last one wins.
 
     Args:
         path (`str` or `Path`):
-            The file. Its folder must exist.
+            The file to replace. Its folder must exist.
 
     Yields:
-        `BinaryIO`: The file to write to.
+        `BinaryIO`: The temporary file, open for writing.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}")

@@ -1,22 +1,22 @@
-"""Markdown tables whose columns are aligned in plain text too."""
+"""Markdown tables whose columns are also aligned in plain text."""
 
 from collections.abc import Iterable, Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> str:
     """
-    A Markdown table.
+    Write a Markdown table.
 
     Args:
         header (`Sequence[str]`):
-            C titles.
+            C column titles.
         rows (`Iterable[Sequence[object]]`):
             Rows of C cells.
         left (`int`, *optional*, defaults to `1`):
-            This many columns are aligned left, the others right.
+            Number of left-aligned columns; the others are right-aligned.
 
     Returns:
-        `str`: The table, without a line feed at its end.
+        `str`: The table, without a newline at its end.
     """
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
