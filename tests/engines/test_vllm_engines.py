@@ -181,7 +181,7 @@ def test_permanent_server_errors_end_the_run_with_the_last_error(server, delays)
     server.errors += [(500, {})] * 6
     with engine.session():
         engine.submit(0, [1], 2)
-        with pytest.raises(ConnectionError, match=r"asked 6 times in vain. HTTP 500: .*the reason.*last checkpoint"):
+        with pytest.raises(ConnectionError, match=r"failed 6 times. HTTP 500: .*the reason.*last checkpoint"):
             collect(engine, 1)
 
 

@@ -170,7 +170,7 @@ def report(audit: Audit) -> None:
 
 
 def plot(audit: Audit, path: Path, title: str) -> None:
-    """Draw the curves, the golds that FOLR cannot use, and the constant answers."""
+    """Draw the curves, the golden answers that FOLR cannot use, and the constant answers."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", width_ratios=(1, 0.85))
     k = audit.num_passages
     present = [(name, curve) for name in reversed(CURVES) if (curve := getattr(audit, name)) is not None]

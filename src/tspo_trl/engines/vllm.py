@@ -291,6 +291,6 @@ class VLLMServerEngine(RequestEngine):
 
     def _exhaustion(self, attempts: int, failure: str) -> ConnectionError:
         return ConnectionError(
-            f"The vLLM server {self.url} was asked {attempts} times in vain. {failure}. Start it again and resume "
-            "from the last checkpoint."
+            f"The vLLM server {self.url} failed {attempts} times. {failure}. Restart it and resume from the last "
+            "checkpoint."
         )

@@ -127,7 +127,9 @@ def load_model(
         if len(processing_class) > model.get_input_embeddings().weight.shape[0]:  # training added tokens
             model.resize_token_embeddings(len(processing_class))
         model = PeftModel.from_pretrained(model, place.name, **place.options)
-    if "device_map" not in kwargs and getattr(model, "hf_quantizer", None) is None:  # a quantised model is on its device already
+    if (
+        "device_map" not in kwargs and getattr(model, "hf_quantizer", None) is None
+    ):  # a quantised model is on its device already
         model.to(device or torch.accelerator.current_accelerator() or "cpu")
     return model, processing_class
 

@@ -129,7 +129,9 @@ class SharingMixin:
             extend_model_card(card, self._facts_to_share(names))
             card.save(file)
         except Exception:  # data and retrievers can be of any kind, and an error here must not end the run
-            logger.warning("The model card %s is that of TRL, without the sections that this library adds.", file, exc_info=True)
+            logger.warning(
+                "The model card %s is that of TRL, without the sections that this library adds.", file, exc_info=True
+            )
 
     def _facts_to_share(self, dataset_names: list[str]) -> TrainingFacts:
         args, state = self.args, self.state

@@ -248,7 +248,9 @@ def _options_section(facts: TrainingFacts) -> str:
         text += f", on {modules}." if modules else "."
     if not rows:
         return text + " All options of `TSPOConfig` have their default values.\n\n"
-    return text + " Options of `TSPOConfig` that differ from their default values:\n\n" + _table(["option", "value"], rows)
+    return (
+        text + " Options of `TSPOConfig` that differ from their default values:\n\n" + _table(["option", "value"], rows)
+    )
 
 
 def _value(value: Any) -> str:
