@@ -1,6 +1,7 @@
 """Who may import whom. The docstring of each package says the same in words."""
 
 import ast
+import re
 
 import pytest
 
@@ -107,6 +108,10 @@ def test_imports_are_seen_wherever_they_are(tmp_path, monkeypatch, code, found):
     assert imports(path) == found
 
 
-def test_each_package_says_what_lives_there():
-    for package in sorted(path.parent for path in SOURCE.glob("*/__init__.py")):
-        assert ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))), package.name
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in SOURCE.glob("*/__init__.py")))
+def test_each_package_lists_what_it_may_import(package):
+    text = ast.get_docstring(ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8")))
+    _, found, rooms = text.partition("May import: ")
+    assert found
+    expected = EVERYTHING if "every package" in rooms else {*re.findall(r"`(\w+)`", rooms), "_version", package}
+    assert MAY_IMPORT[package] | {"_version", "__main__", package} == expected | {"__main__"}

@@ -1,4 +1,4 @@
-"""How benchmarks are run; those of retrievers and of rollouts, on little. They print; what they print is checked here."""
+"""The commands of the benchmarks, and small runs of the benchmarks of retrievers and rollouts."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BM25S, MAPPED, HTTP = "bm25s", "bm25s, mapped", "HTTP (bm25s, mapped)"
 
 
 def run(tmp_path, *arguments):
-    """The results of the one corpus, and the lines of the tables, as backend -> its cells."""
+    """Run the benchmark; return the results of its corpus, and the cells of its tables by backend."""
     command = [sys.executable, "-m", "benchmarks.retrieval", *arguments, "--seconds", "0.5"]
     command += ["--json", tmp_path / "results.json"]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -38,14 +38,14 @@ def run(tmp_path, *arguments):
     return corpus, tables
 
 
-def test_the_documentation_names_every_benchmark_and_no_other():
+def test_the_documentation_lists_all_benchmarks():
     pages = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
     assert set(re.findall(r"python -m benchmarks\.(\w+)", pages)) == set(RUNNABLE)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # other tests import them
 @pytest.mark.parametrize("name", sorted(RUNNABLE))
-def test_a_benchmark_is_run_by_its_name_and_says_how(name, monkeypatch, capsys):
+def test_help_of_each_benchmark(name, monkeypatch, capsys):
     if name == "inspector":
         pytest.importorskip("playwright")
     monkeypatch.setattr(sys, "argv", ["", "--help"])
@@ -56,7 +56,7 @@ def test_a_benchmark_is_run_by_its_name_and_says_how(name, monkeypatch, capsys):
     assert f"\n    python -m benchmarks.{name} " in shown.partition("options:")[0]  # with an example
 
 
-def test_all_backends_are_measured_and_the_same_index_finds_the_same(tmp_path):
+def test_all_backends_are_measured_and_the_same_index_returns_the_same_passages(tmp_path):
     corpus, tables = run(tmp_path, "--passages", 300, "--max_queries", 40)
     backends = corpus["backends"]
     assert corpus["passages"] == 300
@@ -84,7 +84,7 @@ def test_all_backends_are_measured_and_the_same_index_finds_the_same(tmp_path):
     assert tables[BM25S][tables[""].index("× bm25s")] == "1"
 
 
-def test_own_data_with_supporting_passages_has_recall(tmp_path, monkeypatch, capsys):
+def test_recall_is_measured_on_data_with_supporting_passages(tmp_path, monkeypatch, capsys):
     few = {name: retrieval.BACKENDS[name] for name in ("rank_bm25", BM25S)}
     monkeypatch.setattr(retrieval, "BACKENDS", few)
     monkeypatch.setattr(retrieval, "in_own_process", lambda function, *arguments: function(*arguments))
@@ -101,22 +101,6 @@ def test_own_data_with_supporting_passages_has_recall(tmp_path, monkeypatch, cap
     assert "| recall@3 | of bm25s | queries |" in capsys.readouterr().out
 
 
-def test_made_up_data_is_the_same_for_the_same_seed(tmp_path):
-    written = []
-    for number, seed in enumerate((0, 0, 1)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        retrieval.write_data(folder, 50, 10, seed)
-        written.append([(folder / name).read_text() for name in ("corpus.jsonl", "queries.jsonl")])
-    assert written[0] == written[1] != written[2]
-    corpus, queries = ([json.loads(line) for line in text.splitlines()] for text in written[0])
-    assert len({passage["id"] for passage in corpus}) == 50
-    assert all(1 <= len(passage["title"].split()) <= 3 for passage in corpus)
-    assert all(15 <= len(passage["text"].split()) <= 400 for passage in corpus)
-    assert len(queries) == 10
-    assert all(3 <= len(query["question"].split()) <= 10 for query in queries)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -126,7 +110,7 @@ def test_made_up_data_is_the_same_for_the_same_seed(tmp_path):
         "--batch 4 --group 2 --turns 1 3 --model MODEL --dtype bfloat16",
     ],
 )
-def test_all_loops_of_the_rollout_benchmark_write_the_same_number_of_tokens(tmp_path, options):
+def test_all_loops_of_the_rollout_benchmark_generate_the_same_number_of_tokens(tmp_path, options):
     results = tmp_path / "results.json"
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen2Config(**shape, vocab_size=3000, intermediate_size=48).save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The benchmark beside Search-R1: what is counted, what is forced, and our own loop. Its loop runs only where a clone is at hand."""
+"""The comparison with Search-R1: token counts, forced turns, and our loop. The loop of Search-R1 runs only with a clone of it."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.drawn_turns import FREE, DrawnTurns
-from benchmarks.search_r1.loop import DataProto, import_search_r1, run_ours, stand_ins
-from benchmarks.search_r1.task import Task, make_model, make_tokenizer, teach
+from benchmarks.search_r1.loop import run_ours
+from benchmarks.search_r1.task import Task, make_model, make_tokenizer
 from benchmarks.search_r1.token_counts import SampledTurn, count_changed, count_turns, length_to_tag
 from helpers.paths import HOTPOTQA, ROOT
 from tspo_trl import BM25Retriever
@@ -50,7 +50,7 @@ def test_a_turn_ends_at_its_first_closing_tag(task, text, rest):
     assert length_to_tag(task.tokenizer, ids + encode(task, rest)) == len(ids)
 
 
-def test_a_turn_without_a_closing_tag_is_whole(task):
+def test_a_turn_without_a_closing_tag_is_kept_whole(task):
     for text in ("no action", "<search> not closed", ""):
         assert length_to_tag(task.tokenizer, encode(task, text)) == len(encode(task, text))
 
@@ -69,7 +69,7 @@ def test_changed_tokens_are_those_without_a_counterpart(sampled, trained, change
     assert count_changed(sampled, trained) == changed
 
 
-def test_tokens_that_no_tokenizer_would_write_change_when_they_are_encoded_again(task):
+def test_noncanonical_tokens_change_when_they_are_encoded_again(task):
     tokenizer = task.tokenizer
     canonical = encode(task, " the film")
     letters = tokenizer.convert_tokens_to_ids(["Ġ", "t", "h", "e"])
@@ -89,7 +89,7 @@ def test_tokens_that_no_tokenizer_would_write_change_when_they_are_encoded_again
     assert counts == {"rollouts": 2, "generated": total, "thrown_away": 1, "changed": 4, "rollouts_changed": 1}
 
 
-def test_rows_write_their_plans_wherever_they_stand():
+def test_rows_follow_their_plans_when_the_batch_changes():
     plans = {0: [FREE, 5], 1: [6, FREE, 7]}
     banned = torch.tensor([True] + [False] * 15)
     turns = DrawnTurns(lambda rollout, turn: plans[rollout] + [turn], 2, banned, eos_token_id=9, first_mark=10)
@@ -111,7 +111,7 @@ def test_rows_write_their_plans_wherever_they_stand():
     assert [step(rows) for _ in range(4)][-1] == [1, 9]
 
 
-def test_our_loop_throws_nothing_away_and_changes_nothing(task, model):
+def test_our_loop_discards_and_changes_no_tokens(task, model):
     task = replace(task, after=7)
     count = run_ours(task, model)
     lengths = [len(task.plan(i, turn)) - 7 for i in range(6) for turn in range(task.num_turns(i))]
@@ -123,30 +123,8 @@ def test_our_loop_throws_nothing_away_and_changes_nothing(task, model):
     assert "generate" not in vars(model)  # it is as it was
 
 
-def test_a_model_is_taught_the_text(task, model, passages):
-    before = teach(model, task.tokenizer, passages, 1)
-    assert teach(model, task.tokenizer, passages, 40) < before - 0.5
-
-
-def test_stand_ins_are_gone_after_the_import():
-    with stand_ins():
-        from verl import DataProto as found
-
-        assert found is DataProto
-        assert "requests" in sys.modules
-    assert "verl" not in sys.modules
-    proto = DataProto.from_dict({"input_ids": torch.zeros(1, 2)})
-    assert proto.batch["input_ids"].shape == (1, 2)
-    assert proto.meta_info == {}
-
-
-def test_a_folder_that_is_no_clone_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="--search_r1"):
-        import_search_r1(tmp_path)
-
-
 @pytest.mark.skipif(CLONE is None, reason="set SEARCH_R1 to a clone of Search-R1")
-def test_the_loop_of_search_r1_throws_away_and_changes_tokens(tmp_path):
+def test_the_loop_of_search_r1_discards_and_changes_tokens(tmp_path):
     results = tmp_path / "results.json"
     arguments = f"--batch 6 --turns 3 --max_response 32 --teach_steps 0 --repeats 1 --json {results}"
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""The study of turn credit: its arms, its regimes, its arithmetic, and a run of it on little."""
+"""The study of turn credit: its arms, its regimes, its analysis, and a small run."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study.__main__ import BEGIN, DOCS, END, RESULTS, insert, plan, read_results
+from benchmarks.study.__main__ import DOCS, RESULTS, insert, plan, read_results
 from benchmarks.study.analysis import (
     half_of_the_error,
     largest_drop,
@@ -20,9 +20,9 @@ from benchmarks.study.analysis import (
     summarize,
 )
 from benchmarks.study.arms import ARMS, GRPO, TSPO, TSPO_SETTINGS, TwoSegmentTrainer, near_miss_reward
-from benchmarks.study.cells import HELDOUT, Cell
+from benchmarks.study.cells import HELDOUT
 from benchmarks.study.regimes import REGIMES, ZONES, mislead, study_tokenizer
-from benchmarks.study.report import arrange, choice_table, markdown, paired, summaries, table
+from benchmarks.study.report import arrange, markdown, paired, summaries
 from helpers.paths import ROOT
 from tspo_trl import Passage, Trajectory, TSPOConfig, Turn
 from tspo_trl.demo import make_world
@@ -42,16 +42,16 @@ def two_segments(outcomes, occurrence, turns, size):
     )
 
 
-def test_two_segments_credit_the_first_turn_with_its_result_and_all_turns_with_the_outcome():
+def test_two_segments_add_the_first_turn_reward_to_the_outcome():
     rewards, advantages, used = two_segments([1.0, 0.0], [-1, 0], [1, 3], 2)
     one = 0.5 / (math.sqrt(0.5) + 1e-4)
-    # The first is right and found nothing, the second is wrong and found it: of the first turn nothing is left
+    # The first rollout is correct without evidence, the second found evidence and is wrong: their first turns get zero
     torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0, 0.0], [0.0, -one, -one]]))
     torch.testing.assert_close(rewards, torch.tensor([[1.0, nan, nan], [1.0, 0.0, 0.0]]), equal_nan=True)
     assert used.all()
 
 
-def test_two_segments_leave_unscorable_rollouts_out():
+def test_two_segments_exclude_unscorable_rollouts():
     _, advantages, _ = two_segments([0.0, 0.0, nan], [0, -1, 0], [2, 2, 2], 3)
     one = 0.5 / (math.sqrt(0.5) + 1e-4)
     torch.testing.assert_close(advantages, torch.tensor([[one, 0.0], [-one, 0.0], [0.0, 0.0]]))
@@ -67,7 +67,7 @@ def make_trajectory(answer, texts):
     return Trajectory(prompt_ids=[0], turns=turns, status="no_answer" if answer is None else "answered")
 
 
-def test_a_near_miss_has_found_the_answer_and_not_given_it():
+def test_a_near_miss_retrieves_the_answer_but_does_not_give_it():
     trajectories = [
         make_trajectory("Rome", ["Rome is old"]),
         make_trajectory("Oslo", [None, "Rome is old"]),
@@ -78,7 +78,7 @@ def test_a_near_miss_has_found_the_answer_and_not_given_it():
     assert near_miss_reward(trajectories, golds) == [0.0, 1.0, 0.0, 0.0]
 
 
-def test_the_arms_differ_from_tspo_in_what_their_names_say():
+def test_each_arm_changes_the_option_in_its_name():
     settings = {name: TSPO_SETTINGS | arm.settings for name, arm in ARMS.items()}
     assert settings[TSPO] == TSPO_SETTINGS
     for name, options in settings.items():
@@ -88,12 +88,12 @@ def test_the_arms_differ_from_tspo_in_what_their_names_say():
     assert all(arm.same_as in ARMS and arm.regimes for arm in ARMS.values() if arm.same_as or arm.regimes)
 
 
-def test_the_defaults_of_the_library_are_those_of_the_study():
+def test_the_study_uses_the_defaults_of_the_library():
     defaults = TSPOConfig(output_dir="unused", use_cpu=True)
     assert {name: getattr(defaults, name) for name in TSPO_SETTINGS} == TSPO_SETTINGS
 
 
-def test_the_control_puts_answers_everywhere_and_keeps_the_facts():
+def test_the_control_adds_answers_to_passages_and_keeps_the_facts():
     world = make_world(3)
     control = mislead(world, 3)
     assert mislead(world, 3) == control
@@ -118,7 +118,7 @@ def test_the_tokenizer_knows_every_word_of_the_control():
     assert tokenizer.unk_token_id not in {token for text in texts for token in tokenizer(text)["input_ids"]}
 
 
-def test_running_mean_and_what_is_read_from_it():
+def test_running_mean_steps_and_largest_drop():
     rising = [0.0] * 8 + [1.0] * 8
     np.testing.assert_allclose(running_mean([1, 2, 3, 4], window=2), [1, 1.5, 2.5, 3.5])
     assert steps_to(rising, 0.5) == 12
@@ -131,7 +131,7 @@ def test_running_mean_and_what_is_read_from_it():
     assert largest_drop(rising + [0.0] * 4) == pytest.approx(0.5)
 
 
-def test_intervals_hold_the_mean_and_are_of_the_seeds():
+def test_intervals_resample_the_seeds():
     assert mean_interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
     mean, low, high = mean_interval([0.0, 0.1, 0.2, 0.3, 0.4])
     assert mean == pytest.approx(0.2)
@@ -161,7 +161,7 @@ def make_cells():
     ]
 
 
-def test_a_cell_in_numbers():
+def test_summary_of_a_cell():
     cell = make_cell("weak", "tspo", 0, [0.1] * 8 + [0.9] * 8, all_wrong=[1.0, 0.0] * 8, rescued=[0.5, 0.0] * 8)
     summary = summarize(cell, 0.6)
     assert (summary.em, summary.area, summary.steps) == (0.9, pytest.approx(0.5), 13)
@@ -178,42 +178,7 @@ def test_arms_are_compared_seed_by_seed():
     assert paired(numbers["tspo"], numbers["grpo"]) == pytest.approx([0.2])
 
 
-def test_every_arm_and_regime_that_was_run_is_in_the_tables():
-    results = arrange(make_cells())
-    assert list(results) == ["weak", "misleading"]
-    # Without a gold that the guard leaves out, no guard is the same; in the control it was not run
-    assert list(results["weak"]) == ["grpo", "tspo", "no_guard"]
-    assert results["weak"]["no_guard"] == results["weak"]["tspo"]
-    assert list(results["misleading"]) == ["grpo", "tspo"]
-    page = markdown(results)
-    for regime in results:
-        assert REGIMES[regime].title.capitalize() in page
-    grpo, tspo = (line for line in table(results, "misleading").splitlines() if line.startswith(("| GRPO", "| TSPO")))
-    assert grpo.split("|")[5:7] == ["  ", "  "]
-    assert "+0.150 [+0.100, +0.200] | 2/2" in tspo
-    assert "0.50 | 0.50 | 2.00" in tspo
-    (line,) = (line for line in choice_table(results).splitlines() if line.startswith("| GRPO |"))
-    assert line.count("-0.150") == 3  # two regimes and their mean
-
-
-def test_a_plan_goes_seed_by_seed_and_runs_nothing_twice():
-    cells = plan(["weak", "misleading"], ["tspo", "no_guard"], 2)
-    assert cells == [
-        Cell(regime, arm, seed)
-        for seed in (0, 1)
-        for regime, arm in (("weak", "tspo"), ("misleading", "tspo"), ("misleading", "no_guard"))
-    ]
-    whole = plan(REGIMES, ARMS, 5)
-    assert len(set(whole)) == len(whole) == 5 * (len(REGIMES) * (len(ARMS) - 1) + 1)
-
-
-def test_tables_go_between_their_marks():
-    page = f"text\n{BEGIN}old\n{END}more\n"
-    assert insert(page, "new") == f"text\n{BEGIN}\nnew\n{END}more\n"
-    assert insert(insert(page, "new"), "newer") == insert(page, "newer")
-
-
-def test_the_committed_results_are_whole_and_the_page_shows_them():
+def test_the_page_shows_the_committed_results():
     cells = read_results(RESULTS)
     assert {(c["regime"], c["arm"], c["seed"]) for c in cells} == {
         (c.regime, c.arm, c.seed) for c in plan(REGIMES, ARMS, 5)
@@ -226,8 +191,8 @@ def test_the_committed_results_are_whole_and_the_page_shows_them():
 
 
 @pytest.mark.slow
-def test_a_study_runs_and_goes_on_where_it_was(tmp_path, policy_dir):
-    """A tiny study whose policy is already there, stopped after one arm."""
+def test_a_study_runs_and_resumes(tmp_path, policy_dir):
+    """A tiny study with a prepared policy, stopped after one arm."""
     root = ROOT
 
     def study(*arguments):

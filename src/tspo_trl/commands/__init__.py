@@ -1,1 +1,1 @@
-"""The subcommands of `tspo`, one module each."""
+"""The subcommands of `tspo`, one module each. May import: every package."""

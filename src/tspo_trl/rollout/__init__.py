@@ -1,4 +1,4 @@
 """Turning prompts into trajectories: the search loop, its protocols and limits, the record of a rollout and its log.
 
-May import `engines`, `retrieval`, `support`.
+May import: `engines`, `retrieval`, `support`.
 """

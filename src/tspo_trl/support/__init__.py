@@ -1,4 +1,4 @@
-"""Small helpers that several packages share: atomic replacement of files, Markdown tables.
+"""Small helpers that several packages share: atomic replacement of files, Markdown tables, retries.
 
-It imports nothing else of the library.
+May import: nothing else of the library.
 """

@@ -1,4 +1,4 @@
 """The trainer: `TSPOTrainer` and its configuration, generation, credit, checkpoints, metrics and data sets.
 
-May import every package but `evaluation`, `inspect`, `memory`, `demo` and `commands`.
+May import: `credit`, `scoring`, `rewards`, `rollout`, `engines`, `retrieval`, `sharing`, `questions`, `support`.
 """
