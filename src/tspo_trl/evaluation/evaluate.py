@@ -110,21 +110,8 @@ def evaluate(
     >>> results.summary()["average"]["metrics"]["em"]
     ```
     """
-    if not datasets:
-        raise ValueError("`datasets` is empty: give at least one data set.")
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
-    if scorer not in ("tspo", "search_r1"):
-        raise ValueError(f"`scorer` must be 'tspo' or 'search_r1', got {scorer!r}.")
     loop = agent.search_loop
-    if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
-        raise ValueError("`scorer='search_r1'` reads answers between tags, so it needs the protocol 'tags'.")
-    for name in datasets:
-        if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
-            raise ValueError(
-                f"`datasets`: names are used as folder names, so they may contain only letters, digits and '_.@+-' and "
-                f"must not begin with '.', got {name!r}."
-            )
+    _check_arguments(datasets, num_samples, scorer, loop)
     retrievers = retrievers or {}
     common = {
         **(about or {}),
@@ -148,11 +135,6 @@ def evaluate(
         }
         check_settings(Path(output_dir) / name, {**common, "dataset": sets[name]})
 
-    if scorer == "search_r1" and "<answer>" not in loop.protocol.prompt_template:
-        logger.warning(
-            "The scorer of Search-R1 takes the first <answer>…</answer> of a sequence as the example in the prompt. "
-            "This prompt template has no such example, so a rollout with one answer scores 0."
-        )
     # Evaluate each data set with its own retriever
     scores = {}
     own = loop.retriever
@@ -166,6 +148,28 @@ def evaluate(
     results = EvaluationResults(scores, {**common, "data": sets, "versions": _versions()})
     results.save(output_dir)
     return results
+
+
+def _check_arguments(datasets: Mapping[str, Dataset], num_samples: int, scorer: str, loop: SearchLoop) -> None:
+    if not datasets:
+        raise ValueError("`datasets` is empty: give at least one data set.")
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if scorer not in ("tspo", "search_r1"):
+        raise ValueError(f"`scorer` must be 'tspo' or 'search_r1', got {scorer!r}.")
+    if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
+        raise ValueError("`scorer='search_r1'` reads answers between tags, so it needs the protocol 'tags'.")
+    for name in datasets:
+        if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
+            raise ValueError(
+                f"`datasets`: names are used as folder names, so they may contain only letters, digits and '_.@+-' and "
+                f"must not begin with '.', got {name!r}."
+            )
+    if scorer == "search_r1" and "<answer>" not in loop.protocol.prompt_template:
+        logger.warning(
+            "The scorer of Search-R1 takes the first <answer>…</answer> of a sequence as the example in the prompt. "
+            "This prompt template has no such example, so a rollout with one answer scores 0."
+        )
 
 
 @dataclass(frozen=True, slots=True)
