@@ -370,12 +370,10 @@ def test_the_command(tmp_path, capsys):
 
 def test_the_tables_of_the_page_are_what_the_command_prints(capsys):
     page = (ROOT / "docs" / "memory.md").read_text()
-    examples = re.findall(
-        r"    (python -m tspo_trl.memory [^\n]*)\n\n([\d,]+ parameters.*?Fits [^\n]*)\n", page, re.DOTALL
-    )
+    examples = re.findall(r"    (tspo memory [^\n]*)\n\n([\d,]+ parameters.*?Fits [^\n]*)\n", page, re.DOTALL)
     assert len(examples) == page.count("\n## ")
     for command, shown in examples:
-        arguments = shlex.split(command)[3:]
+        arguments = shlex.split(command)[2:]
         memory.main([a.replace("docs/", f"{ROOT}/docs/").replace("recipes/", f"{ROOT}/recipes/") for a in arguments])
         assert capsys.readouterr().out.strip() == shown.strip()
 
