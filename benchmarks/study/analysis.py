@@ -1,4 +1,4 @@
-"""Analyze the results of cells, with pure functions of the content of their files. All arms use the same seeds, so they
+"""Analyse the results of cells, with pure functions of the content of their files. All arms use the same seeds, so they
 are compared seed by seed."""
 
 from collections.abc import Mapping, Sequence

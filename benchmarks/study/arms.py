@@ -28,7 +28,7 @@ class TwoSegmentTrainer(TSPOTrainer):
     """
     Trainer with credit in two segments, after MT-GRPO (Zeng et al., 2025, arXiv 2505.11821). All turns have the
     advantage of the outcome. The first turn, up to the first search result, also has the advantage of its own reward: 1
-    if its passages contain the answer, else 0. Both advantages are normalized over the group.
+    if its passages contain the answer, else 0. Both advantages are normalised over the group.
     """
 
     def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, success_threshold):

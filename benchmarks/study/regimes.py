@@ -14,7 +14,7 @@ from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_sta
 from tspo_trl.demo.warmup import answer_rate, demonstrate_world, sample
 from tspo_trl.demo.world import Question
 
-#: Answers of a single letter. A is left out, because it is an article and its normalized form is empty.
+#: Answers of a single letter. A is left out, because it is an article and its normalised form is empty.
 ZONES = "BCDEFG"
 WORLDS = 8  # number of worlds with demonstrations
 ADAPT_STEPS = 300  # steps to adapt a strong policy to the passages of the control
