@@ -1,4 +1,4 @@
-"""Test whether turn-level credit learns faster than GRPO. Trains a tiny search agent with every arm, in every regime, and
+"""Test whether turn-level credit learns faster than GRPO. Trains a tiny search agent with every arm, in every regime,
 with several seeds. Prints tables. Needs no network.
 
     python -m benchmarks.study                    # a small study: three arms, two seeds, half of the steps

@@ -158,7 +158,7 @@ def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
             reached = answer_rate(sample(model, tokenizer, worlds[WORLDS], questions, greedy=True), questions)
             if reached < 0.7:
                 raise RuntimeError(
-                    f"The policy of seed {seed} did not learn to read the passages: it answers {reached:.0%} of the questions."
+                    f"The policy of seed {seed} did not learn to read the passages: it answers {reached:.0%} correctly."
                 )
         mistakes = {"wrong_query": regime.wrong_query, "wrong_answer": regime.wrong_answer}
         shown = _demonstrate(tokenizer, worlds[:WORLDS], seed, **mistakes)
