@@ -29,8 +29,8 @@ class Calls:
 @dataclass(slots=True)
 class DrawnTurns(LogitsProcessor):
     """
-    Logits processor that forces the planned tokens of a turn and lets the model sample the other tokens. After its plan,
-    a turn is ended by the end-of-sequence token. Rows are identified by a token of their prompt, because rows can be
+    Logits processor that forces the planned tokens of a turn and lets the model sample the other tokens. A turn ends
+    with the end-of-sequence token after its plan. Rows are identified by a token of their prompt, because rows can be
     removed or regrouped during generation.
 
     Args:

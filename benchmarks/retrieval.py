@@ -79,7 +79,7 @@ TOPIC_WORDS, TOPIC_SHARE = 50, 0.2  # every 100 passages share a topic, so that 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Measurements of one backend on one corpus. A name's suffix is its unit. Lists of times have one entry per call."""
+    """Measurements of one backend on one corpus. Suffixes of names are units. Lists of times have an entry per call."""
 
     index_s: float
     load_s: float | None

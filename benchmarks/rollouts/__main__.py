@@ -154,7 +154,8 @@ def main() -> None:
         machine = torch.cuda.get_device_name()
     print(
         f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, "
-        f"{turn_tokens} tokens per turn, {PASSAGES} passages per search, on {machine}; medians of {arguments.repeats} runs.\n"
+        f"{turn_tokens} tokens per turn, {PASSAGES} passages per search, on {machine}; "
+        f"medians of {arguments.repeats} runs.\n"
     )
     for name, trainer in trainers.items():
         if isinstance(trainer, TSPOTrainer):

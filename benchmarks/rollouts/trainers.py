@@ -38,7 +38,7 @@ class TimedRetriever:
 
 
 def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, GRPOTrainer], Scripts, TimedRetriever]:
-    """Make a trainer per loop, with one model for all. Return trainers by name, the scripts and the shared retriever."""
+    """Make a trainer per loop, with one model. Return the trainers by name, the scripts and the shared retriever."""
     world = make_world(0)
     texts = [f"{p.title} {p.text}" for p in world.passages] + [PROMPT]
     marks = [f"<r{i}>" for i in range(ROLLOUTS)]

@@ -111,7 +111,7 @@ def summarize(cell: Cell, target: float) -> Summary:
 
 
 def half_of_the_error(cells: Sequence[Cell]) -> float:
-    """Return the target of a regime: the exact match at which half of the mean initial error is gone."""
+    """Return the target of a regime: the exact match at which the mean initial error is halved."""
     return (1 + float(np.mean([cell["before"]["em"] for cell in cells]))) / 2
 
 
