@@ -1,4 +1,4 @@
-"""Turns whose ends are drawn beforehand, so that loops can be compared: what a model writes is free, where its turns end is not."""
+"""Turns with planned ends, to compare search loops: the model samples tokens freely, but each turn ends as planned."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-#: In a plan: a token that the model samples.
+#: Marks a token in a plan that the model samples freely.
 FREE = -1
 
 
 @dataclass(slots=True)
 class Calls:
     """
-    What calls of `generate` cost.
+    The cost of calls of `generate`.
 
     Args:
         seconds (`float`, *optional*, defaults to `0.0`):
-            Time in all of them.
+            Total time of the calls.
     """
 
     seconds: float = 0.0
@@ -29,21 +29,22 @@ class Calls:
 @dataclass(slots=True)
 class DrawnTurns(LogitsProcessor):
     """
-    Lets a model sample freely at some places of a turn, and forces what it writes at others. After its plan a turn is ended
-    by the end-of-sequence token. A row is known by a token of its prompt, because rows may be left out and put together anew
-    while they are generated.
+    Logits processor that forces the planned tokens of a turn and lets the model sample the other tokens. A turn ends
+    with the end-of-sequence token after its plan. Rows are identified by a token of their prompt, because rows can be
+    removed or regrouped during generation.
 
     Args:
         plan (`Callable[[int, int], Sequence[int]]`):
-            From a rollout and its turn, both counted from 0: the T tokens to force, [`FREE`] where it is free.
+            Maps a rollout and its turn, both counted from 0, to the tokens of the turn. `FREE` marks a free token.
         rollouts (`int`):
-            The number of rollouts.
+            Number of rollouts.
         banned (`torch.Tensor`):
-            Booleans of shape (V,): the tokens that are never sampled freely.
+            Boolean mask of shape (V,) with the tokens that are never sampled freely.
         eos_token_id (`int`):
-            The token that ends a message.
+            The end-of-sequence token.
         first_mark (`int`, *optional*):
-            The token that marks rollout 0; those after it mark the others. By default every row is rollout 0.
+            The token that marks rollout 0. The tokens with the next ids mark the other rollouts. By default, every row
+            is rollout 0.
     """
 
     plan: Callable[[int, int], Sequence[int]]
@@ -56,18 +57,18 @@ class DrawnTurns(LogitsProcessor):
     table: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
 
     def begin_rollouts(self) -> None:
-        """Start again at the first turn."""
+        """Reset to the first turn."""
         self.turn = -1
 
     def begin_turn(self) -> None:
-        """Go on to the next turn of all rollouts that are left."""
+        """Advance to the next turn of all rollouts."""
         self.turn += 1
         self.step = 0
         rows = [torch.tensor(self.plan(rollout, self.turn), dtype=torch.long) for rollout in range(self.rollouts)]
         self.table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.eos_token_id)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V) of the next token, from the tokens so far (B, W)."""
+        """Compute the scores (B, V) of the next token from the previous tokens (B, W)."""
         rollouts = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
         if self.first_mark is not None:
             marks = input_ids - self.first_mark
@@ -94,7 +95,7 @@ def drawing(model: PreTrainedModel, turns: DrawnTurns) -> Iterator[Calls]:
         model ([`~transformers.PreTrainedModel`]):
             The model.
         turns ([`DrawnTurns`]):
-            What it writes.
+            The turns to write.
     """
     generate: Any = type(model).generate
     calls = Calls()

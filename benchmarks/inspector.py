@@ -1,13 +1,13 @@
-"""How large is the inspector's page, and how soon is it drawn? Needs Chromium and the Python package playwright.
+"""Measure the size and the drawing time of the inspector's page. Needs Chromium and the Python package playwright.
 
-    python -m benchmarks.inspector runs/demo                      # made up to 10,000 rollouts
+    python -m benchmarks.inspector runs/demo                      # repeat its rollouts up to 10,000
     python -m benchmarks.inspector runs/demo --corpus passages.jsonl
     python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/2/3
 
-The rollouts of the run are repeated until they are enough. In each copy the words of the passages are shuffled, so that
-the copies do not compress away; with --corpus the passages are others instead, drawn from a corpus for each group.
-With --screenshot the page of the run itself is opened at a place (mode, step, group,
-rollout: what the address of the page ends with) and a picture is taken.
+The rollouts of the run are repeated until `--rollouts` is reached. Each copy has other passages, because equal passages
+would be compressed: the words of its passages are shuffled, or, with `--corpus`, its passages are drawn at random from
+the corpus. `--screenshot` takes a picture of the page of the run instead. `--place` is the last part of the page's
+address: mode, step, group and rollout.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tspo_trl.inspect import Group, Run, load_run, write_page
 
 
 def grow(run: Run, rollouts: int, corpus: Sequence[Passage]) -> Run:
-    """The training rollouts of a run, repeated at later steps with other passages."""
+    """Repeat the training rollouts of a run at later steps, with other passages."""
     groups = run.modes["train"]
     num_steps = groups[-1].step + 1
     grown: list[Group] = []
@@ -36,7 +36,7 @@ def grow(run: Run, rollouts: int, corpus: Sequence[Passage]) -> Run:
         for number, group in enumerate(groups):
             records = deepcopy(group.rollouts)
             for turn in (turn for record in records for turn in record["trajectory"].turns):
-                turn.passages = [other(passage, f"{copy} {number}", corpus) for passage in turn.passages]
+                turn.passages = [replace_passage(passage, f"{copy} {number}", corpus) for passage in turn.passages]
             grown.append(Group(group.step + copy * num_steps, records))
             rollouts -= len(records)
             if rollouts <= 0:
@@ -44,16 +44,17 @@ def grow(run: Run, rollouts: int, corpus: Sequence[Passage]) -> Run:
     raise AssertionError
 
 
-def other(passage: Passage, seed: str, corpus: Sequence[Passage]) -> Passage:
-    draw = random.Random(f"{seed} {passage.text}")
+def replace_passage(passage: Passage, seed: str, corpus: Sequence[Passage]) -> Passage:
+    """Draw a passage from the corpus, or shuffle the words of the passage if there is no corpus."""
+    rng = random.Random(f"{seed} {passage.text}")
     if corpus:
-        return replace(draw.choice(corpus), score=passage.score)
+        return replace(rng.choice(corpus), score=passage.score)
     words = passage.text.split()
-    return replace(passage, text=" ".join(draw.sample(words, len(words))))
+    return replace(passage, text=" ".join(rng.sample(words, len(words))))
 
 
-def opened(page: Page, path: Path, place: str = "") -> dict[str, float]:
-    """Open a page; seconds until the overview is drawn, and until the texts are unpacked."""
+def time_page(page: Page, path: Path, place: str = "") -> dict[str, float]:
+    """Open a page, and return the seconds until its first paint, its overview and its unpacked texts."""
     page.goto(f"{path.resolve().as_uri()}#{place}")
     page.wait_for_selector("html[data-ready]")
     return {
@@ -66,13 +67,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.inspector", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dir", type=Path, help="the folder of a run")
-    parser.add_argument("--rollouts", type=int, default=10_000, help="(default: %(default)s)")
-    parser.add_argument("--corpus", type=Path, help="a JSONL file of passages to show instead of the run's")
-    parser.add_argument("--screenshot", type=Path, help="take a picture instead")
-    parser.add_argument("--place", default="", help="where to, for instance train/20/2/3 (default: the last step)")
-    parser.add_argument("--size", default="1440x1200", help="of the picture (default: %(default)s)")
-    parser.add_argument("--scheme", default="light", choices=("light", "dark"), help="(default: %(default)s)")
+    parser.add_argument("run_dir", type=Path, help="folder of a run")
+    parser.add_argument("--rollouts", type=int, default=10_000, help="number of rollouts (default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, help="JSONL file of passages to show instead of the run's passages")
+    parser.add_argument("--screenshot", type=Path, help="write a picture to this file instead")
+    parser.add_argument(
+        "--place", default="", help="place to open for the picture, for example train/20/2/3 (default: the last step)"
+    )
+    parser.add_argument("--size", default="1440x1200", help="width and height of the picture (default: %(default)s)")
+    parser.add_argument(
+        "--scheme",
+        default="light",
+        choices=("light", "dark"),
+        help="color scheme of the picture (default: %(default)s)",
+    )
     args = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     run = load_run(args.run_dir)
@@ -83,7 +91,7 @@ def main() -> None:
             write_page(run, path)
             width, height = map(int, args.size.split("x"))
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=args.scheme)
-            opened(page, path, args.place)
+            time_page(page, path, args.place)
             page.screenshot(path=args.screenshot)
             print(args.screenshot)
             return
@@ -93,7 +101,7 @@ def main() -> None:
         print(f"rollouts                   {sum(len(group.rollouts) for group in run.modes['train']):,}")
         print(f"write the page             {time.perf_counter() - begin:.1f} s")
         print(f"size                       {size / 1e6:.1f} MB")
-        times = [opened(browser.new_page(), path) for _ in range(5)]
+        times = [time_page(browser.new_page(), path) for _ in range(5)]
         for name, label in (
             ("first-contentful-paint", "first paint"),
             ("drawn", "curves and groups drawn"),

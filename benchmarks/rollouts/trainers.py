@@ -1,4 +1,4 @@
-"""The trainers whose rollouts are compared: TRL's own, and ours with each protocol."""
+"""The compared trainers: TRL's own, and ours with each protocol."""
 
 import argparse
 import time
@@ -18,12 +18,12 @@ from ..tiny_qwen import END, PAD, START, make_model, make_tokenizer
 from .scripts import ROLLOUTS, Scripts
 
 PASSAGES = 3
-#: What each protocol writes around its actions; one token each.
+#: The tags of both protocols, with one token each.
 TAGS = ["<search>", "</search>", "<answer>", "</answer>", "<tool_call>", "</tool_call>"]
 
 
-class Timed:
-    """A retriever that counts its time; each call waits before it answers, as one on another machine does."""
+class TimedRetriever:
+    """A retriever that measures its time. Each call waits before it searches, like a call to another machine."""
 
     def __init__(self, retriever: BM25Retriever):
         self.retriever = retriever
@@ -37,8 +37,8 @@ class Timed:
         return result
 
 
-def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, GRPOTrainer], Scripts, Timed]:
-    """A trainer of each loop by name, with the same model; what their rollouts write; and the retriever of all."""
+def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, GRPOTrainer], Scripts, TimedRetriever]:
+    """Make a trainer per loop, with one model. Return the trainers by name, the scripts and the shared retriever."""
     world = make_world(0)
     texts = [f"{p.title} {p.text}" for p in world.passages] + [PROMPT]
     marks = [f"<r{i}>" for i in range(ROLLOUTS)]
@@ -52,7 +52,7 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
         model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(arguments.model))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    retriever = Timed(BM25Retriever(world.passages))
+    retriever = TimedRetriever(BM25Retriever(world.passages))
 
     def search(query: str) -> str:
         """

@@ -1,16 +1,21 @@
-"""What does a rollout cost, and how does it scale? Prints Markdown tables. Needs no network and no data.
+"""Measure the cost of a rollout and how it scales. Prints Markdown tables. Needs no network and no data.
 
-    python -m benchmarks.scaling                     # five minutes of CPU time
+    python -m benchmarks.scaling                     # takes five minutes of CPU time
     python -m benchmarks.scaling --groups 8 32 --searches 2 --turn_tokens 16 64 --processes 1 2 --json results.json
 
-Training steps of `TSPOTrainer` on the fictional encyclopedia, with the model and the settings of the demo
-(`recipes/configs/demo.yaml`), on a CPU and in a single thread. Its weights are random and where turns end is fixed, so that every rollout
-has the same number of turns and of tokens: all but the last turn are searches whose queries the model samples, the last one
-answers. One thing at a time is varied: rollouts of a question, searches of a rollout, tokens of a turn, processes.
+The benchmark runs training steps of `TSPOTrainer` on the fictional encyclopedia, with the model and the settings of the
+demo (`recipes/configs/demo.yaml`), on a CPU in a single thread. The weights are random, and the ends of turns are
+fixed, so every rollout has the same number of turns and tokens. The last turn of a rollout is an answer. All other
+turns are searches with queries sampled by the model. One setting is varied at a time: rollouts per question, searches
+per rollout, tokens per turn, or processes.
 
-"generate" is the time in `generate` of the model; of it, "prefill" and "decode" are its forward passes over several tokens and
-over one, "sampling" is the rest. "retrieval" is the time in the retriever. "loss and optimizer" is forward and backward of
-the loss and the step of the optimizer. "rest" is everything else: parsing, rewards, credit, logs, and the trainer.
+The columns and parts of the tables:
+
+- "generate": time in the model's `generate`. "prefill" is its forward passes over several tokens, "decode" its forward
+  passes over one token, and "sampling" the remaining time.
+- "retrieval": time in the retriever.
+- "loss and optimizer": forward and backward pass of the loss, and the optimizer step.
+- "rest": everything else (parsing, rewards, credit, logging and the trainer).
 """
 
 import argparse
@@ -30,18 +35,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from tspo_trl.demo import make_model, make_tokenizer
 
-from .cost import PARTS, Cost, Setting, measure, measure_apart
+from .cost import PARTS, Cost, Setting, measure, measure_in_processes
 from .stages import STAGES
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def sweep_table(name: str, costs: Sequence[tuple[int, Setting, Cost]]) -> str:
-    """What a rollout costs, by one thing that varies."""
+    """Format the cost of a rollout for each value of one setting."""
     header = [name, "rollouts", "completion tokens", "ms a rollout", "µs a token", *(f"{part} %" for part in PARTS)]
     rows = []
     for value, setting, cost in costs:
@@ -54,7 +59,7 @@ def sweep_table(name: str, costs: Sequence[tuple[int, Setting, Cost]]) -> str:
 
 
 def stage_table(setting: Setting, cost: Cost) -> str:
-    """What a step consists of."""
+    """Format the time of each stage of a step."""
     rows = [
         [stage, part, f"{1e3 * cost.stages[stage]:.1f}", f"{100 * cost.stages[stage] / cost.step_seconds:.1f}"]
         for stage, part in STAGES.items()
@@ -64,7 +69,7 @@ def stage_table(setting: Setting, cost: Cost) -> str:
 
 
 def process_table(costs: Sequence[tuple[Setting, Cost]]) -> str:
-    """The same step on several processes."""
+    """Format the cost of the same step with different numbers of processes."""
     rates = [setting.rollouts / cost.step_seconds for setting, cost in costs]
     rows = []
     for (setting, cost), rate in zip(costs, rates, strict=True):
@@ -74,7 +79,7 @@ def process_table(costs: Sequence[tuple[Setting, Cost]]) -> str:
 
 
 def memory_table(costs: Sequence[tuple[Setting, Cost]]) -> str:
-    """What a rollout occupies."""
+    """Format the memory that a rollout needs."""
     rows = []
     first_setting, first = costs[0]
     for setting, cost in costs:
@@ -98,14 +103,18 @@ def main() -> None:
         prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Setting()
-    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="rollouts of a question")
-    parser.add_argument("--searches", type=int, nargs="+", default=[0, 1, 2, 4, 6], help="searches of a rollout")
-    parser.add_argument("--turn_tokens", type=int, nargs="+", default=[8, 16, 32, 64], help="tokens of a turn")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="processes, each with one thread")
-    parser.add_argument("--memory", type=int, nargs="+", default=[8, 16, 32], help="rollouts of a question")
-    parser.add_argument("--questions", type=int, default=default.questions, help="questions of a step")
-    parser.add_argument("--steps", type=int, default=default.steps, help="steps of each measurement")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="rollouts per question")
+    parser.add_argument("--searches", type=int, nargs="+", default=[0, 1, 2, 4, 6], help="searches per rollout")
+    parser.add_argument("--turn_tokens", type=int, nargs="+", default=[8, 16, 32, 64], help="tokens per turn")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, each with one thread"
+    )
+    parser.add_argument(
+        "--memory", type=int, nargs="+", default=[8, 16, 32], help="rollouts per question in the table of memory"
+    )
+    parser.add_argument("--questions", type=int, default=default.questions, help="questions per step")
+    parser.add_argument("--steps", type=int, default=default.steps, help="measured steps per setting")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -117,25 +126,27 @@ def main() -> None:
         (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(asdict(cost)))
         return
     if min(arguments.turn_tokens) < 4:
-        parser.error(f"`--turn_tokens` must be at least 4, got {min(arguments.turn_tokens)}: an action has 4 tokens")
+        parser.error(
+            f"`--turn_tokens` must be at least 4, got {min(arguments.turn_tokens)}, because an action has 4 tokens"
+        )
 
     results: list[dict[str, Any]] = []
 
-    def keep(name: str, setting: Setting, cost: Cost) -> Cost:
+    def record(name: str, setting: Setting, cost: Cost) -> Cost:
         results.append({"table": name, **asdict(setting), **asdict(cost)})
         return cost
 
     common = {"questions": arguments.questions, "steps": arguments.steps}
     base = Setting(**common)
     print(
-        f"{make_model(make_tokenizer()).num_parameters() / 1e6:.2f} M parameters; unless it varies: {base.questions} questions "
-        f"a step, groups of {base.group}, {base.searches} searches, {base.turn_tokens} tokens a turn; means of {base.steps} "
-        f"steps; on {os.cpu_count()} cores ({platform.machine()}), one thread.\n"
+        f"{make_model(make_tokenizer()).num_parameters() / 1e6:.2f} M parameters. Unless varied: {base.questions} "
+        f"questions per step, groups of {base.group}, {base.searches} searches, {base.turn_tokens} tokens per turn. "
+        f"Means of {base.steps} steps on {os.cpu_count()} cores ({platform.machine()}) with one thread.\n"
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed says there what it found
-        measure(Setting(questions=base.questions, steps=1))  # warms up the process
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own log
+        measure(Setting(questions=base.questions, steps=1))  # a warm-up run
     print("## Stages of a step\n")
-    print(stage_table(base, keep("stages", base, measure(base))), flush=True)
+    print(stage_table(base, record("stages", base, measure(base))), flush=True)
     for title, name, values in (
         ("Group size", "group", arguments.groups),
         ("Searches", "searches", arguments.searches),
@@ -144,15 +155,15 @@ def main() -> None:
         costs = []
         for value in values:
             setting = Setting(**{**common, name: value})
-            costs.append((value, setting, keep(name, setting, measure(setting))))
+            costs.append((value, setting, record(name, setting, measure(setting))))
         print(f"## {title}\n")
         print(sweep_table(title.lower(), costs), flush=True)
     print("## Processes\n")
-    of_processes = [(base, keep("processes", base, measure_apart(base, n))) for n in arguments.processes]
-    print(process_table(of_processes), flush=True)
+    costs_by_processes = [(base, record("processes", base, measure_in_processes(base, n))) for n in arguments.processes]
+    print(process_table(costs_by_processes), flush=True)
     print("## Memory\n")
     settings = [Setting(**common, group=group) for group in arguments.memory]
-    print(memory_table([(s, keep("memory", s, measure_apart(s))) for s in settings]), flush=True)
+    print(memory_table([(s, record("memory", s, measure_in_processes(s))) for s in settings]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -1,4 +1,4 @@
-"""What training steps cost: their time by stage, and the memory of their rollouts."""
+"""Measure the cost of training steps: their time by stage, and the memory of their rollouts."""
 
 import gc
 import json
@@ -32,19 +32,19 @@ PARTS = ("generate", "retrieval", "loss and optimizer", "rest")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """
-    What is measured.
+    The settings of a measurement.
 
     Args:
         questions (`int`, *optional*, defaults to `8`):
-            Questions of a step.
+            Number of questions per step.
         group (`int`, *optional*, defaults to `8`):
-            Rollouts of each.
+            Number of rollouts per question.
         searches (`int`, *optional*, defaults to `2`):
-            Searches of each rollout; it has one turn more.
+            Number of searches per rollout. A rollout has one more turn, the answer.
         turn_tokens (`int`, *optional*, defaults to `16`):
-            Tokens of each turn, at least 4.
+            Number of tokens per turn, at least 4.
         steps (`int`, *optional*, defaults to `3`):
-            Steps that are measured, after one that warms up.
+            Number of measured steps. One warm-up step comes before them.
     """
 
     questions: int = 8
@@ -55,30 +55,30 @@ class Setting:
 
     @property
     def rollouts(self) -> int:
-        """Rollouts of a step, of all processes together."""
+        """Number of rollouts per step, over all processes."""
         return self.questions * self.group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """
-    What steps cost, on one process.
+    The cost of training steps, measured on one process.
 
     Args:
         processes (`int`):
-            How many there are.
+            Number of processes.
         step_seconds (`float`):
-            Mean time of a step.
+            Mean time of a step, in seconds.
         stages (`dict[str, float]`):
-            What of it is spent in each of `STAGES`.
+            Mean time of a step in each of `STAGES`, in seconds.
         completion_tokens (`float`):
-            Mean tokens of a completion, observations included.
+            Mean number of tokens in a completion, including observations.
         trajectory_bytes (`float`):
-            Memory of Python that a trajectory holds.
+            Python memory of a trajectory, in bytes.
         record_bytes (`float`):
-            Size of its line in the log of rollouts.
+            Size of a trajectory's line in the log of rollouts, in bytes.
         peak_bytes (`int`):
-            Largest resident memory of the process so far.
+            Peak resident memory of the process, in bytes.
     """
 
     processes: int
@@ -90,25 +90,25 @@ class Cost:
     peak_bytes: int
 
     def part(self, name: str) -> float:
-        """Seconds of a step in one of `PARTS`."""
+        """Return the seconds of a step that belong to one of `PARTS`."""
         return sum(seconds for stage, seconds in self.stages.items() if STAGES[stage] == name)
 
 
 class TimedTurns(DrawnTurns):
-    """Turns whose forcing is a stage of its own, because it is no part of training."""
+    """Drawn turns that time the forcing of tokens as a separate stage, because it is not part of training."""
 
     def __init__(self, watch: Stopwatch, **options: Any):
         super().__init__(**options)
         self.watch = watch
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """See [`DrawnTurns`]."""
+        """Compute the scores of the next token, see [`DrawnTurns`]."""
         with self.watch.stage("forcing"):
             return super().__call__(input_ids, scores)
 
 
-def draw_turns(setting: Setting, tokenizer: PreTrainedTokenizerBase, watch: Stopwatch) -> TimedTurns:
-    """Turns of `turn_tokens` tokens that end with an action of two sampled words."""
+def make_turns(setting: Setting, tokenizer: PreTrainedTokenizerBase, watch: Stopwatch) -> TimedTurns:
+    """Plan turns of `turn_tokens` tokens that end with an action of two sampled words."""
     tag = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in tokenizer.get_added_vocab()}
 
     def plan(rollout: int, turn: int) -> list[int]:
@@ -122,7 +122,7 @@ def draw_turns(setting: Setting, tokenizer: PreTrainedTokenizerBase, watch: Stop
 
 
 def make_trainer(setting: Setting, folder: Path) -> TSPOTrainer:
-    """A trainer with the settings of the demo, and budgets that the turns fit into."""
+    """Make a trainer with the settings of the demo, and with limits large enough for the turns."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     demo = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     known = {field.name for field in fields(TSPOConfig)}
@@ -156,13 +156,13 @@ def make_trainer(setting: Setting, folder: Path) -> TSPOTrainer:
 
 
 def measure(setting: Setting) -> Cost:
-    """Train a few steps, and measure what they cost on this process."""
+    """Train for a few steps and measure their cost on this process."""
     with TemporaryDirectory() as folder:
         trainer = make_trainer(setting, Path(folder))
         watch = Stopwatch()
         timer = StepTimer(watch, warmup=1)
         trainer.add_callback(timer)
-        turns = draw_turns(setting, trainer.processing_class, watch)
+        turns = make_turns(setting, trainer.processing_class, watch)
         run = trainer.search_loop.run
         completions: list[list[int]] = []
 
@@ -171,7 +171,7 @@ def measure(setting: Setting) -> Cost:
             trajectories, stats = run(prompt_ids)
             completions[:] = [t.completion_ids for t in trajectories]
             if any(len(t.turns) != setting.searches + 1 for t in trajectories):
-                raise RuntimeError(f"A rollout has not {setting.searches + 1} turns.")
+                raise RuntimeError(f"A rollout does not have {setting.searches + 1} turns.")
             return trajectories, stats
 
         trainer.search_loop.run = run_from_first_turn
@@ -181,7 +181,7 @@ def measure(setting: Setting) -> Cost:
             spent = watch.seconds.copy()
             unit = 1024 if sys.platform == "linux" else 1
             peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            held = _bytes_held(trainer)
+            held = _measure_trajectory_bytes(trainer)
         seconds = {stage: spent[stage] / timer.steps for stage in STAGES}
         rank = trainer.accelerator.process_index
         records = (Path(folder) / "run" / "trajectories" / f"train-rank{rank:03d}.jsonl").read_bytes()
@@ -196,11 +196,11 @@ def measure(setting: Setting) -> Cost:
         )
 
 
-def _bytes_held(trainer: TSPOTrainer) -> float:
-    """Memory that a trajectory holds, of as many rollouts as a step has on this process."""
+def _measure_trajectory_bytes(trainer: TSPOTrainer) -> float:
+    """Measure the mean memory of a trajectory, over this process's rollouts of one step."""
     questions = trainer.train_dataset[: trainer.args.per_device_train_batch_size]["prompt"]
     prompt_ids = trainer.search_loop.protocol.encode_prompts(questions)
-    trainer.search_loop.run(prompt_ids)  # what is cached is no part of them
+    trainer.search_loop.run(prompt_ids)  # fills the caches, which must not count as trajectories
     gc.collect()
     tracemalloc.start()
     trajectories, _ = trainer.search_loop.run(prompt_ids)
@@ -210,8 +210,8 @@ def _bytes_held(trainer: TSPOTrainer) -> float:
     return held / len(trajectories)
 
 
-def measure_apart(setting: Setting, processes: int = 1) -> Cost:
-    """The same in processes of its own, each with one thread; the cost on the slowest of them."""
+def measure_in_processes(setting: Setting, processes: int = 1) -> Cost:
+    """Measure in new processes with one thread each, and return the cost on the slowest of them."""
     if setting.rollouts % processes or (setting.rollouts // processes) < 2:
         raise ValueError(f"{setting.rollouts} rollouts cannot be split over {processes} processes.")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -229,5 +229,5 @@ def measure_apart(setting: Setting, processes: int = 1) -> Cost:
             raise RuntimeError(f"A process failed:\n{result.stderr[-4000:]}")
         costs = [Cost(**json.loads(file.read_text())) for file in sorted(Path(folder).glob("*.json"))]
     if [cost.processes for cost in costs] != [processes] * processes:
-        raise RuntimeError(f"{processes} processes were started, but they found {[c.processes for c in costs]}.")
+        raise RuntimeError(f"{processes} processes were started, but they report {[c.processes for c in costs]}.")
     return max(costs, key=lambda cost: cost.step_seconds)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a stopwatch around the methods of a trainer."""
+"""Time the stages of a training step, with a stopwatch around the methods of a trainer."""
 
 import time
 from collections import Counter
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 import tspo_trl.training.trainer
 from tspo_trl import TSPOTrainer
 
-#: Stages in the order of a step, by what they belong to.
+#: Stage -> the part of the tables that it belongs to, in the order of a step.
 STAGES = {
     "prefill": "generate",
     "decode": "generate",
@@ -32,7 +32,7 @@ STAGES = {
 
 
 class Stopwatch:
-    """Time by stage. A stage within another takes its time from it, so that all of them make up the whole."""
+    """Measures time by stage. A nested stage does not count in the outer stage, so the stages sum to the total."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -40,22 +40,22 @@ class Stopwatch:
         self._since = 0.0
 
     def enter(self, stage: str) -> None:
-        """Begin a stage."""
+        """Start a stage."""
         self._count()
         self._open.append(stage)
 
     def leave(self) -> None:
-        """End the stage that was begun last."""
+        """End the stage that was started last."""
         self._count()
         self._open.pop()
 
     def is_open(self, stage: str) -> bool:
-        """Whether a stage has begun and not ended."""
+        """Return whether a stage has been started and not ended."""
         return stage in self._open
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage, for as long as the context is open."""
+        """Time the body of a `with` statement as a stage."""
         self.enter(name)
         try:
             yield
@@ -63,7 +63,7 @@ class Stopwatch:
             self.leave()
 
     def timed(self, function: Callable[..., Any], stage: str | Callable[..., str]) -> Callable[..., Any]:
-        """The function as a stage; which one may depend on its arguments."""
+        """Wrap a function to time its calls as a stage. The stage may depend on the arguments."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.stage(stage if isinstance(stage, str) else stage(*args, **kwargs)):
@@ -80,13 +80,13 @@ class Stopwatch:
 
 class StepTimer(TrainerCallback):
     """
-    Starts a stopwatch after the steps that warm up, and counts the steps after them.
+    Starts a stopwatch after the warm-up steps, and counts the steps that follow.
 
     Args:
         watch ([`Stopwatch`]):
             The stopwatch.
         warmup (`int`):
-            Steps that are not counted.
+            Number of steps that are not counted.
     """
 
     def __init__(self, watch: Stopwatch, warmup: int):
@@ -94,22 +94,22 @@ class StepTimer(TrainerCallback):
         self.start = self.seconds = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what was before, where the first step that counts begins."""
+        """Reset the stopwatch at the first counted step."""
         if state.global_step == self.warmup:
             self.watch.seconds.clear()
             self.watch.enter("trainer")
             self.start = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are there, and clipped."""
+        """Start the optimizer's stage, after gradients are computed and clipped."""
         self.watch.enter("optimizer")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights have changed."""
+        """End the optimizer's stage."""
         self.watch.leave()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop after the last step and its log."""
+        """Stop the stopwatch after the last step and its log."""
         self.steps = state.global_step - self.warmup
         self.seconds = time.perf_counter() - self.start
         self.watch.leave()
@@ -118,13 +118,13 @@ class StepTimer(TrainerCallback):
 @contextmanager
 def timed_stages(trainer: TSPOTrainer, watch: Stopwatch) -> Iterator[None]:
     """
-    Time the stages of a trainer's steps, by wrapping what it calls.
+    Time the stages of a trainer's steps, by wrapping the methods that it calls.
 
     Args:
         trainer ([`TSPOTrainer`]):
             The trainer.
         watch ([`Stopwatch`]):
-            Gets the times of [`STAGES`].
+            Receives the times of `STAGES`.
     """
     loop, module = trainer.search_loop, tspo_trl.training.trainer
 

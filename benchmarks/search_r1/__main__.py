@@ -1,23 +1,25 @@
-"""What does a search loop lose that decodes, cuts and encodes again? Search-R1's own loop beside ours. Prints Markdown tables.
+"""Compare our search loop with that of Search-R1, which decodes, cuts and re-encodes turns. Prints Markdown tables.
 
     git clone https://github.com/PeterGriffinJin/Search-R1
     python -m benchmarks.search_r1 --search_r1 Search-R1
     python -m benchmarks.search_r1 --search_r1 Search-R1 --batch 64 --turns 2 4 --json results.json
 
-After every turn, the loop of Search-R1 (`search_r1/llm_agent/generation.py`, run here as it is in the clone) decodes what was
-sampled, cuts the text after the closing tag, and encodes the text again; the new tokens are trained on. Its rollout by vLLM
-has no stop string: a turn goes on until the model ends its message, or for `max_response_length` tokens. `SearchLoop` stops at
-the closing tag and keeps the tokens as they were sampled.
+The loop of Search-R1 (`search_r1/llm_agent/generation.py`, run unchanged from the clone) decodes the sampled tokens
+after every turn, cuts the text after the closing tag, and encodes the text again. Training uses the new tokens. Its
+rollout with vLLM has no stop string: a turn continues until the model ends its message, or for `max_response_length`
+tokens. `SearchLoop` stops at the closing tag and keeps the sampled tokens.
 
-Both generate by `generate` of transformers with one tiny Qwen2 at temperature 1, and search by one `BM25Retriever`, with the
-same prompts and budgets. Where a turn ends is drawn beforehand and the same for both: tokens that the model samples, then a
-query or an answer between its tags, which are forced. What a model does after a closing tag is its own affair, so both ends are
-measured (`--after`): it ends its message at once, or goes on for as long as it may. So are two models: one with random weights,
-which writes what no tokeniser would, and one that has fitted the passages for a minute (`--teach_steps`).
+Both loops use `generate` of transformers with the same tiny Qwen2 at temperature 1, the same `BM25Retriever`, prompts
+and limits. Each turn consists of tokens that the model samples, followed by a forced query or answer with its tags. Its
+length is drawn in advance and is the same for both loops. Models differ after a closing tag, so two cases are measured
+(`--after`): the model ends its message immediately, or continues up to the limit of the turn. Two models are measured
+(`--teach_steps`): one with random weights, which rarely writes the tokens that a tokeniser would choose, and one
+trained on the passages for a minute.
 
-Of Search-R1 these are stand-ins: its worker (which would generate by vLLM on several GPUs), its data class `DataProto` (here a
-dict and nothing else), its tracking, and the HTTP request to its retriever. So its rollouts/s are those of its loop, not of its
-engine: transformers computes all rows of a batch until the last one has ended, and reads every context anew in every turn.
+These parts of Search-R1 are replaced by stand-ins: its worker (which generates with vLLM on several GPUs), its data
+class `DataProto` (here a dictionary of tensors), its tracking, and the HTTP request to its retriever. Its rollouts/s
+therefore measure its loop, not its engine: transformers computes all rows of a batch until the last row has ended, and
+reads every context from its beginning in every turn.
 """
 
 import argparse
@@ -36,20 +38,20 @@ from tspo_trl import BM25Retriever
 from tspo_trl.retrieval.corpus import iter_corpus
 
 from .loop import import_search_r1, run_ours, run_search_r1
-from .task import MOST_ROLLOUTS, PASSAGES, Task, make_model, make_tokenizer, teach
+from .task import MAX_ROLLOUTS, PASSAGES, Task, make_model, make_tokenizer, teach
 from .token_counts import Count
 
 CORPUS = Path(__file__).parents[2] / "tests" / "data" / "hotpotqa" / "passages.jsonl"
 
 
 def measure(loops: dict[str, Callable[[], Count]], repeats: int) -> dict[str, Count]:
-    """Counts of all runs together and medians of their seconds, the loops by turns."""
+    """Run the loops alternately, and return the sums of their counts and the medians of their times."""
     runs: dict[str, list[Count]] = {name: [] for name in loops}
     for repeat in range(repeats + 1):
         for name, run in loops.items():
             torch.manual_seed(repeat)
             count = run()
-            if repeat:  # the first warms up
+            if repeat:  # the first run is a warm-up
                 runs[name].append(count)
     combined = {}
     for name, counts in runs.items():
@@ -68,7 +70,7 @@ HEADER = (
 
 
 def row(task: Task, name: str, count: Count, repeats: int) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     kept = count.generated - count.thrown_away
     after = "goes on" if task.after >= task.max_response else f"ends after {task.after}"
     cells = [
@@ -94,27 +96,36 @@ def main() -> None:
     )
     parser.add_argument("--search_r1", type=Path, required=True, help="a clone of Search-R1")
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="passages as JSONL")
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="rollouts at once")
-    parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 4], help="most turns of a rollout")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="rollouts per batch")
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 3, 4], help="maximum turns per rollout")
     parser.add_argument(
         "--max_response",
         type=int,
         default=64,
-        help="most tokens of a turn (500 in Search-R1's scripts, and our default)",
+        help="maximum tokens per turn (500 in Search-R1's scripts, which is also our default)",
     )
-    parser.add_argument("--max_observation", type=int, default=500, help="most tokens of an observation")
+    parser.add_argument("--max_observation", type=int, default=500, help="maximum tokens per observation")
     parser.add_argument(
-        "--after", type=int, nargs="+", help="tokens after a closing tag before the model ends its message: 0 and all"
+        "--after",
+        type=int,
+        nargs="+",
+        help="tokens after a closing tag before the model ends its message (default: 0 and the maximum)",
     )
-    parser.add_argument("--teach_steps", type=int, nargs="+", default=[0, 400], help="one model for each")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument(
+        "--teach_steps",
+        type=int,
+        nargs="+",
+        default=[0, 400],
+        help="training steps on the passages, one model per value",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="number of measured runs (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=64, help="of the model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the turns (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
-    if not 1 <= max(arguments.batch) <= MOST_ROLLOUTS:
-        parser.error(f"`--batch` must be between 1 and {MOST_ROLLOUTS}, got {max(arguments.batch)}")
+    if not 1 <= max(arguments.batch) <= MAX_ROLLOUTS:
+        parser.error(f"`--batch` must be between 1 and {MAX_ROLLOUTS}, got {max(arguments.batch)}")
 
     generation = import_search_r1(arguments.search_r1)
     passages = list(iter_corpus(arguments.corpus))
@@ -127,8 +138,9 @@ def main() -> None:
         taught = f"taught for {steps} steps (loss {teach(model, tokenizer, passages, steps):.2f})" if steps else ""
         print(
             f"Qwen2 with {model.num_parameters() / 1e6:.2f} M parameters, {taught or 'random weights'}; at most "
-            f"{arguments.max_response} tokens a turn, {PASSAGES} passages a search; sums of {arguments.repeats} runs, "
-            f"medians of times; on {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads.\n"
+            f"{arguments.max_response} tokens per turn, {PASSAGES} passages per search. Counts are sums over "
+            f"{arguments.repeats} runs, times are medians, on {os.cpu_count()} cores ({platform.machine()}) with "
+            f"{torch.get_num_threads()} threads.\n"
         )
         print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|")
         for batch in arguments.batch:

@@ -1,4 +1,4 @@
-"""Both loops: that of Search-R1 as it is in a clone of its repository, with stand-ins for what it imports, and ours."""
+"""Run both loops: the loop of Search-R1, unchanged from a clone, with stand-ins for its imports, and our loop."""
 
 import contextlib
 import importlib
@@ -28,13 +28,13 @@ from .token_counts import Count, SampledTurn, count_turns
 @dataclass(slots=True)
 class DataProto:
     """
-    Stands in for `verl.DataProto`: tensors by name, and what else belongs to them.
+    Stand-in for `verl.DataProto`: named tensors and additional data.
 
     Args:
         batch (`dict[str, torch.Tensor]`, *optional*):
-            Tensors of B rows.
+            Tensors by name, with B rows each.
         meta_info (`dict`, *optional*):
-            Anything.
+            Additional data.
     """
 
     batch: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,13 +42,13 @@ class DataProto:
 
     @classmethod
     def from_dict(cls, tensors: dict[str, torch.Tensor]) -> "DataProto":
-        """From tensors by name."""
+        """Create an instance from tensors by name."""
         return cls(dict(tensors))
 
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Modules that `generation.py` imports and that are not needed here, for as long as it is imported."""
+    """Replace modules that are not needed here by stand-ins, while `generation.py` is imported."""
     verl, utils, tracking, requests = map(ModuleType, ("verl", "verl.utils", "verl.utils.tracking", "requests"))
     verl.DataProto, tracking.Tracking = DataProto, object
     modules = {module.__name__: module for module in (verl, utils, tracking, requests)}
@@ -65,7 +65,7 @@ def stand_ins() -> Iterator[None]:
 
 
 def import_search_r1(folder: Path) -> ModuleType:
-    """The module `search_r1.llm_agent.generation` of a clone."""
+    """Import `search_r1.llm_agent.generation` from a clone."""
     if not (folder / "search_r1" / "llm_agent" / "generation.py").is_file():
         raise SystemExit(
             f"`--search_r1` must be a clone of https://github.com/PeterGriffinJin/Search-R1, but {str(folder)!r} has no "
@@ -81,8 +81,9 @@ def import_search_r1(folder: Path) -> ModuleType:
 
 class Worker:
     """
-    Stands in for the workers that generate: by transformers, in the form of `vLLMRollout.generate_sequences`. Each response
-    has up to `max_response` tokens and no stop string; what is after its end is padding.
+    Stand-in for the workers that generate. It uses transformers, with the interface of
+    `vLLMRollout.generate_sequences`. Each response has up to `max_response` tokens and no stop string, and is padded
+    after its end.
     """
 
     def __init__(self, task: Task, model: Qwen2ForCausalLM):
@@ -91,7 +92,7 @@ class Worker:
 
     @torch.no_grad()
     def generate_sequences(self, batch: DataProto) -> DataProto:
-        """One response for each row."""
+        """Generate one response per row."""
         tokenizer = self.task.tokenizer
         input_ids = batch.batch["input_ids"]
         output = self.model.generate(
@@ -109,16 +110,16 @@ class Worker:
 
 
 def run_search_r1(task: Task, model: Qwen2ForCausalLM, generation: ModuleType) -> Count:
-    """Roll out with the `LLMGenerationManager` of Search-R1."""
+    """Run the rollouts with the `LLMGenerationManager` of Search-R1."""
     tokenizer, pad = task.tokenizer, task.tokenizer.pad_token_id
     worker = Worker(task, model)
     trained: list[list[list[int]]] = [[] for _ in range(task.batch)]
 
     class Manager(generation.LLMGenerationManager):
         def _batch_search(self, queries: list[str]) -> dict[str, Any]:
-            found = task.retriever.search(queries, self.config.topk) if queries else []
+            results = task.retriever.search(queries, self.config.topk) if queries else []
             documents = [
-                [{"document": {"contents": f"{p.title}\n{p.text}"}, "score": p.score} for p in r] for r in found
+                [{"document": {"contents": f"{p.title}\n{p.text}"}, "score": p.score} for p in r] for r in results
             ]
             return {"result": documents}
 
@@ -168,7 +169,7 @@ def run_search_r1(task: Task, model: Qwen2ForCausalLM, generation: ModuleType) -
 
 
 def run_ours(task: Task, model: Qwen2ForCausalLM) -> Count:
-    """Roll out with [`SearchLoop`] and [`TransformersEngine`]."""
+    """Run the rollouts with [`SearchLoop`] and [`TransformersEngine`]."""
     tokenizer = task.tokenizer
     protocol = TagProtocol(tokenizer, task.turns - 1)
     config = sampling(tokenizer, task.max_response)

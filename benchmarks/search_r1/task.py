@@ -1,4 +1,4 @@
-"""What both loops are given: a model, prompts, and where turns end."""
+"""The inputs of both loops: a model, prompts, and drawn ends of turns."""
 
 import random
 import statistics
@@ -16,17 +16,17 @@ from ..drawn_turns import FREE, DrawnTurns
 from .token_counts import SampledTurn
 
 PASSAGES = 3
-MOST_ROLLOUTS = 256
+MAX_ROLLOUTS = 256
 
 
 def make_tokenizer(passages: Sequence[Passage]) -> PreTrainedTokenizerFast:
-    """A tokenizer that has learned the passages. Tags are plain text, as in Search-R1; each rollout has a mark."""
+    """Train a tokenizer on the passages. Tags are plain text, as in Search-R1. Each rollout has a marker token."""
     texts = (f"{p.title}\n{p.text}" for p in passages)
-    return tiny_qwen.make_tokenizer(texts, 4000, added=[f"<q{i}>" for i in range(MOST_ROLLOUTS)])
+    return tiny_qwen.make_tokenizer(texts, 4000, added=[f"<q{i}>" for i in range(MAX_ROLLOUTS)])
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """A tiny Qwen2 with random weights."""
+    """Make a tiny Qwen2 with random weights."""
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return tiny_qwen.make_model(tokenizer, hidden_size, layers, seed, **special).eval()
 
@@ -34,7 +34,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int
 def teach(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], steps: int
 ) -> float:
-    """Fit the text of the passages as the tokeniser encodes it; the loss at the end, in nats a token."""
+    """Train a model on the tokenised passages, and return its final loss in nats per token."""
     ids = torch.tensor(tokenizer("\n".join(p.text for p in passages), add_special_tokens=False)["input_ids"])
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -58,27 +58,27 @@ def teach(
 @dataclass(frozen=True, slots=True)
 class Task:
     """
-    What both loops are given.
+    The inputs of both loops.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         retriever ([`BM25Retriever`]):
-            Executes the searches.
+            The retriever.
         titles (`list[str]`):
-            What queries and answers are drawn from.
+            Titles from which queries and answers are drawn.
         max_response (`int`):
-            The most tokens of a turn: `max_response_length` and `max_turn_tokens`.
+            Maximum number of tokens per turn: `max_response_length` and `max_turn_tokens`.
         max_observation (`int`):
-            The most tokens of an observation: `max_obs_length` and `max_observation_tokens`.
+            Maximum number of tokens per observation: `max_obs_length` and `max_observation_tokens`.
         batch (`int`):
-            Rollouts at once.
+            Number of rollouts.
         turns (`int`):
-            The most turns of a rollout.
+            Maximum number of turns per rollout.
         after (`int`):
-            Tokens that the model goes on writing after a closing tag, if it may.
+            Number of tokens that the model writes after a closing tag, if the loop does not stop there.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of what is drawn.
+            Seed of the drawn turns.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -92,11 +92,11 @@ class Task:
     seed: int = 0
 
     def num_turns(self, rollout: int) -> int:
-        """Between 1 and `turns`."""
+        """Draw the number of turns of a rollout, between 1 and `turns`."""
         return random.Random(f"{self.seed} turns {rollout}").randint(1, self.turns)
 
     def plan(self, rollout: int, turn: int) -> list[int]:
-        """A turn: some tokens as the model likes, an action, and again as it likes."""
+        """Plan a turn: free tokens, a forced action, and again free tokens."""
         rng = random.Random(f"{self.seed} {rollout} {turn}")
         title = rng.choice(self.titles)
         final = turn == self.num_turns(rollout) - 1
@@ -106,22 +106,22 @@ class Task:
         return [FREE] * free + action + [FREE] * self.after
 
     def draw(self) -> DrawnTurns:
-        """What makes a model write this."""
+        """Make the logits processor that forces the planned turns."""
         first = int(self.tokenizer.convert_tokens_to_ids("<q0>"))
-        # A free token can neither write a tag, nor end the message
+        # A free token must neither write a tag nor end the message
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         banned = torch.tensor([bool({"<", ">"} & set(token)) for token in tokens])
         return DrawnTurns(self.plan, self.batch, banned, int(self.tokenizer.eos_token_id), first)
 
     def prompts(self) -> list[list[int]]:
-        """One prompt for each rollout."""
+        """Encode one prompt per rollout."""
         protocol = TagProtocol(self.tokenizer, self.turns - 1)
         texts = [str(protocol.prompt(f"<q{i}> {self.titles[i]}?")) for i in range(self.batch)]
         return protocol.encode_prompts(texts)
 
 
 def sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Plain sampling at temperature 1."""
+    """Return the settings for plain sampling at temperature 1."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -135,8 +135,8 @@ def sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Generat
 
 
 def check_turns(task: Task, rollouts: Sequence[Sequence[SampledTurn]]) -> None:
-    """Check that every rollout has the turns that were drawn for it."""
+    """Check that every rollout has its drawn number of turns."""
     expected = [task.num_turns(i) for i in range(task.batch)]
     found = [len(turns) for turns in rollouts]
     if found != expected:
-        raise RuntimeError(f"Rollouts of {expected} turns were drawn, but the loop made {found}.")
+        raise RuntimeError(f"Rollouts of {expected} turns were drawn, but the loop made rollouts of {found} turns.")

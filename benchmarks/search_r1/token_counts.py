@@ -1,4 +1,4 @@
-"""What becomes of the tokens that a model samples in a search loop: kept, thrown away, or changed."""
+"""Count the sampled tokens that a search loop keeps, throws away or changes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ CLOSING = ("</search>", "</answer>")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
     """
-    What became of the tokens of a batch, and how long they took.
+    Token counts and times of a batch of rollouts.
 
     Args:
         rollouts (`int`):
-            Rollouts.
+            Number of rollouts.
         generated (`int`):
-            Tokens that were sampled, the ones that end messages included.
+            Number of sampled tokens, including end-of-sequence tokens.
         thrown_away (`int`):
-            Those of them after the closing tag of their turn.
+            Number of sampled tokens after the closing tag of their turn.
         changed (`int`):
-            Those before, of which training sees others.
+            Number of sampled tokens up to the closing tag that training replaces by other tokens.
         rollouts_changed (`int`):
-            Rollouts with at least one such token.
+            Number of rollouts with at least one changed token.
         trained (`int`):
-            Completion tokens that the loss is taken of.
+            Number of completion tokens in the loss.
         attended (`int`):
-            Completion tokens that are attended to.
+            Number of completion tokens that are attended to.
         seconds (`float`):
-            Time of the rollouts.
+            Time of the rollouts, in seconds.
         model_seconds (`float`):
-            Time of them in `generate`.
+            Part of this time in `generate`, in seconds.
     """
 
     rollouts: int
@@ -49,13 +49,13 @@ class Count:
 @dataclass(frozen=True, slots=True)
 class SampledTurn:
     """
-    A turn as it was sampled, and as it is trained on.
+    The sampled tokens and the trained tokens of a turn.
 
     Args:
         sampled (`list[int]`):
-            S tokens, the one that ends the message included.
+            S sampled tokens, including the end-of-sequence token.
         trained (`list[int]`):
-            T tokens.
+            T tokens used in training.
     """
 
     sampled: list[int]
@@ -63,7 +63,7 @@ class SampledTurn:
 
 
 def length_to_tag(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> int:
-    """How many of the tokens there are up to the one that completes the first closing tag; all, if none does."""
+    """Return the number of tokens up to the end of the first closing tag, or of all tokens without a closing tag."""
 
     def closed(length: int) -> bool:
         text = tokenizer.decode(list(token_ids[:length]), skip_special_tokens=True)
@@ -79,13 +79,13 @@ def length_to_tag(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) 
 
 
 def count_changed(sampled: Sequence[int], trained: Sequence[int]) -> int:
-    """How many of the sampled tokens have no counterpart in what is trained on, where both are laid along each other."""
+    """Count the sampled tokens without a counterpart when they are aligned with the trained tokens."""
     blocks = SequenceMatcher(None, sampled, trained, autojunk=False).get_matching_blocks()
     return len(sampled) - sum(block.size for block in blocks)
 
 
 def count_turns(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Sequence[SampledTurn]]) -> dict[str, int]:
-    """The fields of [`Count`] that depend on nothing but the turns of each rollout."""
+    """Compute the fields of [`Count`] that depend only on the turns of the rollouts."""
     generated = thrown_away = changed = rollouts_changed = 0
     for turns in rollouts:
         changed_before = changed

@@ -1,13 +1,14 @@
-"""Does turn-level credit learn faster than GRPO? Trains a tiny search agent with every arm, in every regime, with several
-seeds, and prints tables. Needs no network.
+"""Test whether turn-level credit learns faster than GRPO. Trains a tiny search agent with every arm, in every regime,
+with several seeds. Prints tables. Needs no network.
 
     python -m benchmarks.study                    # a small study: three arms, two seeds, half of the steps
     python -m benchmarks.study --full             # every arm, five seeds
-    python -m benchmarks.study --report           # the tables and pictures again, from the results that are committed
+    python -m benchmarks.study --report           # print the tables of the committed results
     python -m benchmarks.study --full --regimes weak misleading --seeds 8 --folder runs/study --processes 4
 
-Cells (an arm in a regime with a seed) that are there are not run again, so a study that was stopped goes on where it was.
-Tables and pictures are written to the folder; `--publish` puts them and the results where the documentation has them.
+A cell is one training run: an arm in a regime with a seed. Finished cells are not run again, so a stopped study resumes
+where it was stopped. Tables and pictures are written to the folder. `--publish` also writes the results to the
+repository, and the tables and pictures to its documentation.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from .arms import ARMS
-from .cells import Cell, Scale, prepare, run_cell, teach
+from .cells import Cell, Scale, prepare_regime, prepare_strong, run_cell
 from .regimes import REGIMES
 from .report import arrange, draw_curves, draw_differences, markdown
 
@@ -36,7 +37,7 @@ SMALL_ARMS = ("grpo", "merged", "tspo")
 
 
 def plan(regimes: Iterable[str], arms: Iterable[str], seeds: int) -> list[Cell]:
-    """The cells to run, one seed after the other, so that a study that is stopped is one with fewer seeds."""
+    """Return the cells to run, sorted by seed, so that a stopped study is a study with fewer seeds."""
     arms = list(arms)
     return [
         Cell(regime, arm, seed)
@@ -48,7 +49,7 @@ def plan(regimes: Iterable[str], arms: Iterable[str], seeds: int) -> list[Cell]:
 
 
 def run(cells: list[Cell], scale: Scale, folder: Path, processes: int) -> None:
-    """Run what is missing, in several processes."""
+    """Run the cells without results, in several processes."""
     missing = [cell for cell in cells if not is_done(cell, scale, folder)]
     if not missing:
         return
@@ -56,16 +57,18 @@ def run(cells: list[Cell], scale: Scale, folder: Path, processes: int) -> None:
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-        # Policies first: all arms start from the same
+        # Policies come first, because all arms of a regime start from the same policy
         seeds = {cell.seed: cell for cell in reversed(missing)}
-        wait_for({pool.submit(teach, cell.seed, folder): cell for cell in seeds.values()}, "warm starts", start)
+        wait_for(
+            {pool.submit(prepare_strong, cell.seed, folder): cell for cell in seeds.values()}, "warm starts", start
+        )
         firsts = {(cell.regime, cell.seed): cell for cell in missing}
-        wait_for({pool.submit(prepare, *key, folder): cell for key, cell in firsts.items()}, "policies", start)
+        wait_for({pool.submit(prepare_regime, *key, folder): cell for key, cell in firsts.items()}, "policies", start)
         wait_for({pool.submit(run_cell, cell, scale, folder): cell for cell in missing}, "cells", start)
 
 
 def wait_for(jobs: dict[Future, Any], name: str, start: float) -> None:
-    """Wait for jobs and say how far they are; the first error ends the study, and what is done stays."""
+    """Wait for jobs and print their progress. The first error ends the study. Finished cells keep their results."""
     for count, job in enumerate(as_completed(jobs), 1):
         cell = jobs[job]
         try:
@@ -82,20 +85,18 @@ def wait_for(jobs: dict[Future, Any], name: str, start: float) -> None:
 
 
 def is_done(cell: Cell, scale: Scale, folder: Path) -> bool:
-    """Whether the results of a cell are there; those of another scale are an error, not a result."""
+    """Return whether a cell has results. Raise an error if they were made with another scale."""
     path = cell.path(folder)
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))["scale"]
     if found != asdict(scale):
-        raise SystemExit(
-            f"{path} was made with {found}, and this study is made with {asdict(scale)}. Use another `--folder`."
-        )
+        raise SystemExit(f"{path} was made with {found}, but this study uses {asdict(scale)}. Use another `--folder`.")
     return True
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The committed results, a line for each cell in a file for each regime."""
+    """Read the committed results: one file per regime, with one line per cell."""
     return [
         json.loads(line)
         for path in sorted(folder.glob("*.jsonl"))
@@ -104,7 +105,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_results(cells: list[dict[str, Any]], folder: Path) -> None:
-    """Write results to be committed, see [`read_results`]."""
+    """Write results in the format of [`read_results`], to be committed."""
     folder.mkdir(parents=True, exist_ok=True)
     for regime in REGIMES:
         lines = [json.dumps(cell) + "\n" for cell in cells if cell["regime"] == regime]
@@ -113,14 +114,14 @@ def write_results(cells: list[dict[str, Any]], folder: Path) -> None:
 
 
 def insert(page: str, tables: str) -> str:
-    """A page of the documentation with other tables between its marks."""
+    """Replace the tables between the marks of a documentation page."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def publish(cells: list[dict[str, Any]]) -> None:
-    """Tables and pictures where the documentation has them."""
+    """Write tables and pictures to the documentation."""
     results = arrange(cells)
     page = DOCS / "study.md"
     page.write_text(insert(page.read_text(encoding="utf-8"), markdown(results)), encoding="utf-8")
@@ -133,15 +134,25 @@ def main() -> None:
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="every arm, five seeds, all steps")
-    parser.add_argument("--report", action="store_true", help="only show the committed results")
-    parser.add_argument("--publish", action="store_true", help="write results, tables and pictures to the repository")
+    parser.add_argument("--report", action="store_true", help="only print the tables of the committed results")
+    parser.add_argument(
+        "--publish", action="store_true", help="also write results, tables and pictures to the repository"
+    )
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all with --full, else " + ", ".join(SMALL_ARMS))
-    parser.add_argument("--seeds", type=int, help="how many; 5 with --full, else 2")
-    parser.add_argument("--steps", type=float, help="the part of the steps of each regime; 1 with --full, else 0.5")
-    parser.add_argument("--heldout", type=int, default=256, help="held-out questions that are answered")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="cells at once")
-    parser.add_argument("--folder", type=Path, help="runs/study with --full, else runs/study_small")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, help="(default: all with --full, else " + ", ".join(SMALL_ARMS) + ")"
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: 5 with --full, else 2)")
+    parser.add_argument(
+        "--steps", type=float, help="fraction of each regime's steps (default: 1 with --full, else 0.5)"
+    )
+    parser.add_argument("--heldout", type=int, default=256, help="number of held-out questions to evaluate")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of cells to run in parallel")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of policies, results and tables (default: runs/study with --full, else runs/study_small)",
+    )
     arguments = parser.parse_args()
     full = arguments.full
 
@@ -165,7 +176,7 @@ def main() -> None:
     (folder / "tables.md").write_text(tables, encoding="utf-8")
     draw_curves(results, folder / "curves.png")
     draw_differences(results, folder / "differences.png")
-    print(f"Also in {folder}: tables.md, curves.png, differences.png, and every cell.")
+    print(f"Written to {folder}: tables.md, curves.png, differences.png and the results of every cell.")
     if arguments.publish:
         write_results(cells, RESULTS)
         publish(cells)

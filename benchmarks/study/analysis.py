@@ -1,5 +1,5 @@
-"""What the results of cells say: pure functions of what their files hold. Seeds are what is drawn at random, and all arms
-have the same, so arms are compared seed by seed."""
+"""Analyse the results of cells, with pure functions of the content of their files. All arms use the same seeds, so they
+are compared seed by seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ WINDOW = 8  # steps of the running mean
 
 def running_mean(values: Sequence[float], window: int = WINDOW) -> Floats:
     """
-    The mean of each value and of those before it, over at most `window` of them.
+    Compute the mean of each value and the values before it, over at most `window` values.
 
     Args:
         values (`Sequence[float]`):
             S values.
         window (`int`, *optional*, defaults to `8`):
-            The most values of a mean.
+            Maximum number of values in a mean.
 
     Returns:
         `np.ndarray`: Shape (S,).
@@ -36,14 +36,14 @@ def running_mean(values: Sequence[float], window: int = WINDOW) -> Floats:
 
 
 def steps_to(values: Sequence[float], target: float) -> int | None:
-    """The first step, counted from 1, whose full running mean has come to the target; `None` if none has."""
+    """Return the first step, counted from 1, whose full running mean reaches the target, or `None` if no step does."""
     means = running_mean(values)
     reached = np.flatnonzero(means[WINDOW - 1 :] >= target)
     return int(reached[0]) + WINDOW if len(reached) else None
 
 
 def largest_drop(values: Sequence[float]) -> float:
-    """How far the running mean falls below its highest value before."""
+    """Return the largest fall of the running mean below its highest earlier value."""
     means = running_mean(values)[WINDOW - 1 :]
     return float((np.maximum.accumulate(means) - means).max()) if len(means) else 0.0
 
@@ -51,27 +51,27 @@ def largest_drop(values: Sequence[float]) -> float:
 @dataclass(frozen=True, slots=True)
 class Summary:
     """
-    A cell in numbers.
+    The measures of a cell.
 
     Args:
         em (`float`):
             Exact match on held-out questions after training.
         hit (`float`):
-            The share of them whose passages hold the answer.
+            Share of held-out questions whose passages contain the answer.
         area (`float`):
-            Mean exact match of the rollouts of all steps: the area under the curve.
+            Mean exact match of the rollouts of all steps, which is the area under the curve.
         hit_area (`float`):
-            The same for the share of rollouts that find the answer.
+            Mean share of rollouts that find the answer, over all steps.
         steps (`int` or `None`):
-            Steps to the target, see [`steps_to`].
+            Number of steps until the target is reached, see [`steps_to`].
         drop (`float`):
-            See [`largest_drop`].
+            Largest fall of the exact match, see [`largest_drop`].
         all_wrong (`float`):
-            The share of groups without a correct rollout, over all steps.
+            Share of groups without a correct rollout, over all steps.
         rescued (`float`):
-            The share of these that taught something all the same. NaN if there were none.
+            Share of these groups that still gave a learning signal. NaN if there are no such groups.
         seconds (`float`):
-            A step.
+            Mean time of a step, in seconds.
     """
 
     em: float
@@ -87,13 +87,13 @@ class Summary:
 
 def summarize(cell: Cell, target: float) -> Summary:
     """
-    A cell in numbers.
+    Compute the measures of a cell.
 
     Args:
         cell (`Mapping`):
-            What its file holds.
+            The content of the cell's file.
         target (`float`):
-            The exact match to come to.
+            The exact match to reach.
     """
     curves = cell["curves"]
     wrong = sum(curves["all_wrong"])
@@ -111,20 +111,20 @@ def summarize(cell: Cell, target: float) -> Summary:
 
 
 def half_of_the_error(cells: Sequence[Cell]) -> float:
-    """The target of a regime: half of the error that its policies start with is gone."""
+    """Return the target of a regime: the exact match at which the mean initial error is halved."""
     return (1 + float(np.mean([cell["before"]["em"] for cell in cells]))) / 2
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """
-    The mean of the seeds and its 95 % bootstrap interval.
+    Compute the mean over seeds and its 95 % bootstrap interval.
 
     Args:
         values (`Sequence[float]`):
-            One value for each seed.
+            One value per seed.
 
     Returns:
-        `tuple[float, float, float]`: The mean, and the lower and the upper bound.
+        `tuple[float, float, float]`: The mean, the lower bound and the upper bound.
     """
     column = np.asarray(values, dtype=float)[:, None]
     ((low, high),) = interval(bootstrap_means(column, seed=0))
@@ -133,14 +133,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def mean_interval_of_regimes(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """
-    The mean over regimes, each with the same weight, and its 95 % bootstrap interval: seeds are drawn in every regime.
+    Compute the mean over equally weighted regimes and its 95 % bootstrap interval. Seeds are resampled in every regime.
 
     Args:
         values (`Sequence[Sequence[float]]`):
-            For each regime, one value for each seed.
+            For each regime, one value per seed.
 
     Returns:
-        `tuple[float, float, float]`: The mean, and the lower and the upper bound.
+        `tuple[float, float, float]`: The mean, the lower bound and the upper bound.
     """
     means = np.mean(
         [bootstrap_means(np.asarray(v, dtype=float)[:, None], seed=i) for i, v in enumerate(values)], axis=0

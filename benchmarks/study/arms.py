@@ -1,4 +1,4 @@
-"""The arms of the study: ways to turn the same rollouts into advantages. Everything else is the same for all."""
+"""The arms of the study: methods to convert rollouts to advantages. All other settings are the same in every arm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from tspo_trl.credit import first_occurrence, turn_advantages
 from tspo_trl.rewards import exact_match_reward
 from tspo_trl.scoring import exact_match
 
-NEAR_MISS = 0.5  # what a near miss earns, as `folr_alpha` by default
+NEAR_MISS = 0.5  # reward of a near miss, equal to the default of `folr_alpha`
 
 
 def near_miss_reward(
     trajectories: Sequence[Trajectory], golden_answers: Sequence[Sequence[str]], **kwargs: Any
 ) -> list[float]:
-    """1.0 for a rollout whose passages contain a golden answer and whose answer is wrong, else 0.0."""
+    """Return 1.0 for a rollout with a wrong answer whose passages contain a golden answer, else 0.0."""
     return [
         float(not exact_match(t.answer, golds) and first_occurrence(t.passage_texts, golds) is not None)
         for t, golds in zip(trajectories, golden_answers, strict=True)
@@ -26,9 +26,9 @@ def near_miss_reward(
 
 class TwoSegmentTrainer(TSPOTrainer):
     """
-    Credit of two segments, after MT-GRPO (Zeng et al., 2025, arXiv 2505.11821): the first turn, up to the first result, has
-    the advantage of the outcome and that of a reward of its own, whether its passages contain the answer; all turns after it
-    have that of the outcome. Both are normalised over the group.
+    Trainer with credit in two segments, after MT-GRPO (Zeng et al., 2025, arXiv 2505.11821). All turns have the
+    advantage of the outcome. The first turn, up to the first search result, also has the advantage of its own reward: 1
+    if its passages contain the answer, else 0. Both advantages are normalised over the group.
     """
 
     def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, success_threshold):
@@ -48,21 +48,21 @@ class TwoSegmentTrainer(TSPOTrainer):
 @dataclass(frozen=True)
 class Arm:
     """
-    A way to assign credit.
+    A method of credit assignment.
 
     Args:
         title (`str`):
-            Its name in tables.
+            Name of the arm in tables.
         settings (`dict[str, Any]`):
             Options of `TSPOConfig`.
         rewards (`tuple`, *optional*):
-            Reward functions; `settings` has their weights, if there are several.
+            Reward functions. If there are several, `settings` contains their weights.
         trainer (`type`, *optional*):
-            The trainer.
+            The trainer class.
         regimes (`tuple[str, ...]` or `None`, *optional*):
-            Where it can differ from another arm; `same_as` gives its results elsewhere.
+            Regimes in which the arm can differ from `same_as`. `None` means all regimes.
         same_as (`str`, *optional*):
-            The arm that it equals, rollout by rollout, in the other regimes.
+            The arm with exactly the same rollouts in all other regimes.
     """
 
     title: str
@@ -76,7 +76,7 @@ class Arm:
 GRPO = "grpo"
 TSPO = "tspo"
 
-#: What the study starts from: every option that decides the credit, whatever the defaults of the library are.
+#: All options that affect credit, set explicitly so that the study does not depend on the library's defaults.
 TSPO_SETTINGS = {
     "advantage_level": "stage",
     "folr_placement": "first",
@@ -85,7 +85,7 @@ TSPO_SETTINGS = {
     "turn_baseline": "turn",
 }
 
-#: In the order of the tables.
+#: The arms, in the order of the tables.
 ARMS = {
     GRPO: Arm("GRPO", {"advantage_level": "trajectory"}),
     "merged": Arm(
@@ -98,7 +98,7 @@ ARMS = {
     "up_to_first": Arm("TSPO, up to first", {"folr_placement": "up_to_first"}),
     "group": Arm("TSPO, group baseline", {"turn_baseline": "group"}),
     "strict": Arm("TSPO, guard strict", {"folr_guard": "strict"}),
-    # Only the control asks for single characters, so elsewhere the guard lets pass what it does without
+    # Only the control has single-character answers, so in all other regimes the guard has no effect
     "no_guard": Arm("TSPO, guard none", {"folr_guard": "none"}, regimes=("misleading",), same_as=TSPO),
     "two_segment": Arm("two segments, after MT-GRPO", {"advantage_level": "trajectory"}, trainer=TwoSegmentTrainer),
 }

@@ -1,4 +1,4 @@
-"""One cell of the study: an arm in a regime with a seed, trained and measured."""
+"""Train and measure one cell of the study: an arm in a regime with a seed."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from tspo_trl.demo.warmup import LIMITS
 from .arms import ARMS, TSPO_SETTINGS
 from .regimes import REGIMES, make_policy, make_strong
 
-#: What is kept of every step, under a short name.
+#: Short name -> the logged metric that is stored for every step.
 CURVES = {
     "em": "rewards/exact_match_reward/mean",
     "hit": "search/hit",
@@ -38,17 +38,17 @@ HELDOUT = ("em", "hit", "near_miss")
 @dataclass(frozen=True)
 class Scale:
     """
-    How much is done in a cell.
+    The size of a cell.
 
     Args:
         steps (`float`, *optional*, defaults to `1.0`):
-            The part of a regime's steps.
+            Fraction of the regime's steps.
         questions (`int`, *optional*, defaults to `4`):
-            Questions a step.
+            Number of questions per step.
         group_size (`int`, *optional*, defaults to `8`):
-            Rollouts of a question.
+            Number of rollouts per question.
         heldout (`int`, *optional*, defaults to `256`):
-            Held-out questions that are answered before and after training, one rollout each.
+            Number of held-out questions to evaluate before and after training, with one rollout each.
     """
 
     steps: float = 1.0
@@ -68,7 +68,7 @@ class Cell:
         arm (`str`):
             Key of `ARMS`.
         seed (`int`):
-            Seed of the world, of the policy and of the rollouts.
+            Seed of the world, the policy and the rollouts.
     """
 
     regime: str
@@ -76,12 +76,12 @@ class Cell:
     seed: int
 
     def path(self, folder: Path) -> Path:
-        """Where its results lie."""
+        """Return the path of the cell's results."""
         return folder / "cells" / self.regime / f"{self.arm}-{self.seed}.json"
 
 
 def quiet() -> None:
-    """Nothing but errors on the terminal: many cells run at once."""
+    """Silence everything except errors, because many cells run in parallel."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
@@ -89,32 +89,32 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def teach(seed: int, folder: Path) -> None:
-    """Make the policy that can search and read, from which those of all regimes are made."""
+def prepare_strong(seed: int, folder: Path) -> None:
+    """Make the strong policy from which the initial policies of all regimes are made."""
     quiet()
     make_strong(seed, folder / "policies")
 
 
-def prepare(regime: str, seed: int, folder: Path) -> None:
-    """Make the policy of all arms."""
+def prepare_regime(regime: str, seed: int, folder: Path) -> None:
+    """Make the initial policy of a regime, which is the same for all arms."""
     quiet()
     make_policy(REGIMES[regime], seed, folder / "policies")
 
 
 def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
     """
-    Train and measure, and write the results down.
+    Train and measure a cell, and write its results.
 
     Args:
         cell ([`Cell`]):
-            What to run.
+            The cell to run.
         scale ([`Scale`]):
-            How much of it.
+            The size of the cell.
         folder (`Path`):
-            Where policies and results are kept.
+            Folder of the policies and the results.
 
     Returns:
-        `dict[str, Any]`: The results, as they are in the file.
+        `dict[str, Any]`: The results, as written to the file.
     """
     quiet()
     regime, arm = REGIMES[cell.regime], ARMS[cell.arm]
@@ -127,9 +127,8 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
             reward_funcs=list(arm.rewards),
             args=TSPOConfig(
                 output_dir=output,
-                **(
-                    asdict(LIMITS) | {"max_searches": 3, "max_completion_length": 512}
-                ),  # no question needs more searches
+                # No question needs more than 3 searches
+                **(asdict(LIMITS) | {"max_searches": 3, "max_completion_length": 512}),
                 **(TSPO_SETTINGS | arm.settings),
                 per_device_train_batch_size=rollouts,
                 per_device_eval_batch_size=128,

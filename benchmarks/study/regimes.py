@@ -1,4 +1,4 @@
-"""The regimes of the study: where training starts, on the fictional encyclopedia. Each seed has a world and a policy of its own."""
+"""The regimes of the study: initial policies for the fictional encyclopedia. Each seed has its own world and policy."""
 
 import os
 import random
@@ -14,23 +14,23 @@ from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_sta
 from tspo_trl.demo.warmup import answer_rate, demonstrate_world, sample
 from tspo_trl.demo.world import Question
 
-#: Single letters, as of shelves and zones. Not A, which is an article and normalises to nothing.
+#: Answers of a single letter. A is left out, because it is an article and its normalised form is empty.
 ZONES = "BCDEFG"
-WORLDS = 8  # that the demonstrations come from
-ADAPT_STEPS = 300  # of a policy that can read, to the passages of the control
+WORLDS = 8  # number of worlds with demonstrations
+ADAPT_STEPS = 300  # steps to adapt a strong policy to the passages of the control
 
 
 def mislead(world: World, seed: int) -> World:
     """
-    The same encyclopedia with golden answers all over it: every passage ends with a zone of its own and with countries and
-    languages that have nothing to do with it. Of the questions, only those with such answers stay, and the zones of cities
-    are asked for as well.
+    Add misleading answers to an encyclopedia. Every passage gets its own zone, and two countries and two languages that
+    are unrelated to it. Only questions with a country or a language as answer are kept, and questions for the zones of
+    cities are added.
 
     Args:
         world ([`World`]):
-            An encyclopedia.
+            The encyclopedia.
         seed (`int`):
-            The same seed gives the same passages.
+            Seed of the additions.
     """
     rng = random.Random(seed)
     passages, zones = [], {}
@@ -53,32 +53,32 @@ def mislead(world: World, seed: int) -> World:
 
 
 def plain_world(seed: int) -> World:
-    """The encyclopedia of the demo."""
+    """Make the encyclopedia of the demo."""
     return make_world(seed)
 
 
 def misleading_world(seed: int) -> World:
-    """The encyclopedia of the control."""
+    """Make the encyclopedia of the control."""
     return mislead(make_world(seed), seed)
 
 
 @dataclass(frozen=True)
 class Regime:
     """
-    Where training starts.
+    The conditions in which training starts.
 
     Args:
         title (`str`):
-            Its name in tables.
+            Name of the regime in tables.
         wrong_query (`float`):
-            Probability of a wrong name in a query of the demonstrations that the policy ends its warm start with. They end
-            there: what to do after a wrong query is not shown.
+            Probability of a wrong name in a query of the last demonstrations of the warm start. Such a demonstration
+            ends with the wrong query.
         wrong_answer (`float`):
-            Probability of a wrong answer in those that have found the right one.
+            Probability of a wrong answer in demonstrations that found the correct answer.
         steps (`int`):
-            Steps of training.
+            Number of training steps.
         make_world (`Callable[[int], World]`, *optional*):
-            Makes the worlds, of the demonstrations as of the training.
+            Makes the worlds for demonstrations and training, from a seed.
     """
 
     title: str
@@ -98,7 +98,7 @@ REGIMES = {
 
 
 def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Trajectory:
-    """A demonstration up to its first wrong query: what comes after it cannot be read from what was found."""
+    """Cut a demonstration after its first wrong query: its later turns do not follow from the retrieved passages."""
     for place, (turn, query) in enumerate(zip(demonstration.turns, question.queries, strict=False)):
         if turn.content != query:
             return replace(demonstration, turns=demonstration.turns[: place + 1])
@@ -106,19 +106,19 @@ def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Traject
 
 
 def study_tokenizer() -> PreTrainedTokenizerBase:
-    """One tokenizer for all regimes."""
+    """Make the tokenizer of all regimes."""
     return make_tokenizer([f"In which zone is x? Zone {' '.join(ZONES)}. Also: x, x"])
 
 
 def make_strong(seed: int, folder: Path) -> Path:
     """
-    A policy that searches and reads the plain encyclopedia without mistakes. What has been made before is not made again.
+    Make a policy that searches and reads the plain encyclopedia without mistakes. An existing policy is reused.
 
     Args:
         seed (`int`):
-            Seed of the weights and of the demonstrations.
+            Seed of the weights and the demonstrations.
         folder (`Path`):
-            Where policies are kept.
+            Folder of the policies.
 
     Returns:
         `Path`: The folder of the policy.
@@ -132,15 +132,15 @@ def make_strong(seed: int, folder: Path) -> Path:
 
 def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
     """
-    The policy that training starts from. What has been made before is not made again.
+    Make the policy that training starts from. An existing policy is reused.
 
     Args:
         regime ([`Regime`]):
             The regime.
         seed (`int`):
-            Seed of the weights and of the demonstrations.
+            Seed of the weights and the demonstrations.
         folder (`Path`):
-            Where policies are kept.
+            Folder of the policies.
 
     Returns:
         `Path`: The folder of the policy.
@@ -151,20 +151,26 @@ def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(make_strong(seed, folder))
         worlds = [regime.make_world(1_000_000 * (seed + 1) + i) for i in range(WORLDS + 1)]
         if regime.make_world is not plain_world:
-            supervise(model, _show(tokenizer, worlds[:WORLDS], seed), steps=ADAPT_STEPS, learning_rate=1e-3, seed=seed)
+            supervise(
+                model, _demonstrate(tokenizer, worlds[:WORLDS], seed), steps=ADAPT_STEPS, learning_rate=1e-3, seed=seed
+            )
             questions = worlds[WORLDS].heldout_questions[:64]
             reached = answer_rate(sample(model, tokenizer, worlds[WORLDS], questions, greedy=True), questions)
             if reached < 0.7:
-                raise RuntimeError(f"The policy of seed {seed} did not learn to read the passages: {reached:.2f}.")
+                raise RuntimeError(
+                    f"The policy of seed {seed} did not learn to read the passages: it answers {reached:.0%} correctly."
+                )
         mistakes = {"wrong_query": regime.wrong_query, "wrong_answer": regime.wrong_answer}
-        shown = _show(tokenizer, worlds[:WORLDS], seed, **mistakes)
+        shown = _demonstrate(tokenizer, worlds[:WORLDS], seed, **mistakes)
         supervise(model, shown, steps=80, learning_rate=1e-3, seed=seed)
         _save(model, tokenizer, path)
     return path
 
 
-def _show(tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int, **mistakes: float) -> list[Trajectory]:
-    """Demonstrations of all questions of some worlds."""
+def _demonstrate(
+    tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int, **mistakes: float
+) -> list[Trajectory]:
+    """Demonstrate all questions of some worlds."""
     shown = []
     for i, world in enumerate(worlds):
         questions = [*world.train_questions, *world.heldout_questions]
@@ -174,7 +180,7 @@ def _show(tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int, **
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save under another name first: a policy that is there is complete. Of two processes the first one's stays."""
+    """Save a policy atomically. If another process saved it first, that policy is kept."""
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

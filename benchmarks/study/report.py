@@ -1,4 +1,4 @@
-"""The results as Markdown and as pictures. Every arm and every regime that was run is in them."""
+"""Report the results as Markdown tables and pictures, with every arm and every regime that was run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,18 +18,18 @@ from .analysis import (
 from .arms import ARMS, GRPO, TSPO
 from .regimes import REGIMES
 
-#: The arms that are drawn as curves; the others are grey.
+#: Colors of the arms that are drawn as curves. Other arms are grey.
 COLORS = {"grpo": "#c0504d", "merged": "#e0a030", "tspo": "#1b6ca8", "turn": "#3a9d5d"}
 Results = Mapping[str, Mapping[str, Mapping[int, Cell]]]  # regime -> arm -> seed -> cell
 
 
 def arrange(cells: Sequence[Cell]) -> Results:
     """
-    Cells by regime, arm and seed, in the order of the tables. An arm that equals another in a regime has its cells.
+    Arrange cells by regime, arm and seed, in the order of the tables. An arm with `same_as` gets the cells of that arm.
 
     Args:
         cells (`Sequence[Mapping]`):
-            What the files of the cells hold.
+            The content of the cells' files.
     """
     results: dict[str, dict[str, dict[int, Cell]]] = {}
     for name in REGIMES:
@@ -48,23 +48,23 @@ def arrange(cells: Sequence[Cell]) -> Results:
 
 
 def summaries(of_regime: Mapping[str, Mapping[int, Cell]]) -> dict[str, dict[int, Summary]]:
-    """The cells of a regime in numbers, by arm and seed."""
+    """Summarize the cells of a regime, by arm and seed."""
     target = half_of_the_error([cell for cells in of_regime.values() for cell in cells.values()])
     return {arm: {seed: summarize(c, target) for seed, c in cells.items()} for arm, cells in of_regime.items()}
 
 
 def paired(of_arm: Mapping[int, Summary], of_base: Mapping[int, Summary], name: str = "area") -> list[float]:
-    """An arm minus another, for each seed that both have."""
+    """Return the differences between an arm and a baseline arm, for each seed that both have."""
     return [getattr(of_arm[s], name) - getattr(of_base[s], name) for s in sorted(of_arm.keys() & of_base.keys())]
 
 
 def table(results: Results, regime: str) -> str:
     """
-    The arms of a regime as a Markdown table, under a line that says where training starts.
+    Format the arms of a regime as a Markdown table, below a line with the initial measures.
 
     Args:
         results (`Mapping`):
-            See [`arrange`].
+            The arranged results, see [`arrange`].
         regime (`str`):
             Key of `REGIMES`.
     """
@@ -92,14 +92,14 @@ def table(results: Results, regime: str) -> str:
             steps = f"{middle:.0f}" if middle < float("inf") else "-"
             if len(reached) < len(values):
                 steps += f" ({len(reached)}/{len(values)})"
-        own = arm == GRPO or not differences
+        no_baseline = arm == GRPO or not differences
         row = [
             ARMS[arm].title,
             _with_interval(mean_interval([v.em for v in values])),
             f"{np.mean([v.hit for v in values]):.3f}",
             _with_interval(mean_interval([v.area for v in values])),
-            "" if own else _with_interval(mean_interval(differences), signed=True),
-            "" if own else f"{sum(d > 0 for d in differences)}/{len(differences)}",
+            "" if no_baseline else _with_interval(mean_interval(differences), signed=True),
+            "" if no_baseline else f"{sum(d > 0 for d in differences)}/{len(differences)}",
             steps,
             f"{np.mean([v.drop for v in values]):.3f}",
             f"{np.mean([v.all_wrong for v in values]):.2f}",
@@ -112,11 +112,11 @@ def table(results: Results, regime: str) -> str:
 
 def choice_table(results: Results) -> str:
     """
-    Every arm against TSPO as it is by default, in the mean exact match of the steps: what the defaults are chosen by.
+    Compare every arm with TSPO's defaults in the mean exact match of the steps. The defaults are chosen by this table.
 
     Args:
         results (`Mapping`):
-            See [`arrange`].
+            The arranged results, see [`arrange`].
     """
     numbers = {regime: summaries(of_regime) for regime, of_regime in results.items()}
     lines = [
@@ -142,30 +142,32 @@ def choice_table(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """All tables."""
+    """Format all tables."""
     return "\n\n".join([choice_table(results), *(table(results, regime) for regime in results)]) + "\n"
 
 
 def _with_interval(values: tuple[float, float, float], *, signed: bool = False) -> str:
+    """Format a mean with its interval."""
     mean, low, high = values
     form = "+.3f" if signed else ".3f"
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _share(values: Sequence[float]) -> str:
+    """Format the mean of the values that are not NaN."""
     known = [value for value in values if value == value]
     return f"{np.mean(known):.2f}" if known else "-"
 
 
 def draw_curves(results: Results, path: Path) -> None:
     """
-    Exact match and found answers against steps: means of the seeds with their 95 % bootstrap intervals.
+    Draw exact match and found answers against steps, as means over seeds with 95 % bootstrap intervals.
 
     Args:
         results (`Mapping`):
-            See [`arrange`].
+            The arranged results, see [`arrange`].
         path (`Path`):
-            The picture to write.
+            The image file to write.
     """
     import matplotlib
 
@@ -204,13 +206,13 @@ def draw_curves(results: Results, path: Path) -> None:
 
 def draw_differences(results: Results, path: Path) -> None:
     """
-    Every arm minus GRPO in the mean exact match of the steps: a dot for each seed, the mean and its interval.
+    Draw the mean exact match of the steps of every arm minus GRPO: one dot per seed, the mean and its interval.
 
     Args:
         results (`Mapping`):
-            See [`arrange`].
+            The arranged results, see [`arrange`].
         path (`Path`):
-            The picture to write.
+            The image file to write.
     """
     import matplotlib
 
