@@ -1,4 +1,4 @@
-"""Rollouts on disk: JSONL, one line a rollout, a row of files for each process that stays within a bound."""
+"""The log of rollouts: JSONL files with one line per rollout, a numbered series for each process, limited in size."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from ..support.files import replace_file
 from .facts import RolloutFacts
 from .trajectory import Trajectory
 
-# The options that explain why a turn was rewarded
+# The options that determine turn rewards
 _SETTINGS = (
     "advantage_level",
     "turn_baseline",
@@ -29,8 +29,8 @@ _SETTINGS = (
     "max_searches",
     "mask_truncated_completions",
 )
-_PARTS = 32  # a bound is spent on at most this many files, half of them recent
-_NUMBER = re.compile(r"\.(\d{5,})$")  # of a file, before its ".jsonl"; the first has none
+_PARTS = 32  # maximum number of files of a log, half of them recent
+_NUMBER = re.compile(r"\.(\d{5,})$")  # before ".jsonl"; the first file has no number
 
 
 def rollout_record(
@@ -48,7 +48,7 @@ def rollout_record(
     rollout: int,
 ) -> dict[str, Any]:
     """
-    One line of the log: a rollout and why its turns were rewarded.
+    Make a record for the log: a rollout with its rewards and advantages.
 
     Args:
         trajectory ([`Trajectory`]):
@@ -56,26 +56,26 @@ def rollout_record(
         row (`Mapping`):
             The row of the data set, with `question` and `golden_answers`.
         rewards (`Sequence[float]`):
-            What the reward functions gave, NaN for none.
+            The rewards of the reward functions, NaN if a function gave none.
         outcome (`float`):
-            Their weighted sum, NaN if unscorable.
+            The weighted sum of the rewards, NaN if the rollout cannot be scored.
         facts ([`RolloutFacts`]):
             The facts of the rollout.
         turn_rewards (`Sequence[float]`):
-            At least K values; those after the K-th are left out.
+            At least K values; only the first K are written.
         turn_advantages (`Sequence[float]`):
-            Likewise.
+            At least K values; only the first K are written.
         reward_names (`Sequence[str]`):
             The names of the reward functions.
         step (`int`):
-            The optimizer steps made before the rollout was sampled.
+            The number of optimizer steps before the rollout was sampled.
         group (`int`):
-            Which group of the step it belongs to.
+            The index of the group in the step.
         rollout (`int`):
-            Its place in the group.
+            The index of the rollout in the group.
 
     Returns:
-        `dict`: The record. NaN becomes `None`: JSON has no NaN.
+        `dict`: The record, with `None` for NaN, because JSON has no NaN.
     """
     num_turns = len(trajectory.turns)
     return {
@@ -100,30 +100,30 @@ def _nan_to_none(values: Sequence[float]) -> list[float | None]:
 
 def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_bytes: int | None = None) -> None:
     """
-    Append rollouts to a log, in one write, so that a killed run leaves at most one incomplete line.
+    Append rollouts to a log in one write, so that a killed run leaves at most one incomplete line.
 
-    With a bound, the log continues in another file (`train.jsonl`, `train.00001.jsonl`, `train.00002.jsonl`, …) whenever
-    one is 1/32 of it. When there are too many, the recent half of the bound stays complete and what is before is thinned
-    evenly: every 2nd file, every 4th, every 8th … So one sees what the policy does now and how it came there from the
-    first step, where dropping the oldest would lose the beginning. Which files stay depends on their numbers alone, so a
-    run that was killed and resumed ends with the same files as one that was not (unless it writes more than half of the
-    bound between two checkpoints, or more than 1/32 of it at once).
+    With `max_bytes`, the log is a series of files (`train.jsonl`, `train.00001.jsonl`, `train.00002.jsonl`, …), each of at
+    most 1/32 of `max_bytes`. If the files are too large together, the recent half stays complete, and earlier files are
+    thinned evenly: every 2nd file stays, or every 4th, every 8th … This keeps the whole history of the policy; deleting the
+    oldest files would lose its beginning. The numbers of the files alone determine which of them stay. Therefore a run that
+    was killed and resumed ends with the same files as an uninterrupted run (unless it writes more than half of `max_bytes`
+    between two checkpoints, or more than 1/32 of it at once).
 
     Args:
         path (`str` or `Path`):
-            The first file; its folder is made.
+            The first file of the log. Its folder is created if necessary.
         records (`Iterable[dict]`):
-            What to write: the trajectory under `"trajectory"` and anything else that JSON can hold.
+            The records: the trajectory under `"trajectory"`, and any other values that JSON supports.
         max_bytes (`int`, *optional*):
-            Maximum size of the files of the log together. The newest file stays even if it alone is larger. `None` keeps all
-            in one file.
+            Maximum size of all files of the log together. The newest file stays even if it is larger. With `None`, the log
+            is a single file without a limit.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False, default=_dataclass_fields) + "\n" for record in records]
-    # A lone surrogate (JSON allows it, UTF-8 does not) stays an escape
+    # A lone surrogate stays an escape: JSON allows it, UTF-8 does not
     data = "".join(lines).encode("utf-8", errors="backslashreplace")
-    # Choose the file: the newest one, or the next number where that one is full
+    # Choose the file: the newest one, or the next number if the newest is full
     newest = next(reversed(log_files(path)), path)
     if max_bytes is not None and newest.is_file():
         size = newest.stat().st_size
@@ -131,7 +131,7 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
             newest = path.with_name(f"{path.stem}.{_number(newest) + 1:05d}.jsonl")
     # Append in one write
     with newest.open("ab") as file:
-        if file.tell() and not _ends_with_newline(newest):  # a run that was killed may have left half a line
+        if file.tell() and not _ends_with_newline(newest):  # a killed run may have left half a line
             file.write(b"\n")
         file.write(data)
     if max_bytes is not None:
@@ -139,7 +139,7 @@ def append_rollouts(path: str | Path, records: Iterable[dict[str, Any]], *, max_
 
 
 def _dataclass_fields(value: Any) -> dict[str, Any]:
-    """A trajectory, a turn or a passage; `asdict` would copy every token of it."""
+    """The fields of a trajectory, a turn or a passage; `asdict` would copy every token."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -151,14 +151,14 @@ def _ends_with_newline(path: Path) -> bool:
 
 def log_files(path: str | Path) -> list[Path]:
     """
-    The files of a log that [`append_rollouts`] has written, oldest first.
+    List the files of a log that [`append_rollouts`] wrote, oldest first.
 
     Args:
         path (`str` or `Path`):
-            Its first file, which need not be there.
+            The first file of the log. It does not have to exist.
 
     Returns:
-        `list[Path]`: Those that are there.
+        `list[Path]`: The existing files.
     """
     path = Path(path)
     return [file for file in _in_order(path.parent.glob("*.jsonl")) if _first_file(file) == path]
@@ -183,12 +183,12 @@ def _drop_files(path: Path, max_bytes: int) -> None:
     half = _PARTS // 2
     while True:
         recent, stride = newest - half, 1
-        while recent >= half * stride:  # the multiples of the stride from 0 to `recent` must be `half` at most
+        while recent >= half * stride:  # at most `half` multiples of the stride may lie between 0 and `recent`
             stride *= 2
         kept = {number for number in sizes if number > recent or number % stride == 0}
         if half == 1 or sum(sizes[number][1] for number in kept) <= max_bytes:
             break
-        half //= 2  # only where single writes are larger than 1/32 of the bound
+        half //= 2  # only if single writes are larger than 1/32 of `max_bytes`
     if sum(sizes[number][1] for number in kept) > max_bytes:
         kept = {newest}
     for number in sizes.keys() - kept:
@@ -197,7 +197,7 @@ def _drop_files(path: Path, max_bytes: int) -> None:
 
 def find_logs(folder: str | Path) -> list[Path]:
     """
-    The files with rollouts of a run.
+    Find the log files of a run.
 
     Args:
         folder (`str` or `Path`):
@@ -207,7 +207,7 @@ def find_logs(folder: str | Path) -> list[Path]:
         `list[Path]`: The files, grouped by process, oldest first.
 
     Raises:
-        `FileNotFoundError`: If there are none.
+        `FileNotFoundError`: If there is no log file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -216,18 +216,18 @@ def find_logs(folder: str | Path) -> list[Path]:
         if files := _in_order(place.glob("*.jsonl")):
             return files
     raise FileNotFoundError(
-        f"There are no rollouts in {str(folder)!r}: neither trajectories/*.jsonl nor *.jsonl. They are written by a "
-        "`TSPOTrainer` with `log_trajectories=True`, from its first step on."
+        f"There are no rollouts in {str(folder)!r}: neither trajectories/*.jsonl nor *.jsonl exists. A `TSPOTrainer` with "
+        "`log_trajectories=True` writes them from its first step on."
     )
 
 
 def write_settings(folder: str | Path, args: Any) -> None:
     """
-    Write beside the rollouts, as `settings.json`, how their turns were rewarded.
+    Write the settings of turn rewards to `settings.json`, beside the rollouts.
 
     Args:
         folder (`str` or `Path`):
-            The folder `trajectories` of the run; it is made.
+            The folder `trajectories` of the run. It is created if necessary.
         args ([`TSPOConfig`]):
             The configuration.
     """
@@ -239,14 +239,14 @@ def write_settings(folder: str | Path, args: Any) -> None:
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """
-    Read what [`write_settings`] wrote.
+    Read the settings that [`write_settings`] wrote.
 
     Args:
         folder (`str` or `Path`):
             The folder `trajectories` of the run.
 
     Returns:
-        `dict`: The settings, empty if there are none: older versions wrote none.
+        `dict`: The settings; empty if there are none, because older versions did not write them.
 
     Raises:
         `ValueError`: If the file cannot be read.
@@ -265,20 +265,20 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """
-    Read rollouts back. Lines that are not rollouts are skipped and reported.
+    Read rollouts. Lines that are not rollouts are skipped and reported.
 
     Args:
         path (`str` or `Path`):
             A file that [`append_rollouts`] wrote, the folder `trajectories` of a run, or the folder of the run.
         on_problem (`Callable[[str], None]`, *optional*):
-            Gets a message with file, line number and reason for each line that cannot be read. By default it is a
-            warning.
+            Called for each line that cannot be read, with a message that has file, line number and reason. By default, a
+            warning is issued.
 
     Yields:
         `dict`: The records, with a [`Trajectory`] under `"trajectory"`.
 
     Raises:
-        `FileNotFoundError`: If there is no such file, or no rollouts in the folder.
+        `FileNotFoundError`: If the file does not exist, or the folder has no rollouts.
     """
     path = Path(path)
     report = on_problem or (lambda message: warnings.warn(message, stacklevel=3))
@@ -307,7 +307,7 @@ def parse_rollout(line: bytes) -> dict[str, Any]:
         `dict`: The record, with a [`Trajectory`] under `"trajectory"`.
 
     Raises:
-        `ValueError`: If it is not a rollout; the message says why.
+        `ValueError`: If the line is not a rollout; the message says why.
     """
     try:
         record = json.loads(line)

@@ -1,4 +1,4 @@
-"""The search loop: turns prompts into trajectories over an engine, a protocol and a retriever."""
+"""The search loop: turns prompts into trajectories with an engine, a protocol and a retriever."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _OpenRollout:
-    """A trajectory under way."""
+    """A rollout that has not ended."""
 
     number: int
     trajectory: Trajectory
@@ -46,7 +46,7 @@ class _SearchReply:
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """A call of the retriever under way."""
+    """A call of the retriever that has not ended."""
 
     items: list[_OpenRollout]
     queries: list[str]
@@ -55,14 +55,16 @@ class _Search:
 
 class SearchLoop:
     """
-    Turns prompts into trajectories: the model writes a turn, its search is executed, the passages are appended, and so
-    on until it answers.
+    Turns prompts into trajectories. The model writes a turn, the loop executes its search and appends the passages. This
+    repeats until the model answers.
 
-    With an engine that generates in rounds, all trajectories advance together: one batched generation, one batched
-    retrieval. With any other engine, a trajectory continues as soon as it has its passages. The retriever then runs in
-    a thread of its own, in parallel to the engine; each call takes all queries that are waiting. Of a trajectory with N = `max_searches`, the first N turns may search (an invalid action costs a turn
-    too); the turn after them is final, and a search in it is not executed. Tokens are appended as they were sampled:
-    nothing is decoded and encoded again.
+    With N = `max_searches`, the first N turns of a trajectory may search; an invalid action counts as one of these turns.
+    The next turn is final: a search in it is not executed. Tokens are appended as they were sampled. They are never decoded
+    and encoded again.
+
+    With an engine that generates in rounds, all trajectories advance together: one batched generation, then one batched
+    retrieval. With other engines, a trajectory continues as soon as it has its passages. The retriever then runs in its own
+    thread, in parallel with the engine, and each call takes all waiting queries.
 
     Args:
         engine ([`Engine`]):
@@ -72,14 +74,14 @@ class SearchLoop:
         protocol ([`SearchProtocol`]):
             Reads actions and writes observations.
         eos_token_ids (`Sequence[int]`):
-            Tokens by which the model ends its message.
+            The tokens that end a message of the model.
         limits ([`SearchLimits`], *optional*):
             The limits of turns, queries, observations and completions. Defaults to those of a new [`SearchLimits`].
         max_context_length (`int`, *optional*):
-            Maximum number of tokens of prompt and completion together, usually the model's largest number of positions.
+            Maximum number of tokens of prompt and completion together, usually the number of positions of the model.
 
     Raises:
-        `ValueError`: If `max_observation_tokens` is less than an observation of this protocol needs.
+        `ValueError`: If `max_observation_tokens` is too small for an observation of the protocol.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class SearchLoop:
         if limits.max_searches and limits.max_observation_tokens < protocol.min_observation_tokens:
             raise ValueError(
                 f"`max_observation_tokens` must be at least {protocol.min_observation_tokens}, got "
-                f"{limits.max_observation_tokens}: what opens and closes an observation counts too."
+                f"{limits.max_observation_tokens}: the opening and the closing of an observation count too."
             )
         self.engine = engine
         self.retriever = retriever
@@ -114,17 +116,18 @@ class SearchLoop:
                 B prompts of token ids. Repeat a prompt to get several trajectories of it.
 
         Returns:
-            `tuple[list[Trajectory], RolloutStats]`: B trajectories in the order of the prompts, and what they cost.
+            `tuple[list[Trajectory], RolloutStats]`: B trajectories in the order of the prompts, and the time and searches
+                that they took.
 
         Raises:
-            `ValueError`: If a prompt leaves no room for a completion within `max_context_length`.
+            `ValueError`: If a prompt is too long for a completion within `max_context_length`.
         """
         stats = RolloutStats()
         items = [
             _OpenRollout(i, Trajectory(prompt_ids=list(ids)), self._limit(ids)) for i, ids in enumerate(prompt_ids)
         ]
         found: dict[str, list[Passage]] = {}  # passages by query, for all trajectories of this call
-        waiting: list[_OpenRollout] = []  # for passages
+        waiting: list[_OpenRollout] = []  # waiting for passages
         search: _Search | None = None
         with self.engine.session(), self._searcher() as call:
             # Submit the first turns
@@ -174,7 +177,7 @@ class SearchLoop:
 
     @contextmanager
     def _searcher(self) -> Iterator[Callable[..., Future[_SearchReply]]]:
-        """Calls of the retriever: in this thread, or in a separate one where the engine runs in parallel."""
+        """A function that calls the retriever: in this thread, or in another one if the engine runs in parallel."""
         if self.engine.in_rounds:
             yield _call
             return
@@ -189,7 +192,7 @@ class SearchLoop:
         self.engine.submit(item.number, context, min(self.limits.max_turn_tokens, item.room))
 
     def _collect(self, items: list[_OpenRollout], stats: RolloutStats, *, wait: bool) -> list[_OpenRollout]:
-        """The trajectories that have a new turn."""
+        """Collect turns from the engine; return the rollouts that have a new turn."""
         start = time.perf_counter()
         written = self.engine.collect(wait=wait)
         stats.generate_seconds += time.perf_counter() - start
@@ -213,7 +216,7 @@ class SearchLoop:
         return [items[number] for number, _ in written]
 
     def _advance(self, item: _OpenRollout) -> bool:
-        """End the trajectory, append a hint, or return `True` if its search is to be executed."""
+        """End the trajectory, append a hint, or return `True` if the loop must execute a search."""
         trajectory = item.trajectory
         turn = trajectory.turns[-1]
         final = len(trajectory.turns) > self.limits.max_searches
@@ -242,19 +245,19 @@ class SearchLoop:
             found = self.retriever.search(queries, self.limits.num_passages)
             if len(found) != len(queries):
                 raise RetrievalError(f"asked for {len(queries)} queries, got {len(found)} results", "reply")
-            # A score of another type (NumPy's) would not be the same after it was written down and read
+            # Scores of NumPy would have another type after they are logged and read
             results = [
                 [replace(p, score=float(p.score)) for p in passages[: self.limits.num_passages]] for passages in found
             ]
         except RetrievalLogError:
             raise
-        except Exception as error:  # whatever a retriever raises must not lose the rollouts of this step
+        except Exception as error:  # an error of a retriever must not lose the rollouts of this step
             failure = error
             logger.warning("%r failed to search: %r", self.retriever, error)
         return _SearchReply(results, failure, time.perf_counter() - start)
 
     def _finish(self, search: _Search, found: dict[str, list[Passage]], stats: RolloutStats) -> list[_OpenRollout]:
-        """Wait for a search and keep the passages found; return the trajectories that continue."""
+        """Wait for a search and keep the passages found; return the rollouts that continue."""
         reply = search.reply.result()
         stats.latencies.append(reply.seconds)
         stats.queries += len(search.queries)
@@ -271,7 +274,7 @@ class SearchLoop:
 
     def _observe(self, item: _OpenRollout, passages: list[Passage]) -> None:
         turn = item.trajectory.turns[-1]
-        budget = min(self.limits.max_observation_tokens, item.room - 1)  # the next turn has at least one token
+        budget = min(self.limits.max_observation_tokens, item.room - 1)  # room for at least one token of the next turn
         closing = self.protocol.closing_ids(turn.token_ids)
         observation = self.protocol.observe(passages, budget - len(closing))
         turn.observation_ids, turn.passages = closing + observation.token_ids, observation.passages

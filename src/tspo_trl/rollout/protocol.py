@@ -1,7 +1,7 @@
-"""How an action is written and read, and how an observation is shown to the model.
+"""The base class of protocols: the prompt, the action of a turn, and the observation after it.
 
-Model-written text is only read here, never changed: tokens stay exactly as they were sampled. Foreign text (passages) is
-only written here: it cannot become a control token, close its block, ask for a search or answer for the model.
+A protocol reads the text of the model and never changes it: tokens stay exactly as they were sampled. It writes foreign
+text (passages) so that a passage cannot become a control token, close its block, ask for a search or answer for the model.
 """
 
 import re
@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ..retrieval.base import Passage
 from .trajectory import Action
 
-# C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (which cannot be encoded)
+# C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_CHARS_PER_TOKEN = 64  # no need to encode more of a passage than its budget could ever hold
+_CHARS_PER_TOKEN = 64  # a longer passage is cut before it is encoded: its budget cannot hold more
 
 NOTHING_FOUND = "Nothing was found."
 
@@ -26,13 +26,13 @@ NOTHING_FOUND = "Nothing was found."
 @dataclass(frozen=True, slots=True)
 class Observation:
     """
-    What is appended after a turn.
+    An observation: the tokens appended after a turn.
 
     Args:
         token_ids (`list[int]`):
             The O tokens.
         passages (`list[Passage]`):
-            The passages as they were shown: titles and texts neutralised, and cut where the budget ended.
+            The passages as shown to the model: titles and texts are neutralised, and cut at the budget.
     """
 
     token_ids: list[int]
@@ -41,32 +41,32 @@ class Observation:
 
 class SearchProtocol(ABC):
     """
-    How actions are written and read, and how passages are shown. What all protocols share is here: budgets, and passages
-    that stay text.
+    Base class of protocols. A protocol writes prompts, reads actions and shows passages. This class has the code that all
+    protocols share: budgets, and the encoding of passages as plain text.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of the model.
         max_searches (`int`, *optional*, defaults to `4`):
-            Told to the model in the prompt.
+            Maximum number of searches, as stated in the prompt.
         opening (`str`, *optional*, defaults to `""`):
-            What an observation begins with.
+            Text at the beginning of an observation.
         closing (`str`, *optional*, defaults to `""`):
-            What an observation ends with. A line feed at its beginning is that of the last passage.
+            Text at the end of an observation. A line feed at its beginning ends the last passage.
         tags (`Sequence[str]`, *optional*, defaults to `()`):
-            Names of tags that mean something to the model or the parser: passages cannot hold them.
+            Names of the tags that the model or the parser reads. They are replaced in passages.
         prompt_template (`str`, *optional*):
-            What prompts are written from, with `{question}` and, if wanted, `{max_searches}` in it. Defaults to the
-            protocol's own.
+            Template of the prompts, with `{question}` and optionally `{max_searches}`. Defaults to the template of the
+            protocol.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            What else the chat template gets, for instance `{"enable_thinking": False}`.
+            Additional arguments of the chat template, for instance `{"enable_thinking": False}`.
     """
 
     #: A turn ends as soon as its text ends with one of these, or with an end-of-sequence token.
     stop_strings: tuple[str, ...] = ()
     #: The schemas of the tools that the chat template writes into the prompt.
     tools: tuple[dict[str, Any], ...] = ()
-    #: What prompts are written from unless another template is given.
+    #: The default template of the prompts.
     default_prompt_template: str
 
     def __init__(
@@ -85,23 +85,23 @@ class SearchProtocol(ABC):
         self.prompt_template = self.default_prompt_template if prompt_template is None else prompt_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._open = self._encode(opening)
-        # Passages end their lines. Tokenizers join a line feed to what is before it, so that the closing is encoded
-        # without it; a passage that is cut has lost its own.
+        # A passage ends with a line feed. Tokenizers join it to the text before it, so the closing is encoded without it.
+        # A passage that is cut has no line feed: the closing after it is encoded with one.
         self._close, self._close_cut = self._encode(closing.removeprefix("\n")), self._encode(closing)
         self._line_end = "\n" if closing.startswith("\n") else ""
         self._nothing_found = self._encode(NOTHING_FOUND + self._line_end)
         self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
-        # Added tokens that are not special (Qwen3's <think>, <tool_response>…) are matched in any text, so they are
-        # broken up; special ones are split by the tokenizer itself.
+        # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
+        # are changed. Special tokens need no change: the tokenizer splits them.
         added = sorted((t for t in tokenizer.get_added_vocab() if len(t) > 1 and t.strip() == t), key=len, reverse=True)
         self._added_token = re.compile("|".join(map(re.escape, added))) if added else None
-        # The same passages come back for many rollouts of a group
+        # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)
 
     @abstractmethod
     def prompt(self, question: str) -> str | list[dict[str, str]]:
         """
-        The prompt for a question: a text or a conversation.
+        Write the prompt for a question: a text or a conversation.
 
         Args:
             question (`str`):
@@ -115,7 +115,7 @@ class SearchProtocol(ABC):
 
     def encode_prompts(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
         """
-        Prompts as the model reads them: a text as it is, a conversation by the chat template, with the schemas of the
+        Encode prompts. A text is encoded as it is. A conversation is encoded by the chat template, with the schemas of the
         tools and the beginning of the model's message.
 
         Args:
@@ -123,13 +123,13 @@ class SearchProtocol(ABC):
                 B texts or B conversations.
 
         Returns:
-            `list[list[int]]`: Their tokens.
+            `list[list[int]]`: B lists of tokens.
         """
         if isinstance(prompts[0], str):
             return self.tokenizer(text=list(prompts))["input_ids"]
         encoding: Any = self.tokenizer.apply_chat_template(
             list(prompts),  # type: ignore[arg-type]
-            tools=list(self.tools) or None,  # some templates write about tools where there is an empty list of them
+            tools=list(self.tools) or None,  # with an empty list, some templates write about tools
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -149,7 +149,7 @@ class SearchProtocol(ABC):
                 Whether the model ended its message (sampled an end-of-sequence token).
 
         Returns:
-            `tuple[str, str]`: The action and its stripped content: a query, an answer or `""`.
+            `tuple[str, str]`: The action, and its stripped content: a query, an answer or `""`.
         """
 
     @property
@@ -159,14 +159,14 @@ class SearchProtocol(ABC):
 
     def closing_ids(self, token_ids: Sequence[int]) -> list[int]:
         """
-        What is missing at the end of a turn before an observation may follow.
+        Tokens that must follow a turn before its observation, because the model did not sample them.
 
         Args:
             token_ids (`Sequence[int]`):
                 The T tokens of the turn.
 
         Returns:
-            `list[int]`: Tokens that begin the observation. They were not sampled.
+            `list[int]`: The tokens. They are the beginning of the observation.
         """
         return []
 
@@ -177,7 +177,7 @@ class SearchProtocol(ABC):
 
     def observation_text(self, observation_ids: Sequence[int]) -> str:
         """
-        What an observation says, for reward functions and logs.
+        The text of an observation, for reward functions and logs.
 
         Args:
             observation_ids (`Sequence[int]`):
@@ -189,12 +189,12 @@ class SearchProtocol(ABC):
         """
         Show passages to the model.
 
-        The budget is split evenly over the passages, what a short one leaves goes to the others; a passage over its
-        share is cut at its end. What closes the block is always there.
+        The budget is split evenly over the passages; tokens that a short passage does not need go to the others. A passage
+        that is longer than its share is cut at its end. The closing is never cut.
 
         Args:
             passages (`Sequence[Passage]`):
-                What a search returned, possibly nothing.
+                The passages of a search, possibly none.
             max_tokens (`int`):
                 The budget, opening and closing included; at least [`SearchProtocol.min_observation_tokens`].
 
@@ -261,7 +261,7 @@ class SearchProtocol(ABC):
         ids = encoding["input_ids"]
         if self.tokenizer.is_fast:
             spans = encoding["offset_mapping"]
-            # Several tokens may share a character: it is shown only when the last of them is
+            # Several tokens may share a character: it is shown only if all of them are
             nexts = [start for start, _ in spans[1:]] + [spans[-1][1]]
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
         else:
@@ -271,7 +271,7 @@ class SearchProtocol(ABC):
 
 @dataclass(frozen=True, slots=True)
 class _EncodedPassage:
-    """The tokens of a passage with its header, where each ends, and where title and text stand in the whole."""
+    """The tokens of a passage with its header, the end of each in characters, and the positions of title and text."""
 
     token_ids: list[int]
     ends: list[int]
@@ -281,7 +281,7 @@ class _EncodedPassage:
     text_start: int
 
     def as_shown(self, passage: Passage, num_tokens: int) -> Passage:
-        """The passage as far as its first tokens show it; the same object if all of it was shown unchanged."""
+        """The part of the passage in its first tokens; the same object if it is complete and unchanged."""
         end = self.ends[num_tokens - 1]
         title, text = self.title[: max(end - self.title_start, 0)], self.text[: max(end - self.text_start, 0)]
         if (title, text) == (passage.title, passage.text):
@@ -290,7 +290,7 @@ class _EncodedPassage:
 
 
 def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:
-    """Split a budget of tokens evenly; what the short ones leave goes to the long ones. Sums to at most `budget`."""
+    """Split a budget of tokens evenly; long passages get the tokens that short ones do not need."""
     shares = [0] * len(lengths)
     for done, i in enumerate(sorted(range(len(lengths)), key=lambda i: lengths[i])):
         shares[i] = min(lengths[i], (budget - sum(shares)) // (len(lengths) - done))

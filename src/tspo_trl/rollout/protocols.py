@@ -1,4 +1,4 @@
-"""The protocols by their names in a configuration."""
+"""The protocols by name, and the function that makes one."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -23,7 +23,7 @@ def make_protocol(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> SearchProtocol:
     """
-    The protocol of a name, for a tokenizer.
+    Make a protocol by its name.
 
     Args:
         name (`str`):
@@ -33,14 +33,14 @@ def make_protocol(
         max_searches (`int`):
             Maximum number of searches, as stated in the prompt.
         eos_token_ids (`Collection[int]`):
-            Tokens by which the model ends its message.
+            The tokens that end a message of the model.
         prompt_template (`str`, *optional*):
-            Template of the prompts, with `{question}` in it. Defaults to the protocol's own.
+            Template of the prompts, with `{question}` in it. Defaults to the template of the protocol.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            Further arguments of the chat template, for instance `{"enable_thinking": False}`.
+            Additional arguments of the chat template, for instance `{"enable_thinking": False}`.
 
     Raises:
-        `ValueError`: If the tokenizer cannot be used with this protocol; the message says why.
+        `ValueError`: If the tokenizer does not support the protocol; the message says why.
     """
     prompts: dict[str, Any] = {"prompt_template": prompt_template, "chat_template_kwargs": chat_template_kwargs}
     if name == "tool_call":
