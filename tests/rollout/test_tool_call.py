@@ -7,13 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import chat_template_utils as trl_templates
 
-from helpers.chats import (
-    CALL,
-    OTHER,
-    PROTOCOLS,
-    WELL,
-    make_chat,
-)
+from helpers.chats import CALL, OTHER, PROTOCOLS, WELL, make_chat
 from tspo_trl import ToolCallProtocol
 from tspo_trl.training.datasets import prepare_dataset
 

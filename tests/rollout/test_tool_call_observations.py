@@ -6,18 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers.chats import (
-    END,
-    FEW,
-    NAMES,
-    PROTOCOLS,
-    ROME,
-    TOKENIZERS,
-    WELL,
-    call_message,
-    encode,
-    render,
-)
+from helpers.chats import END, FEW, NAMES, PROTOCOLS, ROME, TOKENIZERS, WELL, call_message, encode, render
 from helpers.passages import HOSTILE, PASSAGES, ROOMY
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol
 from tspo_trl.rollout.protocol import NOTHING_FOUND
