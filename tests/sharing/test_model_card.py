@@ -108,7 +108,7 @@ def test_without_an_evaluation_training_metrics_are_labelled_as_such():
     log = [{"step": step, "reward": step / 100, "search/hit": 0.5} for step in range(1, 101)]
     card = make_card(log_history=log)
     assert card.data.eval_results is None
-    assert "No evaluation was run. On the training questions, the mean of the last 10 times" in card.text
+    assert "No evaluation was run. On the training questions, the mean of the last 10 log entries" in card.text
     assert "| Reward | 0.955 |" in collapsed(card.text)
     assert "## Results" not in make_card().text
 
