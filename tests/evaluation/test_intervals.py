@@ -1,4 +1,4 @@
-"""Intervals and tests, compared with enumeration and known values."""
+"""Confidence intervals and significance tests, compared with enumeration and known values."""
 
 from fractions import Fraction
 from itertools import combinations, product
@@ -74,7 +74,7 @@ def test_mcnemar_is_the_binomial_test(first, second):
     assert mcnemar_test(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)))
 
 
-def test_mcnemar_has_the_published_values():
+def test_mcnemar_equals_published_values():
     assert mcnemar_test(5, 15) == pytest.approx(0.04139, abs=1e-5)  # R: binom.test(5, 20)
     assert mcnemar_test(20_000, 20_800) < 1e-4  # powers of 0.5 that underflow a float
 

@@ -1,4 +1,4 @@
-"""Records of rollouts, as a training run writes them."""
+"""Records of rollouts in the format of a training run."""
 
 from tspo_trl import Passage, Trajectory, Turn
 from tspo_trl.credit import first_occurrence
@@ -46,7 +46,7 @@ def record(turns, rewards, advantages, *, outcome=0.0, golds=("Oslo",), status="
 
 
 def rescued_group(step=0, group=0):
-    """Two rollouts, both wrong; the second finds the answer in its first turn."""
+    """Two incorrect rollouts. The second one finds the answer in its first turn."""
     z = 0.5 / (2**0.5 * 0.25 + 1e-4) / 2
     return [
         record([search("her", "nothing"), answer("Rome")], [0.0, 0.0], [-z, 0.0], place=(step, group, 0)),

@@ -1,4 +1,4 @@
-"""Run by test_hub.py in processes of their own, with their own environment: `push` trains and pushes, `use` downloads."""
+"""Run by test_hub.py in separate processes: `push` trains and pushes, `use` downloads and answers questions."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def rows(questions):
 
 
 def length_reward(completions, **kwargs):
-    """Never the same for a whole group, so that every step changes the model."""
+    """Varies within every group, so that every step changes the weights."""
     return [len(completion) / 100 + index % 4 for index, completion in enumerate(completions)]
 
 
@@ -87,7 +87,7 @@ def fail(*failures):
 
 
 def attempt(push, folder):
-    """The error of a push, and what is in the folder of the run."""
+    """The error of a push, and the files in the folder of the run."""
     try:
         push()
     except RuntimeError as error:
@@ -110,7 +110,7 @@ def push(policy, folder):
 
     AutoModelForCausalLM.from_pretrained(policy).push_to_hub("user/base")
     AutoTokenizer.from_pretrained(policy).push_to_hub("user/base")
-    # Nothing may be lost: neither when the repository cannot be created, nor when the commit fails
+    # Nothing may be lost if the repository cannot be created or the commit fails
     trainer = make_trainer(folder / "adapter", "user/base", lora=True)
     trainer.train()
     fail(("/api/repos/create", 401))
@@ -126,9 +126,9 @@ def push(policy, folder):
     )
     fail(("/api/models/user/steps/commit/", 403))
     trainer.train()
-    results["unheard"] = warnings.getvalue()
+    results["warnings"] = warnings.getvalue()
     fail()
-    trainer.train(resume_from_checkpoint=True)  # nothing is left to train
+    trainer.train(resume_from_checkpoint=True)  # no steps are left
     trainer.args.max_steps = 3
     trainer.train(resume_from_checkpoint=True)
     results["steps"] = answers(in_memory(trainer))
@@ -157,7 +157,7 @@ def use(policy, folder):
         exec(snippet, {})
     results["snippet"] = printed.getvalue().splitlines()
 
-    # As on a node without network: a snapshot does not remember which files there are not
+    # As on a node without network: a snapshot does not record which files are missing from the repository
     constants.HF_HUB_CACHE = str(folder / "another-cache")
     snapshot_download("user/full")
     constants.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""The inspector: what it says of a turn follows from the record, and what it cannot read it names."""
+"""The inspector: explanations of turns follow from the record, and unreadable lines are reported."""
 
 import io
 import itertools
@@ -49,7 +49,7 @@ def run_dir(tmp_path):
         ("", ["a"], []),
     ],
 )
-def test_golden_answers_are_found_where_they_stand(text, golds, expected):
+def test_golden_answers_are_located_in_texts(text, golds, expected):
     assert [text[begin:end] for begin, end in find_answers(text, golds)] == expected
 
 
@@ -57,14 +57,14 @@ LETTERS = st.text(alphabet="aA tTheE nN.,'!-\n İΣß🙂", max_size=30)
 
 
 @given(LETTERS, st.lists(LETTERS, max_size=3))
-def test_what_is_marked_is_what_scoring_finds(text, golds):
+def test_marked_answers_are_those_that_scoring_finds(text, golds):
     found = find_answers(text, golds)
     assert bool(found) == contains_answer(text, golds)
     assert all(0 <= begin < end <= len(text) for begin, end in found)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
 
 
-def test_places_are_counted_as_javascript_does():
+def test_positions_are_counted_in_utf16_units():
     assert in_utf16("🙂 Oslo", [(2, 6)]) == [3, 7]
     assert in_utf16("a \ud800 b", [(2, 5)]) == [2, 5]
 
@@ -121,12 +121,12 @@ def test_other_settings_are_explained():
     assert "is 0.25 → advantage +0.25, made more likely" in reason
     reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS | {"scale_rewards": "batch"})[1]
     assert "divided by the deviation of the batch" in reason
-    # numbers that are not those of the settings are not explained away
+    # numbers that do not follow from the settings are reported as such
     reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS)[1]
     assert reason.startswith("Advantage +0.25, made more likely. That does not follow from the logged rewards alone")
 
 
-def test_turns_that_come_before_or_later_are_explained():
+def test_turns_before_and_after_the_first_occurrence_are_explained():
     turns = [search("one", "x"), search("two", "Oslo"), search("three", "Oslo again"), answer("Rome")]
     group = Group(0, [record(turns, [0.5, 0.5, 0.0, 0.0], [0.0] * 4)])
     before, there, later, _ = (explain_turn(group, 0, k, SETTINGS)[0] for k in range(4))
@@ -136,7 +136,7 @@ def test_turns_that_come_before_or_later_are_explained():
     assert explain_turn(group, 0, 3, SETTINGS)[1].startswith("The only turn 4 of the group, nothing to compare with")
 
 
-def test_what_earns_nothing_is_explained():
+def test_turns_without_a_reward_are_explained():
     guarded = record([search("Oslo", "Oslo"), answer("Rome")], [0.0, 0.0], [0.0, 0.0], credited_turn=None)
     assert "but `folr_guard` grants nothing" in explain_turn(Group(0, [guarded]), 0, 0, SETTINGS)[0]
     closed = record([search("is it", "yes"), answer("no")], [0.0, 0.0], [0.0, 0.0], golds=("yes",))
@@ -170,13 +170,13 @@ def test_every_number_of_a_real_run_is_explained(make_trainer):
 # --- reading a run
 
 
-def test_steps_are_numbers_and_ranges():
+def test_steps_are_parsed_from_numbers_and_ranges():
     assert parse_steps("0-2, 7") == {0, 1, 2, 7}
     with pytest.raises(ValueError, match=r"numbers and ranges such as '0-50,100', got 'x'"):
         parse_steps("1,x")
 
 
-def test_whole_steps_are_chosen_evenly_with_the_first_and_the_last(tmp_path):
+def test_shown_steps_are_complete_evenly_spaced_and_include_both_ends(tmp_path):
     file = tmp_path / "trajectories" / "train-rank000.jsonl"
     for step in range(20):
         append_rollouts(file, [*rescued_group(step), *mixed_group(step)])
@@ -192,16 +192,16 @@ def test_whole_steps_are_chosen_evenly_with_the_first_and_the_last(tmp_path):
         load_run(tmp_path, steps=[99])
 
 
-def test_batches_of_a_step_and_ranks_of_a_group_are_told_apart(tmp_path):
+def test_batches_of_a_step_are_separated_and_ranks_of_a_group_joined(tmp_path):
     first, second = rescued_group()
     for rank, rollout in enumerate((first, second)):
-        for _ in range(2):  # an evaluation numbers its groups anew in each batch
+        for _ in range(2):  # an evaluation restarts the numbers of its groups in each batch
             append_rollouts(tmp_path / "trajectories" / f"eval-rank{rank:03d}.jsonl", [rollout])
     groups = load_run(tmp_path).modes["eval"]
     assert [[record["rollout"] for record in group.rollouts] for group in groups] == [[0, 1], [0, 1]]
 
 
-def test_of_a_folder_that_was_used_twice_the_last_run_is_shown(tmp_path):
+def test_the_last_run_of_a_folder_is_shown(tmp_path):
     file = tmp_path / "trajectories" / "train-rank000.jsonl"
     for steps in (range(3), range(2)):
         for step in steps:
@@ -211,7 +211,7 @@ def test_of_a_folder_that_was_used_twice_the_last_run_is_shown(tmp_path):
     assert any("holds 2 runs (train): the last is shown, 6 rollouts of the others are not" in n for n in run.notes)
 
 
-def test_what_cannot_be_read_is_noted_and_the_rest_is_shown(run_dir):
+def test_unreadable_lines_are_noted_and_the_others_are_shown(run_dir):
     file = run_dir / "trajectories" / "train-rank000.jsonl"
     older = json.loads(file.read_text().split("\n")[0])
     del older["credited_turn"]
@@ -231,14 +231,14 @@ def test_what_cannot_be_read_is_noted_and_the_rest_is_shown(run_dir):
         assert any(part in note for note in run.notes), part
 
 
-def test_a_run_without_settings_says_so(run_dir):
+def test_missing_settings_are_noted(run_dir):
     (run_dir / "trajectories" / "settings.json").unlink()
     assert "How turns were rewarded is not written down" in load_run(run_dir).notes[0]
     (run_dir / "trajectories" / "settings.json").write_text("{")
     assert "settings.json cannot be read" in load_run(run_dir).notes[0]
 
 
-def test_nothing_to_show_is_a_clear_error(tmp_path, capsys):
+def test_missing_rollouts_are_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"no rollouts in .*log_trajectories=True"):
         main([str(tmp_path)])
     (tmp_path / "trajectories").mkdir()
@@ -250,10 +250,10 @@ def test_nothing_to_show_is_a_clear_error(tmp_path, capsys):
     assert "--max_rollouts must be at least 1, got 0" in capsys.readouterr().err
 
 
-# --- what is shown
+# --- output
 
 
-def test_the_view_holds_each_passage_once_and_the_curves(run_dir):
+def test_the_view_contains_each_passage_once_and_the_curves(run_dir):
     index, texts = describe(load_run(run_dir))
     steps = index["modes"]["train"]
     assert [step["step"] for step in steps] == [0, 1, 2]
@@ -338,12 +338,3 @@ def test_the_recipe_writes_a_page(run_dir, tmp_path, command):
     assert result.returncode == 0, result.stderr
     assert f"8 rollouts, 0.1 MB: {output}" in result.stdout
     assert output.read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def test_the_recipe_does_not_hide_the_inspect_of_python():
-    code = "import inspect, dataclasses; assert inspect.signature(dataclasses.field); print(inspect.__file__)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "recipes", capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    assert "recipes" not in result.stdout

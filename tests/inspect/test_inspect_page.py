@@ -1,4 +1,4 @@
-"""The page of the inspector in a real browser, opened from the disk."""
+"""The page of the inspector, opened as a file in a real browser."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.ha
 
 
 def evil_group(step):
-    """A page that wants to run a script, a failed search, an invalid turn, letters outside of the BMP."""
+    """A text that tries to run a script, a failed search, an invalid turn, letters outside the BMP."""
     hint = Turn(token_ids=[5], text="hmm <b>bold</b>", action="invalid", observation_ids=[6, 7])
     return [
         record(
@@ -58,7 +58,7 @@ def page_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        # no sandbox: in containers there is none
+        # containers do not provide a sandbox
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -66,7 +66,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, page_file):
-    """A function that opens the page; in the end nothing may have been requested or complained about."""
+    """A function that opens the page. Afterwards, the page must have made no requests and reported no errors."""
     complaints, requests, contexts = [], [], []
 
     def open_it(place="train/2/3/1", scheme="light", size=(1280, 900)):
@@ -91,7 +91,7 @@ def place(page):
     return page.evaluate("location.hash")
 
 
-def test_a_turn_says_why_it_was_rewarded(open_page):
+def test_a_turn_shows_the_reason_of_its_reward(open_page):
     page = open_page("train/0/1/2")
     assert page.title() == "run <b>&amp;: rollouts"
     turn = page.locator("#turn-0")
@@ -106,7 +106,7 @@ def test_a_turn_says_why_it_was_rewarded(open_page):
     assert "read, not trained: 5 tokens masked" in turn.locator(".seen header").text_content()
     assert page.locator(".tile").first.get_attribute("class") == "tile rescued"
     assert page.locator(".kind").text_content() == "all wrong, rescued"
-    # colour goes with the sign
+    # the colour depends on the sign
     colors = page.locator("tbody tr:first-child .cell").evaluate_all(
         "cells => cells.map((c) => getComputedStyle(c).backgroundColor)"
     )
@@ -115,21 +115,23 @@ def test_a_turn_says_why_it_was_rewarded(open_page):
     assert "half a line" in page.locator("#notes summary").text_content()
 
 
-def test_foreign_text_is_shown_as_text_and_never_runs(open_page, page_file):
+def test_foreign_text_is_shown_and_never_executed(open_page, page_file):
     page = open_page("train/2/3/1")
     assert page.locator("#group h2").text_content() == EVIL
     assert EVIL in page.locator("#turn-0 .passage").text_content()
-    assert page.locator("#turn-0 .passage mark").all_text_contents() == ["Oslo"]  # after letters of two units
+    assert page.locator("#turn-0 .passage mark").all_text_contents() == [
+        "Oslo"
+    ]  # the position is correct after letters of two UTF-16 units
     assert page.locator("#turn-1 .says").text_content() == f"<answer>{EVIL}</answer>"
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, main script, main b b").count() == 0
     assert "window.hacked" not in page_file.read_text(encoding="utf-8")
-    # and if something had slipped through, the policy of the page would not run it
+    # the policy of the page would also prevent scripts from running
     page.evaluate("document.body.append(Object.assign(document.createElement('p'), {innerHTML: 'x'}))")
     assert "unsafe-inline" not in page_file.read_text(encoding="utf-8")
 
 
-def test_trouble_is_labelled(open_page):
+def test_failures_and_invalid_turns_are_labelled(open_page):
     page = open_page("train/2/3/2")
     badges = page.locator("#rollout .badge").all_text_contents()
     assert badges == ["not scored", "retrieval failed", "invalid: no well-formed action", "search", "search timed out"]
@@ -137,11 +139,11 @@ def test_trouble_is_labelled(open_page):
     assert "Its text needs the tokenizer" in page.locator("#turn-0 .seen").text_content()
 
 
-def test_filters_find_rollouts_over_all_steps(open_page):
+def test_filters_find_rollouts_in_all_steps(open_page):
     page = open_page("train/0/1/1")
     page.locator("#filters").get_by_role("button", name="near miss").click()
     assert page.locator("#matches").text_content() == "14 rollouts in 6 steps"
-    assert place(page) == "#train/0/1/2"  # the first that matches
+    assert place(page) == "#train/0/1/2"  # the first match
     page.locator("#filters").get_by_role("button", name="failed retrieval").click()
     assert page.locator("#matches").text_content() == "0 rollouts in 0 steps"
     page.locator("#filters").get_by_role("button", name="near miss").click()
@@ -150,19 +152,21 @@ def test_filters_find_rollouts_over_all_steps(open_page):
     assert page.locator(".tile").count() == 1
     page.locator("#next").click()
     assert place(page) == "#train/4/3/2"
-    page.keyboard.press("n")  # round to the first
+    page.keyboard.press("n")  # after the last match, the first follows
     assert place(page) == "#train/2/3/2"
     page.keyboard.press("Escape")
     assert page.locator("#matches").text_content() == ""
     assert page.locator(".tile").count() == 3
 
 
-def test_search_looks_into_all_texts(open_page):
+def test_search_finds_all_texts(open_page):
     page = open_page("train/0/1/1")
     page.keyboard.press("/")
     page.keyboard.type("onERROR")
     page.keyboard.press("Enter")
-    assert page.locator("#matches").text_content() == "4 rollouts in 2 steps"  # both rollouts share the question
+    assert (
+        page.locator("#matches").text_content() == "4 rollouts in 2 steps"
+    )  # both rollouts of a group have the same question
     assert place(page) == "#train/2/3/1"
     page.locator("#search").fill("in oslo, 1900")  # only in a passage
     sync_api.expect(page.locator("#matches")).to_contain_text("6 rollouts in")
@@ -193,7 +197,7 @@ def test_the_keyboard_moves_through_the_run(open_page):
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     assert page.locator("#keys dt").count() == 10
-    page.keyboard.press("ArrowRight")  # not behind the help
+    page.keyboard.press("ArrowRight")  # ignored while the help is open
     assert place(page) == "#train/0/1/1"
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
@@ -205,7 +209,7 @@ def test_the_keyboard_moves_through_the_run(open_page):
     assert place(page) == "#train/5/2/1"
 
 
-def test_light_and_dark(open_page):
+def test_light_and_dark_themes(open_page):
     def background(page):
         return sum(
             map(
@@ -224,12 +228,12 @@ def test_light_and_dark(open_page):
 
 
 @pytest.mark.parametrize("size", [(400, 800), (820, 1100), (1920, 1080)])
-def test_no_viewport_scrolls_sideways(open_page, size):
+def test_no_viewport_scrolls_horizontally(open_page, size):
     page = open_page(size=size)
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 
-def test_many_rollouts_fit(make_trainer, browser, tmp_path):
+def test_page_of_many_rollouts_stays_small(make_trainer, browser, tmp_path):
     trainer = make_trainer(max_steps=4, num_generations=8, per_device_train_batch_size=32)
     trainer.train()
     run = load_run(trainer.args.output_dir)

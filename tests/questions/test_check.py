@@ -1,4 +1,4 @@
-"""The check of a row: training, evaluation and the audit refuse the same rows with the same words."""
+"""The check of a row: training, evaluation and the audit refuse the same rows with the same message."""
 
 import pytest
 from datasets import Dataset
@@ -30,20 +30,20 @@ def test_good_rows_pass(golden_answers):
         ({"question": 7}, "row: 'question' must be a non-empty string, found 7."),
     ],
 )
-def test_bad_rows_are_named(change, message):
+def test_bad_rows_are_reported(change, message):
     with pytest.raises(ValueError, match=r"^row: ") as error:
         check_row({**GOOD, **change}, "row")
     assert str(error.value) == message
 
 
-def test_a_question_beside_a_prompt_is_a_string():
+def test_a_question_with_a_prompt_must_be_a_string():
     check_row({**GOOD, "question": " "}, "row", needs_question=False)
     with pytest.raises(ValueError, match="row: 'question' must be a string, found 7"):
         check_row({**GOOD, "question": 7}, "row", needs_question=False)
 
 
 @pytest.mark.parametrize("change", [{"golden_answers": []}, {"question": " "}])
-def test_training_evaluation_and_audit_say_the_same(change, tmp_path, policy_dir, retriever):
+def test_training_evaluation_and_audit_report_the_same_message(change, tmp_path, policy_dir, retriever):
     rows = [GOOD, {**GOOD, **change}]
     with pytest.raises(ValueError, match="row") as expected:
         check_row(rows[1], "`mine`, row 1")

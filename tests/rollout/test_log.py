@@ -1,4 +1,4 @@
-"""The log of rollouts: what is written can be read back, and a bad line is named."""
+"""The log of rollouts: records are read back unchanged, and bad lines are reported with file and line."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def test_a_record_holds_the_rollout_and_its_credit():
     }
 
 
-def test_occurrence_and_credit_may_differ_and_none_is_none():
+def test_occurrence_and_credit_may_differ_or_be_none():
     record = make_record(facts={"occurrence": 0, "credited": 1})
     assert (record["first_occurrence"], record["credited_turn"]) == (0, 1)
     record = make_record(facts={"occurrence": 1, "credited": -1})
@@ -121,7 +121,7 @@ def test_other_values_of_a_record_are_kept(tmp_path):
     assert next(read_rollouts(tmp_path / "log.jsonl"))["note"] == [1, "x"]
 
 
-def test_turns_that_were_never_sampled_with_logprobs_read_back(tmp_path):
+def test_turns_without_logprobs_are_read_back(tmp_path):
     trajectory = Trajectory(prompt_ids=[], turns=[Turn(token_ids=[1], retrieval="timeout")], status="retrieval_failed")
     append_rollouts(tmp_path / "log.jsonl", [make_record(trajectory)])
     assert next(read_rollouts(tmp_path / "log.jsonl"))["trajectory"] == trajectory
@@ -130,7 +130,7 @@ def test_turns_that_were_never_sampled_with_logprobs_read_back(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        '{"step": 1, "trajectory": {"prompt_ids": [1], "turns"',  # what a killed run leaves
+        '{"step": 1, "trajectory": {"prompt_ids": [1], "turns"',  # left by a killed run
         "not json",
         "",
         "[1, 2]",
@@ -146,7 +146,7 @@ def test_turns_that_were_never_sampled_with_logprobs_read_back(tmp_path):
         '{"trajectory": {"prompt_ids": [1], "turns": [{"token_ids": [1], "passages": ["x"]}], "status": "answered"}}',
     ],
 )
-def test_a_bad_line_is_passed_over_and_named_by_file_and_line(tmp_path, line):
+def test_a_bad_line_is_skipped_and_reported_with_file_and_line(tmp_path, line):
     path = tmp_path / "rank_0.jsonl"
     append_rollouts(path, [make_record()])
     with path.open("a", encoding="utf-8") as file:
@@ -160,7 +160,7 @@ def test_a_bad_line_is_passed_over_and_named_by_file_and_line(tmp_path, line):
     assert problems == [str(warned[0].message)]
 
 
-def test_half_a_line_at_the_end_says_what_it_may_be(tmp_path):
+def test_warning_of_an_incomplete_last_line_names_its_possible_causes(tmp_path):
     path = tmp_path / "log.jsonl"
     append_rollouts(path, [make_record(), make_record()])
     path.write_bytes(path.read_bytes()[:-40])
@@ -168,7 +168,7 @@ def test_half_a_line_at_the_end_says_what_it_may_be(tmp_path):
         assert list(read_rollouts(path)) == [make_record()]
 
 
-def test_bytes_that_are_no_text_are_passed_over(tmp_path):
+def test_bytes_that_are_not_text_are_skipped(tmp_path):
     path = tmp_path / "log.jsonl"
     append_rollouts(path, [make_record()])
     with path.open("ab") as file:
@@ -186,19 +186,19 @@ def test_a_folder_is_read_in_order_of_its_file_names(tmp_path):
     assert [r["step"] for r in read_rollouts(str(tmp_path))] == [1, 10, 2, 20, 3, 30]
 
 
-def test_a_bad_line_in_a_folder_is_named_by_its_file(tmp_path):
+def test_a_bad_line_in_a_folder_is_reported_with_its_file(tmp_path):
     append_rollouts(tmp_path / "a.jsonl", [make_record()])
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.warns(UserWarning, match=r"b\.jsonl.*line 1"):
         assert len(list(read_rollouts(tmp_path))) == 1
 
 
-def test_the_folder_of_a_run_is_read_too(tmp_path):
+def test_the_folder_of_a_run_can_be_read(tmp_path):
     append_rollouts(tmp_path / "run" / "trajectories" / "train-rank000.jsonl", [make_record()])
     assert list(read_rollouts(tmp_path / "run")) == [make_record()]
 
 
-def test_without_rollouts_there_is_a_clear_error(tmp_path):
+def test_missing_rollouts_are_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         list(read_rollouts(tmp_path / "nowhere.jsonl"))
     with pytest.raises(
@@ -214,25 +214,25 @@ def write_steps(path, steps, max_bytes):
         append_rollouts(path, [make_record(step=step)], max_bytes=max_bytes)
 
 
-def test_a_bounded_log_keeps_its_recent_half_and_thins_what_is_before(tmp_path):
+def test_a_bounded_log_keeps_its_recent_half_and_thins_the_older_half(tmp_path):
     path = tmp_path / "train-rank000.jsonl"
     append_rollouts(path, [make_record(step=100_000)])
     line = path.stat().st_size
     path.unlink()
-    max_bytes = 32 * 2 * line  # 2 rollouts a file
+    max_bytes = 32 * 2 * line  # 2 rollouts per file
     for step in range(1000):
         append_rollouts(path, [make_record(step=100_000 + step)], max_bytes=max_bytes)
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= max_bytes
     steps = [record["step"] - 100_000 for record in read_rollouts(path.parent)]
     assert steps == sorted(steps)
     assert steps[-32:] == list(range(968, 1000))  # the recent half of 32 files
-    # files of 2 steps: every 32nd is kept, which are 16 at most
+    # each file holds 2 steps; every 32nd file is kept, at most 16 files
     assert steps[:-32] == [step for step in range(968) if (step // 2) % 32 == 0]
     assert log_files(path)[0] == path
 
 
-def test_files_that_a_resumed_run_finds_make_no_difference(tmp_path):
-    """Dropped files stay dropped, files that were begun after the checkpoint are gone: the same files in the end."""
+def test_a_resumed_run_ends_with_the_same_files_as_an_uninterrupted_run(tmp_path):
+    """Files that were dropped stay dropped, and files that were started after the checkpoint are removed."""
     line = len(json.dumps({**make_record(), "trajectory": make_trajectory().to_dict()}, ensure_ascii=False).encode())
     max_bytes = 32 * 2 * (line + 4)
     for name in ("whole", "killed"):
@@ -252,7 +252,7 @@ def test_files_that_a_resumed_run_finds_make_no_difference(tmp_path):
     assert 24 <= len(whole) <= 32
 
 
-def test_single_writes_that_are_large_stay_within_the_bound(tmp_path):
+def test_large_single_writes_stay_within_the_bound(tmp_path):
     path = tmp_path / "log.jsonl"
     append_rollouts(path, [make_record()] * 8)
     max_bytes = 5 * path.stat().st_size
@@ -262,11 +262,13 @@ def test_single_writes_that_are_large_stay_within_the_bound(tmp_path):
     steps = sorted({record["step"] for record in read_rollouts(tmp_path)})
     assert steps[-2:] == [28, 29]
     assert len(steps) >= 3
-    append_rollouts(path, [make_record(step=30)] * 80, max_bytes=max_bytes)  # alone it is too large, but stays
+    append_rollouts(
+        path, [make_record(step=30)] * 80, max_bytes=max_bytes
+    )  # larger than the bound on its own, but kept
     assert {record["step"] for record in read_rollouts(tmp_path)} == {30}
 
 
-def test_logs_of_other_processes_are_left_alone(tmp_path):
+def test_logs_of_other_processes_are_not_changed(tmp_path):
     for name in ("train-rank000.jsonl", "train-rank001.jsonl", "eval-rank000.jsonl"):
         write_steps(tmp_path / name, range(10), 40_000)
     assert len(log_files(tmp_path / "train-rank000.jsonl")) == len(list(tmp_path.iterdir())) / 3 > 2
@@ -305,12 +307,12 @@ def test_a_bounded_run_resumes_exactly(make_trainer, tmp_path):
     assert {file.name: file.read_bytes() for file in files.glob("*.jsonl")} == expected
 
 
-def test_a_bound_must_be_a_size(make_trainer):
+def test_a_bound_that_is_not_positive_is_an_error(make_trainer):
     with pytest.raises(ValueError, match=r"`log_trajectories_max_gib` must be above 0, or None for no limit, got 0"):
         make_trainer(log_trajectories_max_gib=0)
 
 
-def test_settings_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_settings_are_reported(tmp_path):
     assert read_settings(tmp_path) == {}
     for content in ("{", "[]"):
         (tmp_path / "settings.json").write_text(content)
@@ -319,7 +321,7 @@ def test_settings_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_text_that_cannot_be_encoded_does_not_lose_the_rollouts(tmp_path):
-    # JSON corpora may hold lone surrogates, and a log must not end a training
+    # JSON corpora may hold lone surrogates, and writing the log must not stop training
     trajectory = make_trajectory()
     trajectory.turns[0].passages[0] = Passage("p\ud800", "cut \udfff title", "text")
     append_rollouts(tmp_path / "log.jsonl", [make_record(trajectory), make_record()])

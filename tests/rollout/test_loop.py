@@ -15,7 +15,7 @@ def roll(tokenizer):
 
     def run(*scripts, retriever=None, **options):
         retriever = retriever or RecordingRetriever()
-        # The number of the rollout makes the prompts different, so that the engine can tell them apart
+        # The number of the rollout makes prompts unique, so that the engine can distinguish them
         prompts = [tokenizer(QUESTION + " Doc" * (i + 1) + "\n")["input_ids"] for i in range(len(scripts))]
         engine = ScriptedEngine(tokenizer, {tuple(p): list(s) for p, s in zip(prompts, scripts, strict=True)})
         options = {"max_searches": 2, "max_turn_tokens": 16, "max_observation_tokens": 64, **options}
@@ -60,7 +60,7 @@ def test_tokens_are_appended_as_sampled(roll, tokenizer):
     assert PASSAGE.text in text
 
 
-def test_one_retrieval_call_a_round_without_duplicates_and_none_for_what_is_known(roll):
+def test_a_round_makes_one_retrieval_call_without_duplicate_or_known_queries(roll):
     search = "<search> {}</search>"
     trajectories, stats, _, retriever = roll(
         [search.format("Silent Harbor"), search.format("Golden Mirror"), "<answer> x</answer>"],
@@ -100,7 +100,7 @@ def test_an_invalid_action_gets_a_hint_and_costs_a_turn(roll, tokenizer, invalid
     assert retriever.calls == []
 
 
-def test_the_model_may_end_without_acting(roll):
+def test_the_model_may_end_without_an_action(roll):
     (t,), _, _, _ = roll(["Silent Harbor <eos>"])
     assert t.status == "no_answer"
     assert t.turns[0].action == "none"
@@ -126,13 +126,13 @@ def test_text_after_a_failed_search_is_never_trained_on(roll):
         (RecordingRetriever(error=TimeoutError()), "timeout"),
     ],
 )
-def test_failures_are_marked_by_kind(roll, retriever, kind):
+def test_the_kind_of_a_failure_is_recorded(roll, retriever, kind):
     (t,), _, _, _ = roll(["<search> Silent Harbor</search>"], retriever=retriever)
     assert t.turns[0].retrieval == kind
     assert t.status == "retrieval_failed"
 
 
-def test_a_retriever_that_returns_the_wrong_number_of_results_failed(roll):
+def test_wrong_number_of_results_counts_as_a_failed_search(roll):
     class Short(RecordingRetriever):
         def search(self, queries, k):
             return []
@@ -142,7 +142,7 @@ def test_a_retriever_that_returns_the_wrong_number_of_results_failed(roll):
     assert "asked for 1 queries, got 0 results" in str(stats.error)
 
 
-def test_nothing_found_is_told_to_the_model(roll, tokenizer):
+def test_the_model_reads_that_nothing_was_found(roll, tokenizer):
     (t,), _, _, _ = roll(
         ["<search> Silent Harbor</search>", "<answer> x</answer>"], retriever=RecordingRetriever(passages=[])
     )
@@ -152,7 +152,7 @@ def test_nothing_found_is_told_to_the_model(roll, tokenizer):
     assert t.status == "answered"
 
 
-def test_more_passages_than_asked_for_are_cut(roll):
+def test_passages_beyond_the_requested_number_are_dropped(roll):
     many = [PASSAGE, Passage("8", "Golden Mirror", "x"), Passage("9", "Iron Tower", "x")]
 
     class Generous(RecordingRetriever):
@@ -165,8 +165,8 @@ def test_more_passages_than_asked_for_are_cut(roll):
     assert [p.id for p in t.turns[0].passages] == ["7", "8"]
 
 
-def test_passages_are_kept_as_far_as_they_were_shown(roll, tokenizer):
-    """Credit reads what the model could read: the gold that was cut away is not found."""
+def test_only_the_shown_part_of_a_passage_is_kept(roll, tokenizer):
+    """Credit reads only the text that the model saw, so it does not find a golden answer that was cut off."""
     (t,), _, _, _ = roll(["<search> x</search>", "<answer> x</answer>"], max_observation_tokens=20)
     (shown,) = t.turns[0].passages
     assert PASSAGE.text.startswith(shown.text)
@@ -195,7 +195,7 @@ def test_the_completion_never_exceeds_its_budget(roll, limit):
         assert t.answer is None
 
 
-def test_statuses_by_budget(roll):
+def test_the_status_depends_on_the_remaining_budget(roll):
     search = "<search> Silent Harbor</search>"
     statuses = {}
     for limit in (2, 10, 200):
@@ -218,7 +218,7 @@ def test_prompt_and_completion_fit_the_context(roll, tokenizer):
 
 
 class Streaming(ScriptedEngine):
-    """Hands out the submitted turns when a rule says so; `collect` gives what is ready and waits for nothing."""
+    """Finishes submitted turns when a rule says so. `collect` returns the finished turns without waiting."""
 
     in_rounds = False
 
@@ -250,8 +250,8 @@ def roll_streaming(tokenizer, scripts, retriever, ready, **options):
 SEARCHES = ["<search> Silent Harbor</search>", "<search> Mira Talvek</search>", "<answer> Mira Talvek</answer>"]
 
 
-def test_a_rollout_goes_on_while_the_turn_of_another_is_still_generated(tokenizer):
-    # The turn of rollout 1 is finished only after rollout 0 has written all of its three
+def test_a_rollout_continues_while_a_turn_of_another_rollout_is_generated(tokenizer):
+    # The turn of rollout 1 finishes only after all three turns of rollout 0
     retriever = RecordingRetriever()
     (first, second), stats, engine = roll_streaming(
         tokenizer, [SEARCHES, SEARCHES[2:]], retriever, lambda engine, n: n == 0 or engine.log.count(0) == 3
@@ -263,8 +263,8 @@ def test_a_rollout_goes_on_while_the_turn_of_another_is_still_generated(tokenize
     assert (stats.searches, stats.queries, len(stats.latencies)) == (2, 2, 2)
 
 
-def test_retrieval_runs_beside_generation(tokenizer):
-    # The passages of rollout 0 come only after rollout 1 has been generated
+def test_retrieval_and_generation_run_in_parallel(tokenizer):
+    # The passages of rollout 0 arrive only after rollout 1 has been generated
     generated = threading.Event()
 
     class Slow(RecordingRetriever):
@@ -281,8 +281,8 @@ def test_retrieval_runs_beside_generation(tokenizer):
     assert (first.status, second.status) == ("answered", "answered")
 
 
-def test_queries_that_come_up_during_a_search_are_asked_together(tokenizer):
-    # Rollout 0 searches first; the others have all written theirs when its passages come
+def test_queries_that_arrive_during_a_search_are_sent_together(tokenizer):
+    # Rollout 0 searches first; all others have written their queries when its passages arrive
     all_written = threading.Event()
 
     class Slow(RecordingRetriever):
@@ -305,7 +305,7 @@ def test_queries_that_come_up_during_a_search_are_asked_together(tokenizer):
     assert (stats.searches, stats.queries) == (4, 2)
 
 
-def test_a_failed_search_beside_generation_fails_its_own_rollouts_only(tokenizer):
+def test_a_failed_search_during_generation_fails_only_its_own_rollouts(tokenizer):
     class FailsOnce(RecordingRetriever):
         def search(self, queries, k):
             result = super().search(queries, k)
@@ -324,13 +324,13 @@ def test_a_failed_search_beside_generation_fails_its_own_rollouts_only(tokenizer
     assert stats.failed_searches == {"timeout": 1}
 
 
-def test_an_error_that_must_stop_training_comes_out_of_the_search_thread(tokenizer):
+def test_an_error_that_must_stop_training_is_raised_from_the_search_thread(tokenizer):
     retriever = RecordingRetriever(error=RetrievalLogError("the log lacks a query"))
     with pytest.raises(RetrievalLogError, match="lacks a query"):
         roll_streaming(tokenizer, [SEARCHES[:1]], retriever, lambda engine, n: True)
 
 
-def test_the_limit_of_an_engine_counts_too(tokenizer):
+def test_the_context_length_of_the_engine_is_also_a_limit(tokenizer):
     prompt = tokenizer(QUESTION)["input_ids"]
     engine = ScriptedEngine(tokenizer, {tuple(prompt): ["<answer> " + "Mira " * 50]})
     engine.max_context_length = len(prompt) + 5

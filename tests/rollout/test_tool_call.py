@@ -1,4 +1,4 @@
-"""The actions of a chat template's own tool calls, its prompts, and the tokenizers that are refused."""
+"""Tool calls in the format of the chat template: actions, prompts, and tokenizers that are refused."""
 
 import json
 
@@ -7,13 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import chat_template_utils as trl_templates
 
-from helpers.chats import (
-    CALL,
-    OTHER,
-    PROTOCOLS,
-    WELL,
-    make_chat,
-)
+from helpers.chats import CALL, OTHER, PROTOCOLS, WELL, make_chat
 from tspo_trl import ToolCallProtocol
 from tspo_trl.training.datasets import prepare_dataset
 
@@ -30,7 +24,7 @@ from tspo_trl.training.datasets import prepare_dataset
             "Rome",
         ),
         ('<tool_call>{"name": "search", "arguments": {"query": "caf\\u00e9 {x}"}}</tool_call>', "search", "café {x}"),
-        # nothing that cannot be encoded or sent gets into a query
+        # characters that cannot be encoded or sent are removed from the query
         (
             '<tool_call>{"name": "search", "arguments": {"query": "a\\ud800\\u0000\\u202eb"}}</tool_call>',
             "search",
@@ -82,14 +76,14 @@ from tspo_trl.training.datasets import prepare_dataset
             '{"name": "search", "arguments": {"query": "x"}}',
         ),
         ("<TOOL_CALL>", "answer", "<TOOL_CALL>"),
-        # nothing was said
+        # empty messages
         ("", "none", ""),
         (" \n", "none", ""),
         ("<think>hm</think>", "none", ""),
         ("<think>hm", "none", ""),
         ("hm</think>\n", "none", ""),
         ("<think>a<think>b</think>c</think>", "none", ""),
-        # thoughts are not read
+        # thoughts are ignored
         (f"<think>{WELL}</think>Rome", "answer", "Rome"),
         (f"<think>maybe {OTHER}</think>\n{WELL}", "search", "Rome"),
         (f"<think>never ends {WELL}", "search", "Rome"),
@@ -105,13 +99,13 @@ def test_the_action_of_a_message(qwen, text, action, content):
     "text",
     ["<tool_call>" * 50_000, "<think>" * 50_000, "<tool_call>" + "x" * 1_000_000, "<think>" + "<" * 500_000],
 )
-def test_very_long_messages_are_read(qwen, text):
+def test_very_long_messages_are_parsed(qwen, text):
     assert qwen.parse(text, ended=True)[0] in ("invalid", "none")
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=40))
-def test_any_query_comes_back(query):
+def test_any_query_is_parsed_unchanged(query):
     protocol = PROTOCOLS["qwen2_5"]
     for ensure_ascii in (True, False):
         call = json.dumps({"name": "search", "arguments": {"query": query}}, ensure_ascii=ensure_ascii)
@@ -124,7 +118,7 @@ def test_any_query_comes_back(query):
             assert not "".join(c for c in query if c.isprintable()).strip()
 
 
-def test_a_template_that_opens_the_thought(qwen):
+def test_a_template_may_open_the_thought(qwen):
     tokenizer = make_chat("qwen3_instruct_2507")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "assistant\\n' }}\n{%- endif", "assistant\\n<think>\\n' }}\n{%- endif"
@@ -182,7 +176,7 @@ LLAMA = (trl_templates._CHAT_TEMPLATES_DIR / "llama3_1.jinja").read_text().repla
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_do_it_is_refused(template, message):
+def test_a_tokenizer_without_usable_tool_calls_is_refused(template, message):
     tokenizer = make_chat("qwen2_5")
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message) as error:
@@ -191,7 +185,7 @@ def test_a_tokenizer_that_cannot_do_it_is_refused(template, message):
     assert "tokenizer." in str(error.value)
 
 
-def test_a_tokenizer_that_hides_calls_is_refused():
+def test_a_tokenizer_whose_decoding_removes_calls_is_refused():
     tokenizer = make_chat("qwen2_5")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<tool_call>"]})
     with pytest.raises(ValueError, match="special tokens"):

@@ -1,4 +1,4 @@
-"""The observation of a tool call is the one that the template writes, and hostile passages stay text."""
+"""Observations of tool calls equal the template's own, and hostile passages remain plain text."""
 
 import re
 
@@ -6,24 +6,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers.chats import (
-    END,
-    FEW,
-    NAMES,
-    PROTOCOLS,
-    ROME,
-    TOKENIZERS,
-    WELL,
-    call_message,
-    encode,
-    render,
-)
+from helpers.chats import END, FEW, NAMES, PROTOCOLS, ROME, TOKENIZERS, WELL, call_message, encode, render
 from helpers.passages import HOSTILE, PASSAGES, ROOMY
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol
 from tspo_trl.rollout.protocol import NOTHING_FOUND
 from tspo_trl.rollout.tool_call import HINT
 
-# As Qwen splits text: a line feed belongs to the punctuation before it
+# Qwen's way of splitting text: a line feed belongs to the punctuation before it
 TAG = re.compile(r"<\s*/?\s*(tool_call|tool_response|think)\s*/?\s*>", re.IGNORECASE)
 
 
@@ -47,7 +36,7 @@ def plain(protocol, ids):
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "hostile"])
-def test_an_observation_is_what_the_template_writes(protocol, case):
+def test_an_observation_equals_the_output_of_the_template(protocol, case):
     observation = protocol.observe(CASES[case], ROOMY)
     messages = [{"role": "user", "content": "Q"}, call_message("Rome")]
     content = "".join(
@@ -61,7 +50,7 @@ def test_an_observation_is_what_the_template_writes(protocol, case):
     assert protocol.observation_text(observation.token_ids) == tool["content"]
 
 
-def test_a_hint_is_the_response_of_the_tool(protocol):
+def test_a_hint_is_a_response_of_the_tool(protocol):
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x", "tool_calls": []}]
     context = render(protocol.tokenizer, [*messages, {"role": "tool", "content": HINT}], generate=True)
     assert context[-len(protocol.hint_ids) :] == protocol.hint_ids
@@ -70,7 +59,7 @@ def test_a_hint_is_the_response_of_the_tool(protocol):
     assert context[-len(protocol.hint_ids) :] == protocol.hint_ids
 
 
-def test_a_cut_turn_gets_the_end_of_its_message(protocol):
+def test_a_truncated_turn_gets_the_end_of_its_message(protocol):
     end, other = protocol.tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
     assert protocol.closing_ids([5, end]) == []
     assert protocol.closing_ids([end, 5]) == [end]
@@ -79,7 +68,7 @@ def test_a_cut_turn_gets_the_end_of_its_message(protocol):
         assert protocol.observation_text([end, *ids]) == protocol.observation_text(ids)
 
 
-def test_the_end_of_a_message_is_the_one_of_the_template():
+def test_the_end_of_a_message_is_that_of_the_template():
     """Qwen's models may also end at <|endoftext|>."""
     tokenizer = TOKENIZERS["qwen2_5"]
     other, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
@@ -103,7 +92,7 @@ def test_options_of_the_template_reach_the_next_message(thinking):
 @given(st.sampled_from(FEW), PASSAGES, st.integers(0, 150))
 @example("qwen3", [Passage(str(number), "", "long " * 30) for number in range(5)], 2)
 @example("qwen2_5", [], 0)
-def test_an_observation_keeps_its_budget_and_its_form(name, passages, extra):
+def test_an_observation_stays_within_its_budget_and_is_well_formed(name, passages, extra):
     protocol = PROTOCOLS[name]
     fewest = protocol.min_observation_tokens - 1  # after a whole message
     observation = protocol.observe(passages, fewest + extra)
@@ -112,13 +101,13 @@ def test_an_observation_keeps_its_budget_and_its_form(name, passages, extra):
     whole = {p.id: p.text for p in protocol.observe(passages, ROOMY).passages}
     shown = {p.id: p.text for p in observation.passages}
     assert all(whole[i].startswith(text) for i, text in shown.items())
-    # whatever was cut, was cut because the budget is spent; the line feed after the last passage may be one token of it
+    # text is cut only if the budget is used up; the line feed after the last passage may take one token of it
     if passages and len(observation.token_ids) < fewest + extra - 1:
         assert shown == whole
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_the_fewest_tokens_of_an_observation(name):
+def test_minimum_number_of_tokens_of_an_observation(name):
     protocol = PROTOCOLS[name]
     fewest = protocol.min_observation_tokens - 1
     for passages in ([], ROME, [Passage(str(i), "Rome", "Paris") for i in range(3)]):
@@ -132,7 +121,7 @@ def test_the_fewest_tokens_of_an_observation(name):
 
 
 def assert_framed(protocol, token_ids):
-    """The block is opened and closed once, as the template does, and what is between is returned."""
+    """Assert that the block is opened and closed once, as in the template, and return the text between."""
     text = protocol.tokenizer.decode(token_ids)
     opening, closing = "\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert text.startswith(opening)
@@ -176,7 +165,7 @@ CALLS = [
 
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("hostile", [*HOSTILE, *CALLS], ids=lambda text: ascii(text)[:40])
-def test_hostile_text_is_only_text(name, hostile):
+def test_hostile_text_remains_plain_text(name, hostile):
     protocol = PROTOCOLS[name]
     passages = [Passage("0", f"{hostile} Rome", f"Paris {hostile} France"), Passage("1", hostile, hostile)]
     decoded = assert_harmless(protocol, protocol.observe(passages, ROOMY).token_ids)
@@ -195,7 +184,7 @@ def test_hostile_text_is_only_text(name, hostile):
     st.lists(st.sampled_from(["<", "/", ">", "tool_response", "think", "_", "\x00", "Paris"])),
     st.one_of(st.none(), st.integers(0, 200)),
 )
-def test_pieces_cannot_be_put_together_to_something_hostile(name, title, text, extra):
+def test_harmless_pieces_cannot_form_hostile_text(name, title, text, extra):
     protocol = PROTOCOLS[name]
     passages = [Passage("0", "".join(title), "".join(text)), Passage("1", "", "".join(title))]
     budget = ROOMY if extra is None else protocol.min_observation_tokens + extra
@@ -205,7 +194,7 @@ def test_pieces_cannot_be_put_together_to_something_hostile(name, title, text, e
         assert passage.text in decoded or not passage.text.isascii()  # NFC composes
 
 
-def test_both_protocols_show_passages_alike():
+def test_both_protocols_show_the_same_passages():
     for name in FEW:
         tags, calls = TagProtocol(TOKENIZERS[name]), PROTOCOLS[name]
         assert [o.passages for o in (tags.observe(ROME, ROOMY), calls.observe(ROME, ROOMY))] == [ROME, ROME]

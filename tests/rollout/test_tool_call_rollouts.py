@@ -1,4 +1,4 @@
-"""Whole rollouts with tool calls are the conversations that the template renders."""
+"""Complete rollouts with tool calls equal the conversations rendered by the template."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def roll(protocol, *scripts, retriever=None, prompts=None, **options):
 
 
 def conversation(protocol, trajectory, question, queries):
-    """The messages that a rollout of searches and an answer stands for."""
+    """The messages of a rollout that consists of searches and an answer."""
     messages = list(question)
     for turn, query in zip(trajectory.turns, queries, strict=False):
         content = protocol.observation_text(turn.observation_ids)
@@ -34,7 +34,7 @@ def conversation(protocol, trajectory, question, queries):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen2_5_training", "qwen3_instruct_2507"])
-def test_a_rollout_is_the_conversation_as_the_template_renders_it(name):
+def test_a_rollout_equals_the_rendered_conversation(name):
     protocol = PROTOCOLS[name]
     (t,), engine, retriever, (question,) = roll(
         protocol, [CALL % "Rome" + END, CALL % "Italy" + END, "Paris, France" + END]
@@ -48,8 +48,8 @@ def test_a_rollout_is_the_conversation_as_the_template_renders_it(name):
     assert engine.calls[-1][0] == render(protocol.tokenizer, messages, generate=True)
 
 
-def test_a_rollout_of_qwen3_without_thoughts_is_the_conversation():
-    """The template writes an empty thought into the last message only, so the contexts are compared."""
+def test_a_rollout_of_qwen3_without_thoughts_equals_the_rendered_conversation():
+    """The template adds an empty thought to the last message only, so contexts are compared instead."""
     protocol = PROTOCOLS["qwen3"]
     (t,), engine, _, (question,) = roll(protocol, [CALL % "Rome" + END, CALL % "Italy" + END, "Paris" + END])
     for k, (context,) in enumerate(engine.calls):
@@ -57,8 +57,8 @@ def test_a_rollout_of_qwen3_without_thoughts_is_the_conversation():
         assert context == render(protocol.tokenizer, messages, generate=True)
 
 
-def test_a_rollout_of_qwen3_with_empty_thoughts_is_the_conversation():
-    """TRL's template for training keeps the thoughts of all messages."""
+def test_a_rollout_of_qwen3_with_empty_thoughts_equals_the_rendered_conversation():
+    """TRL's training template keeps the thoughts of all messages."""
     protocol = ToolCallProtocol(TOKENIZERS["qwen3_training"], chat_template_kwargs={"enable_thinking": False})
     question = protocol.prompt("Where is it?")
     prompt = render(protocol.tokenizer, question, generate=True, enable_thinking=False)
@@ -68,7 +68,7 @@ def test_a_rollout_of_qwen3_with_empty_thoughts_is_the_conversation():
     assert t.prompt_ids + t.completion_ids + encode(protocol, "\n") == whole
 
 
-def test_thoughts_stay_in_the_context():
+def test_thoughts_remain_in_the_context():
     protocol = PROTOCOLS["qwen3"]
     thought = "<think>\nRome is in Italy.\n</think>\n\n"
     (t,), engine, _, _ = roll(protocol, [thought + CALL % "Rome" + END, thought + "Paris" + END])
@@ -78,7 +78,7 @@ def test_thoughts_stay_in_the_context():
     assert format_reward([t]) == exact_match_reward([t], [["paris"]]) == [1.0]
 
 
-def test_a_cut_turn_is_invalid_and_its_context_well_formed(qwen):
+def test_a_truncated_turn_is_invalid_and_its_context_is_well_formed(qwen):
     script = ["Let me think about Rome and Italy and France", CALL % "Rome" + END, "Paris" + END]
     (t,), engine, _, (question,) = roll(qwen, script, max_turn_tokens=30)
     cut, search, _ = t.turns
@@ -94,7 +94,7 @@ def test_a_cut_turn_is_invalid_and_its_context_well_formed(qwen):
     assert format_reward([t]) == [0.0]
 
 
-def test_a_turn_that_ends_by_another_token_gets_the_end_of_its_message():
+def test_a_turn_that_ends_with_another_token_gets_the_end_of_its_message():
     tokenizer = TOKENIZERS["qwen2_5"]
     ids = tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
     protocol = ToolCallProtocol(tokenizer, eos_token_ids=ids)
@@ -132,12 +132,12 @@ def test_the_turn_after_the_last_search_is_final(qwen):
     assert (t.status, t.answer) == ("no_answer", None)
 
 
-def test_a_message_that_says_nothing_is_no_answer(qwen):
+def test_an_empty_message_is_not_an_answer(qwen):
     (t,), _, _, _ = roll(qwen, ["<think>hm</think>" + END])
     assert (t.status, t.turns[0].action, t.answer) == ("no_answer", "none", None)
 
 
-def test_one_retrieval_call_a_round(qwen):
+def test_a_round_makes_one_retrieval_call(qwen):
     trajectories, _, retriever, _ = roll(
         qwen,
         [CALL % "a" + END, CALL % "b" + END, "x" + END],

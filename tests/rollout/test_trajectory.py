@@ -1,4 +1,4 @@
-"""Turns and trajectories: flattening into tokens, what scores read, and the way through JSON."""
+"""Turns and trajectories: flattening into tokens, the fields that scores read, and JSON."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_completion_is_turns_and_observations_in_order():
     assert example().completion_ids == [10, 11, 20, 21, 22, 12, 30, 13, 14]
 
 
-def test_loss_mask_leaves_observations_out():
+def test_loss_mask_excludes_observations():
     assert example().loss_mask == [1, 1, 0, 0, 0, 1, 0, 1, 1]
 
 
@@ -50,7 +50,7 @@ def test_logprobs_are_unknown_if_a_turn_has_none():
     assert trajectory.logprobs is None
 
 
-def test_flattening_changes_no_turn():
+def test_flattening_does_not_change_turns():
     trajectory, untouched = example(), example()
     for name in ("completion_ids", "loss_mask", "turn_index", "logprobs"):
         getattr(trajectory, name).append(99)
@@ -87,7 +87,7 @@ def test_an_empty_answer_is_an_answer():
     assert Trajectory(prompt_ids=[], turns=[Turn(token_ids=[1], action="answer", content="")]).answer == ""
 
 
-def test_queries_are_those_of_turns_that_search():
+def test_queries_are_empty_for_turns_that_do_not_search():
     assert example().queries == ["capital", "", ""]
 
 
@@ -99,14 +99,14 @@ def test_passage_texts_hold_titles_and_texts():
         assert part in first.split("\n")
 
 
-def test_keyword_arguments_only():
+def test_constructors_accept_only_keyword_arguments():
     with pytest.raises(TypeError):
         Turn([1])
     with pytest.raises(TypeError):
         Trajectory([1])
 
 
-def test_a_trajectory_survives_json():
+def test_a_trajectory_is_unchanged_by_json():
     trajectory = example()
     assert Trajectory.from_dict(json.loads(json.dumps(trajectory.to_dict()))) == trajectory
 
@@ -119,19 +119,19 @@ def test_to_dict_is_a_copy():
     assert trajectory == example()
 
 
-def test_from_dict_leaves_out_unknown_keys_of_trajectories_and_turns():
+def test_from_dict_ignores_unknown_keys_of_trajectories_and_turns():
     data = example().to_dict()
     data["later"] = 1
     data["turns"][0]["later"] = 2
     assert Trajectory.from_dict(data) == example()
 
 
-def test_from_dict_leaves_out_unknown_keys_of_passages():
+def test_from_dict_ignores_unknown_keys_of_passages():
     data = example().to_dict()
     data["turns"][0]["passages"][0]["later"] = 3
     assert Trajectory.from_dict(data) == example()
 
 
-def test_from_dict_needs_no_optional_keys_of_turns():
+def test_from_dict_does_not_require_optional_keys_of_turns():
     data = {"prompt_ids": [1], "turns": [{"token_ids": [2]}], "status": "truncated"}
     assert Trajectory.from_dict(data) == Trajectory(prompt_ids=[1], turns=[Turn(token_ids=[2])], status="truncated")

@@ -1,4 +1,4 @@
-"""Sharing by the real client of the Hub, against a small Hub on the loopback device."""
+"""Sharing with the real client of the Hub and a small local Hub."""
 
 import json
 import os
@@ -21,7 +21,7 @@ COMMON_FILES = {"README.md", "search_config.json", "tokenizer.json", "tokenizer_
 
 @pytest.fixture(scope="module")
 def shared(policy_dir, tmp_path_factory):
-    """What the processes that pushed and downloaded saw, and the folder of the runs."""
+    """The results of the processes that pushed and downloaded, and the folder of the runs."""
     folder = tmp_path_factory.mktemp("hub")
     with Server(script=HELPERS / "fake_hub.py") as hub:
         results = {}
@@ -30,7 +30,7 @@ def shared(policy_dir, tmp_path_factory):
                 **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
                 "HF_ENDPOINT": hub.url,
                 "HF_TOKEN": "hf_test",
-                "HF_HOME": str(folder / f"home-{step}"),  # the second process has nothing in its cache
+                "HF_HOME": str(folder / f"home-{step}"),  # the cache of the second process is empty
                 "HF_HUB_DISABLE_XET": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": "1",
@@ -46,7 +46,7 @@ def shared(policy_dir, tmp_path_factory):
 
 
 def same(found, expected):
-    """Whether two sets of rollouts have the same tokens and, but for rounding, the same log-probabilities."""
+    """Assert that two sets of rollouts have the same tokens and, except for rounding, the same log-probabilities."""
     assert len(found) == len(expected) > 0
     for turns, others in zip(found, expected, strict=True):
         assert [turn[0] for turn in turns] == [turn[0] for turn in others]
@@ -57,14 +57,14 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("name", ["full", "adapter", "steps"])
-def test_what_is_downloaded_answers_as_what_was_pushed(shared, name):
+def test_downloaded_model_answers_like_the_pushed_model(shared, name):
     results, _ = shared
     assert same(results["use"][name], results["push"][name])
-    with pytest.raises(AssertionError):  # and not as the model that training began with
+    with pytest.raises(AssertionError):  # and unlike the model before training
         same(results["use"][name], results["push"]["base"])
 
 
-def test_folders_of_runs_can_be_used_as_they_are(shared):
+def test_folders_of_runs_can_be_loaded(shared):
     results, _ = shared
     assert same(results["use"]["local"], results["push"]["full"])
     assert same(results["use"]["local adapter"], results["push"]["adapter"])
@@ -75,7 +75,7 @@ def test_a_snapshot_can_be_used_offline(shared):
     assert same(results["use"]["offline"], results["push"]["full"])
 
 
-def test_the_repository_has_what_inference_needs_and_no_rollouts(shared):
+def test_the_repository_contains_the_files_for_inference_and_no_rollouts(shared):
     results, folder = shared
     files = {name: set(names) for name, names in results["use"]["files"].items()}
     assert files["full"] == MODEL_FILES | COMMON_FILES | {".gitattributes"}
@@ -84,7 +84,7 @@ def test_the_repository_has_what_inference_needs_and_no_rollouts(shared):
         f"last-checkpoint/{name}" for name in ADAPTER_FILES | {"search_config.json", "trainer_state.json"}
     } <= files["steps"]
     assert not [name for names in files.values() for name in names if "trajectories" in name or "training_args" in name]
-    assert list((folder / "full" / "trajectories").iterdir())  # they are where they were
+    assert list((folder / "full" / "trajectories").iterdir())  # the local rollouts are kept
     assert SearchConfig.load(folder / "full").max_searches == 3
     assert SearchConfig.load(folder / "full" / "checkpoint-1") == SearchConfig.load(folder / "full")
 
@@ -100,7 +100,7 @@ def test_every_checkpoint_is_pushed_with_settings_and_card(shared):
 
 
 @pytest.mark.parametrize(("case", "status"), [("refused", "401"), ("failed", "500")])
-def test_a_hub_that_fails_loses_nothing(shared, case, status):
+def test_failed_push_loses_nothing(shared, case, status):
     results, folder = shared
     attempt = results["push"][case]
     assert status in attempt["error"]
@@ -111,14 +111,14 @@ def test_a_hub_that_fails_loses_nothing(shared, case, status):
     )
 
 
-def test_a_checkpoint_that_cannot_be_pushed_is_heard_of_and_training_goes_on(shared):
+def test_failed_push_of_a_checkpoint_is_reported_and_training_continues(shared):
     results, _ = shared
-    assert "403" in results["push"]["unheard"]
-    assert results["push"]["unheard"].count("could not be pushed to the Hub") >= 2
+    assert "403" in results["push"]["warnings"]
+    assert results["push"]["warnings"].count("could not be pushed to the Hub") >= 2
     assert [c["message"] for c in results["commits"]["steps"]][:2] == ["initial commit", "Training in progress, step 3"]
 
 
-def test_the_card_is_that_of_the_run(shared):
+def test_the_card_describes_the_run(shared):
     _, folder = shared
     card = ModelCard.load(folder / "full" / "README.md")
     assert {"trl", "tspo", "search-agent", "generated_from_trainer"} <= set(card.data.tags)
@@ -129,7 +129,7 @@ def test_the_card_is_that_of_the_run(shared):
     assert {"reward", "hit_rate", "searches"} <= set(measured)
     assert {result.dataset_name for result in measured.values()} == {"books"}
     assert all(isinstance(result.metric_value, float) for result in measured.values())
-    text = re.sub(" +", " ", card.text)  # the cells of tables are padded
+    text = re.sub(" +", " ", card.text)  # table cells are padded
     for expected in (
         "`books.jsonl`",
         "`BM25Retriever`",

@@ -1,4 +1,4 @@
-"""What the model card says of a run, and what it keeps to itself."""
+"""The facts of a run that the model card shows, and the private ones that it omits."""
 
 import re
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def make_facts(**values):
 
 
 def make_card(**values):
-    """The card as its reader gets it: written, and read again."""
+    """The card after it has been written and read back."""
     card = generate_model_card(
         base_model=None,
         model_name="agent",
@@ -60,7 +60,7 @@ def make_card(**values):
 
 
 def collapsed(text):
-    """The text with runs of spaces as one: the cells of tables are padded."""
+    """The text with each run of spaces replaced by one space, because table cells are padded."""
     return re.sub(" +", " ", text)
 
 
@@ -74,15 +74,15 @@ EVALUATED = [
 ]
 
 
-def test_the_last_results_of_every_set_are_in_the_model_index():
+def test_model_index_contains_the_last_results_of_every_data_set():
     card = make_card(eval_dataset={"nq": rows(2), "nq_dev": rows(1)}, log_history=EVALUATED)
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found == {
-        ("nq", "exact_match"): 0.35,  # not of step 200: the weights are of step 100
+        ("nq", "exact_match"): 0.35,  # not the one of step 200, because the weights are those of step 100
         ("nq", "hit_rate"): 0.55,
         ("nq_dev", "exact_match"): 0.45,
         ("nq_dev", "hit_rate"): 0.65,
-        ("nq_dev", "reward"): 0.75,  # of the other set the reward is the exact match, and said once
+        ("nq_dev", "reward"): 0.75,  # the reward of the other set equals its exact match and is not repeated
     }
     assert card.data.metrics == ["exact_match"]
     assert "### nq\n" in card.text
@@ -90,7 +90,7 @@ def test_the_last_results_of_every_set_are_in_the_model_index():
     assert "| Exact match | 0.100 | 0.350 |" in collapsed(card.text)
 
 
-def test_one_set_is_reported_under_its_keys():
+def test_a_single_evaluation_set_is_read_from_keys_without_a_name():
     log = [
         {
             "step": 100,
@@ -104,7 +104,7 @@ def test_one_set_is_reported_under_its_keys():
     assert [(r.metric_type, r.metric_value) for r in evaluation.results] == [("exact_match", 0.25), ("hit_rate", 0.5)]
 
 
-def test_without_evaluation_the_training_metrics_are_called_so():
+def test_without_an_evaluation_training_metrics_are_labelled_as_such():
     log = [{"step": step, "reward": step / 100, "search/hit": 0.5} for step in range(1, 101)]
     card = make_card(log_history=log)
     assert card.data.eval_results is None
@@ -151,7 +151,7 @@ def test_options_that_differ_from_their_defaults_are_listed():
     assert set(non_default_options(make_args())) <= {"bf16"}
 
 
-def test_data_is_named_and_counted(tmp_path):
+def test_data_sets_are_listed_with_their_sizes(tmp_path):
     mixed = Dataset.from_list([{"data_source": source} for source in ["nq", "nq", "hotpotqa"]])
     text = make_card(train_dataset=mixed, eval_dataset={"nq": rows(2, data_source="nq")}).text
     assert "| training | `nq` 2, `hotpotqa` 1 | 3 |" in collapsed(text)
@@ -159,7 +159,7 @@ def test_data_is_named_and_counted(tmp_path):
     assert "| training | not named | streamed |" in collapsed(
         make_card(train_dataset=rows(2).to_iterable_dataset()).text
     )
-    # As `load_dataset` keeps what it has downloaded
+    # The folder in which `load_dataset` stores its downloads
     rows(1200).save_to_disk(tmp_path / "PeterJinGo___nq_hotpotqa_train" / "default")
     card = make_card(train_dataset=load_from_disk(tmp_path / "PeterJinGo___nq_hotpotqa_train" / "default"))
     assert card.data.datasets == ["PeterJinGo/nq_hotpotqa_train"]
@@ -167,7 +167,7 @@ def test_data_is_named_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("base", "argument"), [("Qwen/Qwen2.5-3B", ""), ("/home/ann/base", ", base_model=")])
-def test_an_adapter_says_what_it_belongs_to(base, argument):
+def test_card_of_an_adapter_names_its_base_model(base, argument):
     card = make_card(adapter=LoraConfig(r=16, target_modules=["q_proj", "v_proj"]), base_model=base)
     assert card.data.library_name == "peft"
     assert "lora" in card.data.tags
@@ -175,7 +175,7 @@ def test_an_adapter_says_what_it_belongs_to(base, argument):
     assert "LoRA of rank 16, `lora_alpha` 8, on `q_proj`, `v_proj`." in card.text
 
 
-def test_the_page_is_in_order_and_has_no_leftovers():
+def test_headings_are_complete_and_nothing_of_the_template_remains():
     card = make_card(eval_dataset={"nq": rows(2)}, log_history=EVALUATED[:1], step=0)
     headings = [
         line for line in card.text.splitlines() if line.startswith("#") and line.startswith(("# ", "## ", "### "))
@@ -211,11 +211,11 @@ def test_the_page_is_in_order_and_has_no_leftovers():
         (None, None),
     ],
 )
-def test_names_of_the_hub_are_told_from_paths(name, expected):
+def test_hub_ids_are_distinguished_from_paths(name, expected):
     assert hub_id(name) == expected
 
 
-def test_a_folder_is_no_name_of_the_hub(tmp_path, monkeypatch):
+def test_an_existing_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
     assert hub_id("runs/base") is None

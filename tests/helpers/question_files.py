@@ -1,0 +1,47 @@
+"""Rows of questions in the formats of published data sets, and files of them."""
+
+import json
+
+GOOD = {"question": "Who wrote Emma?", "golden_answers": ["Jane Austen", "Austen"]}
+OURS = ["id", "question", "golden_answers", "data_source"]
+
+
+SQUAD = [
+    {
+        "qid": 5,
+        "query": "Who?",
+        "answers": {"text": ["A", "B"], "answer_start": [1, 2]},
+        "all": [{"name": "C"}, {"name": "D"}],
+    },
+    {"qid": 6, "query": "Where?", "answers": {"text": ["E"], "answer_start": [3]}, "all": [{"name": "F"}]},
+]
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def search_r1_row(index, data_source, metadata=None):
+    """A row in the format of `PeterJinGo/nq_hotpotqa_train`."""
+    answers = [f"answer {index}", "another"]
+    return {
+        "id": f"train_{index}",
+        "question": f"question {index}?",
+        "golden_answers": answers,
+        "data_source": data_source,
+        "prompt": [{"role": "user", "content": f"Answer the given question. Question: question {index}?\n"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"ground_truth": {"target": answers}, "style": "rule"},
+        "extra_info": {"index": index, "split": "train"},
+        "metadata": metadata,
+    }
+
+
+HOTPOT = {"type": "bridge", "level": "easy", "context": {"title": ["A"], "sentences": [["One.", "Two."]]}}
+SEARCH_R1 = [search_r1_row(0, "nq"), search_r1_row(1, "nq"), search_r1_row(0, "hotpotqa", HOTPOT)]
+
+
+def as_list(dataset):
+    return [{column: row[column] for column in OURS} for row in dataset]

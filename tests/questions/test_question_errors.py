@@ -1,0 +1,202 @@
+"""Errors of questions name file, row and column, and suggest a correction."""
+
+import logging
+import re
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from helpers.paths import ROOT
+from helpers.question_files import GOOD, SQUAD, write_jsonl
+from tspo_trl import load_benchmark, load_questions
+
+
+@pytest.mark.parametrize(
+    ("bad", "column", "found"),
+    [
+        ({"question": "q", "golden_answers": []}, "golden_answers", "[]"),
+        ({"question": "q", "golden_answers": None}, "golden_answers", "None"),
+        ({"question": "q", "golden_answers": ["", " "]}, "golden_answers", "['', ' ']"),
+        ({"question": "q", "golden_answers": ["a", None]}, "golden_answers", "['a', None]"),
+        ({"question": "", "golden_answers": ["a"]}, "question", "''"),
+        ({"question": None, "golden_answers": ["a"]}, "question", "None"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found, streaming):
+    file = write_jsonl(tmp_path / "mine.jsonl", [GOOD, bad, GOOD])
+    file.write_text("\n" + file.read_text())  # blank lines count as lines
+    with pytest.raises(ValueError, match=f"mine.jsonl, line 3, column '{column}': expected") as error:
+        list(load_questions("mine.jsonl", streaming=streaming))
+    assert f"found {found}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "column", "found"),
+    [
+        ({"query": 5}, "query", "5"),
+        ({"answers": {"text": [1, 2]}}, "answers.text", r"\[1, 2\]"),
+        ({"answers": {"text": [["a"], ["b"]]}}, "answers.text", r"\[\['a'\], \['b'\]\]"),
+        ({"qid": 1.5}, "qid", "1.5"),
+        ({"qid": True}, "qid", "True"),
+        ({"data_source": 3}, "data_source", "3"),
+    ],
+)
+def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
+    rows = Dataset.from_list([{"qid": 1, "query": "q", "answers": {"text": ["a"]}, **bad}])
+    columns = {"id": "qid", "question": "query", "golden_answers": "answers.text"}
+    with pytest.raises(
+        ValueError, match=rf"`source`, row 0 \(from 0\), column '{column}': expected .*, found {found}\."
+    ):
+        load_questions(rows, columns=columns)
+    with pytest.raises(ValueError, match=r"`source\[1\]`, row 0"):
+        load_questions([Dataset.from_list([{**SQUAD[0], "id": "a"}]), rows], columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "a.jsonl: the file is empty"),
+        ("a.jsonl", "\n\n", "a.jsonl has no rows"),
+        ("a.json", "[]", "a.json has no rows"),
+        ("a.csv", "question,golden_answers\n", "a.csv has no rows"),
+        (
+            "a.jsonl",
+            '{"question": "q", "golden_answers": "a"}\n\n{"question": oops}\n',
+            "a.jsonl, line 3: not valid JSON",
+        ),
+        ("a.json", '[{"question": "q"},\n {"question": }]', "a.json, line 2: not valid JSON"),
+        (
+            "a.jsonl",
+            '{"question": "q", "golden_answers": "a"}\n["q"]\n',
+            "a.jsonl, line 2: expected an object.*found ['q']",
+        ),
+        (
+            "a.json",
+            '[{"question": "q", "golden_answers": "a"}, 5]',
+            "a.json, row 1 (from 0): expected an object.*found 5",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "q", "golden_answers": ["a"]}\n\n{"question": {"text": "q"}, "golden_answers": ["a"]}\n',
+            "a.jsonl, line 3, column 'question': found an object, but a string in line 1",
+        ),
+        (
+            "a.csv",
+            "question,golden_answers\na,b\nc,d,e\n",
+            "a.csv cannot be read as csv: .*Expected 2 fields in line 3, saw 3",
+        ),
+        (
+            "a.csv",
+            "question,golden_answers\na,\"['b', 'c']\"\n",
+            "a.csv, row 0 (from 0), column 'golden_answers'.*a list as JSON",
+        ),
+        ("a.parquet", "no", "a.parquet cannot be read as parquet"),
+        ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_error_of_an_unreadable_file_names_the_problem(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(ValueError, match=pattern):
+        load_questions(name)
+
+
+def test_error_of_another_encoding_names_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"question": "Où?", "golden_answers": "ici"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl.*UTF-?8"):
+        load_questions("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {},
+            r"`source` has no column 'question'.*\['qid', 'query', 'answers', 'all'\].*columns=\{'question': 'query'\}",
+        ),
+        ({"question": "query"}, r"no column 'golden_answers'.*columns=\{'golden_answers': 'answers.text'\}"),
+        ({"question": "quory"}, "no column 'quory', from which 'question' is to be read.*Did you mean 'query'"),
+        ({"question": "query", "golden_answers": "answers.txt"}, "no field 'txt' in 'answers'.*Did you mean 'text'"),
+        ({"question": "query", "golden_answers": "all.nam"}, "no field 'nam' in 'all'.*Did you mean 'name'"),
+        ({"query": "question"}, r"got the key 'query'. Swap key and value: \{'question': 'query'\}"),
+        ({"golden_answer": "answers.text"}, "got the key 'golden_answer'. Did you mean 'golden_answers'"),
+        ({"question": None}, r"`columns\['question'\]` must be the name of a column, got None"),
+    ],
+)
+def test_error_of_an_unknown_column_suggests_the_nearest(columns, message):
+    with pytest.raises(ValueError, match=message):
+        load_questions(Dataset.from_list(SQUAD), columns=columns)
+
+
+def test_warning_counts_golden_answers_that_normalise_to_the_empty_string(caplog):
+    golds = [["Austen"], ["The The"], ["!!!", "a"], ["The The", "Matt Johnson"]]
+    rows = Dataset.from_list([{**GOOD, "golden_answers": gold} for gold in golds])
+    with caplog.at_level(logging.WARNING, "tspo_trl"):
+        dataset = load_questions(rows)
+    assert [row["golden_answers"] for row in dataset] == golds  # "The The" is a band
+    (message,) = caplog.messages
+    assert "`source`: in 2 of 4 rows every golden answer normalises to the empty string" in message
+    assert "`source`, row 1 (from 0): ['The The']" in message
+
+
+def test_invalid_sources_are_errors():
+    with pytest.raises(FileNotFoundError, match=r"`source`: there is no file 'nowhere\.jsonl'"):
+        load_questions("nowhere.jsonl")
+    with pytest.raises(
+        FileNotFoundError, match="'no/where' is neither a file nor a folder here, and was not found on the Hub"
+    ):
+        load_questions("no/where")
+    with pytest.raises(FileNotFoundError, match=r"The benchmark is `load_benchmark\('hotpotqa'\)`"):
+        load_questions("HotpotQA")
+    with pytest.raises(TypeError, match=r"got `dict`. Convert rows in memory with `Dataset.from_list\(rows\)`"):
+        load_questions([GOOD])
+    with pytest.raises(ValueError, match="`source` is an empty list"):
+        load_questions([])
+    with pytest.raises(ValueError, match="`source` has no rows"):
+        load_questions(Dataset.from_dict({"question": [], "golden_answers": []}))
+    with pytest.raises(ValueError, match="`source` has no rows"):
+        load_questions(IterableDataset.from_generator(lambda: iter(())))
+    with pytest.raises(ValueError, match="`max_questions` must be at least 1, got 0"):
+        load_questions(Dataset.from_list([GOOD]), max_questions=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("hotpot", "hotpotqa"), ("2wiki", "2wikimultihopqa"), ("TriviaQ", "triviaqa")]
+)
+def test_error_of_an_unknown_benchmark_suggests_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"There is no benchmark '{name}', only .*Did you mean '{near}'"):
+        load_benchmark(name)
+
+
+def test_data_page_shows_the_current_messages(tmp_path, caplog):
+    good = '{"question": "q", "golden_answers": ["a"]}\n'
+    squad = Dataset.from_list([{"qid": 5, "query": "Who?", "answers": {"text": ["A"], "answer_start": [1]}}])
+
+    def read(name, text):
+        (tmp_path / name).write_text(text)
+        load_questions(name)
+
+    failing = [
+        lambda: read("questions.jsonl", good + '\n{"question": "q", "golden_answers": []}\n'),
+        lambda: read("questions.jsonl", good + '\n{"question": oops}\n'),
+        lambda: read("questions.jsonl", good + '\n{"question": {"text": "q"}, "golden_answers": ["a"]}\n'),
+        lambda: read("answers.csv", "question,golden_answers\nq,a\nq,\"['a', 'b']\"\n"),
+        lambda: load_questions(squad),
+        lambda: load_questions(squad, columns={"question": "query", "golden_answers": "answers.txt"}),
+        lambda: load_benchmark("hotpot"),
+    ]
+    messages = []
+    for fail in failing:
+        with pytest.raises(ValueError, match=r".") as error:
+            fail()
+        messages.append(str(error.value))
+    rows = [{**GOOD, "golden_answers": golds} for golds in (["Austen"], ["The The"], ["!!!"], ["The The", "Johnson"])]
+    caplog.clear()
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    with caplog.at_level(logging.WARNING, "tspo_trl"):
+        load_questions("questions.jsonl")
+    page = (ROOT / "docs" / "data.md").read_text()
+    shown = page[page.index("## What is refused") :]
+    blocks = [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", shown, re.DOTALL)]
+    assert blocks == [messages, caplog.messages]
