@@ -1,4 +1,4 @@
-"""Models and data made on the spot: no test needs a network."""
+"""A tiny model, a small data set and a trainer. They are created locally, so that no test needs a network."""
 
 import os
 
@@ -15,7 +15,7 @@ from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_model, make_tokenizer, make_world, supervise
 from tspo_trl.demo.warmup import demonstrate_world
 
-torch.set_num_threads(1)  # the tests run in several processes
+torch.set_num_threads(1)  # tests run in several processes
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def dataset(world):
 
 @pytest.fixture(scope="session")
 def policy_dir(tmp_path_factory, tokenizer, world):
-    """A tiny policy that writes well-formed actions most of the time, and rarely the right ones."""
+    """A tiny policy whose actions are mostly well-formed and rarely correct."""
     folder = tmp_path_factory.mktemp("policy")
     model = make_model(tokenizer, hidden_size=48, num_layers=2)
     demonstrations = demonstrate_world(tokenizer, world, wrong_query=0.3, wrong_answer=0.9)
@@ -52,7 +52,7 @@ def policy_dir(tmp_path_factory, tokenizer, world):
 
 @pytest.fixture
 def make_trainer(tmp_path, policy_dir, dataset, retriever):
-    """A function that makes a trainer on the tiny policy: 2 questions x 4 rollouts a step unless told otherwise."""
+    """A function that creates a trainer of the tiny policy. By default, a step has 2 questions with 4 rollouts each."""
 
     def make(trainer_class=TSPOTrainer, **options):
         arguments = {"train_dataset": dataset, "retriever": retriever}

@@ -1,4 +1,4 @@
-"""The search agent: loading, agreement with the trainer, and errors; and `search_config.json`."""
+"""The search agent: loading, agreement with the trainer, errors, and `search_config.json`."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def chat_dir(tmp_path_factory):
 
 @pytest.fixture
 def plain_dataset(world):
-    """Questions without prompts: the protocol writes them."""
+    """Questions without prompts, which the protocol adds."""
     return Dataset.from_list([{"question": q.text, "golden_answers": [q.answer]} for q in world.train_questions[:8]])
 
 
@@ -49,7 +49,7 @@ def tokens(trajectories):
 # Rollouts
 
 
-def test_order_and_results_do_not_depend_on_the_batches(policy_dir, retriever, questions):
+def test_order_and_results_do_not_depend_on_the_batch_size(policy_dir, retriever, questions):
     sizes = {1: None, 3: None, 32: None}
     for size in sizes:
         agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever, batch_size=size, **LIMITS)
@@ -74,7 +74,7 @@ def test_no_batch_is_larger_than_the_batch_size(policy_dir, retriever, questions
 
 
 @pytest.mark.parametrize(("chat", "protocol"), [(False, "tags"), (True, "tags"), (True, "tool_call")])
-def test_prompts_are_those_of_training(
+def test_prompts_equal_those_of_training(
     make_trainer, plain_dataset, retriever, chat_dir, policy_dir, chat, protocol, tmp_path
 ):
     options = {"chat_template_kwargs": {"enable_thinking": False}} if chat else {}
@@ -84,7 +84,7 @@ def test_prompts_are_those_of_training(
         model=chat_dir if chat else policy_dir, protocol=protocol, train_dataset=plain_dataset, **options
     )
     trainer.save_model(str(tmp_path / "saved"))
-    trainer.tools = list(trainer.search_loop.protocol.tools)  # as TRL writes prompts
+    trainer.tools = list(trainer.search_loop.protocol.tools)  # TRL renders prompts with tools
     expected, _, _ = trainer._tokenize_prompts([row["prompt"] for row in trainer.train_dataset])
 
     agent = SearchAgent.from_pretrained(tmp_path / "saved", retriever=retriever)
@@ -93,7 +93,7 @@ def test_prompts_are_those_of_training(
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_saved_model_answers_as_the_one_in_memory(make_trainer, retriever, questions, tmp_path, lora):
+def test_a_saved_model_answers_like_the_model_in_memory(make_trainer, retriever, questions, tmp_path, lora):
     def reward(completions, **kwargs):
         return [float(index % 4) for index, _ in enumerate(completions)]
 
@@ -115,9 +115,9 @@ def test_a_saved_model_answers_as_the_one_in_memory(make_trainer, retriever, que
     assert tokens(SearchAgent.from_pretrained(checkpoint, retriever=retriever).rollout(questions)) == after
 
 
-def test_the_model_in_memory_is_left_as_it_was(policy_dir, retriever, questions):
+def test_the_model_in_memory_is_not_changed(policy_dir, retriever, questions):
     model = AutoModelForCausalLM.from_pretrained(policy_dir)
-    model.generation_config.repetition_penalty = 5.0  # would change what is greedy
+    model.generation_config.repetition_penalty = 5.0  # would change greedy decoding
     model.generation_config.suppress_tokens = [5]
     own, before = model.generation_config, copy.deepcopy(model.generation_config.to_dict())
     model.train()
@@ -153,7 +153,7 @@ def test_settings_are_read_and_overridden(policy_dir, retriever, tmp_path):
     assert SearchAgent.from_pretrained(policy_dir, retriever=retriever).config == SearchConfig()
 
 
-def test_failed_searches_are_reported_as_a_status(policy_dir, questions):
+def test_failed_searches_are_reported_by_the_status(policy_dir, questions):
     class Broken:
         def search(self, queries, k):
             raise ConnectionError("away")
@@ -167,7 +167,7 @@ def test_failed_searches_are_reported_as_a_status(policy_dir, questions):
 
 @pytest.fixture(scope="module")
 def adapter(policy_dir, tmp_path_factory):
-    """An adapter without a tokenizer, whose base model is named by its path."""
+    """An adapter without a tokenizer that refers to its base model by path."""
     from peft import get_peft_model
 
     folder = tmp_path_factory.mktemp("adapter")
@@ -187,7 +187,7 @@ def rename_base(adapter, folder, name):
     return folder
 
 
-def test_an_adapter_finds_its_base_and_its_tokenizer(adapter, policy_dir, retriever, questions):
+def test_an_adapter_loads_its_base_model_and_tokenizer(adapter, policy_dir, retriever, questions):
     found = tokens(SearchAgent.from_pretrained(adapter, retriever=retriever, **LIMITS).rollout(questions))
     assert found != tokens(SearchAgent.from_pretrained(policy_dir, retriever=retriever, **LIMITS).rollout(questions))
 
@@ -202,7 +202,7 @@ def test_a_missing_base_model_is_reported(adapter, policy_dir, retriever, questi
     assert tokens(agent.rollout(questions)) == tokens(expected.rollout(questions))
 
 
-def test_an_adapter_without_a_named_base_model_is_reported(adapter, retriever, tmp_path):
+def test_an_adapter_that_names_no_base_model_is_reported(adapter, retriever, tmp_path):
     with pytest.raises(ValueError, match="names no base model: set `base_model`"):
         SearchAgent.from_pretrained(rename_base(adapter, tmp_path, None), retriever=retriever)
 
@@ -274,7 +274,7 @@ def test_a_saved_config_is_loaded_unchanged(tmp_path):
     assert SearchConfig.load(tmp_path) == SearchConfig.load(tmp_path / "search_config.json") == config
 
 
-def test_the_defaults_are_those_of_training():
+def test_the_defaults_equal_those_of_training():
     args = TSPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     config = SearchConfig()
     assert {
@@ -332,14 +332,14 @@ def prompts(*rows):
         (prompts(("Who?", [{"role": "user", "content": "Who?"}])), None),  # this tokenizer has no chat template
     ],
 )
-def test_the_template_of_prompts_is_found(tokenizer, rows, template):
+def test_the_template_is_inferred_from_prompts(tokenizer, rows, template):
     protocol = TagProtocol(tokenizer)
     expected = protocol.prompt_template if template == "default" else template
     assert find_prompt_template(Dataset.from_list(rows), protocol) == expected
     assert find_prompt_template(IterableDataset.from_generator(lambda: iter(rows)), protocol) == expected
 
 
-def test_the_template_of_conversations_is_found():
+def test_the_template_is_inferred_from_conversations():
     protocol = TagProtocol(TOKENIZERS["qwen3"])
 
     def row(question, *before):
@@ -354,7 +354,7 @@ def test_every_protocol_has_a_name():
     assert set(PROTOCOLS) == set(get_args(ProtocolName))
 
 
-def test_a_card_that_cannot_be_written_does_not_end_a_run(make_trainer, world, caplog, tmp_path):
+def test_failure_to_write_the_model_card_does_not_stop_training(make_trainer, world, caplog, tmp_path):
     class Unreachable(BM25Retriever):
         @property
         def description(self):

@@ -1,4 +1,4 @@
-"""Who may import whom. The docstring of each package says the same in words."""
+"""The packages that each package may import. The docstring of each package lists the same packages."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ MAY_IMPORT = {
 
 
 def imports(path):
-    """The rooms of the package that a module imports, anywhere in its code: `root` is the package itself."""
+    """The packages that a module imports anywhere in its code. `root` is `tspo_trl` itself."""
     package = path.relative_to(SOURCE).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -53,7 +53,7 @@ def imports(path):
             else:
                 continue
             base = [part for part in base if part]
-            # `from . import audit` names a room; `from . import TSPOConfig` takes a name from the root
+            # `from . import audit` imports a package; `from . import TSPOConfig` imports a name from the root
             names = [base[0]] if base else [a.name if a.name in EVERYTHING else "root" for a in node.names]
             found |= set(names)
         elif isinstance(node, ast.Import):
@@ -62,28 +62,28 @@ def imports(path):
     return found
 
 
-def imports_by_room():
-    rooms = {}
+def imports_by_package():
+    packages = {}
     for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room != "__init__":
-            rooms.setdefault(room, set()).update(imports(path) - {room})
-    return rooms
+        name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            packages.setdefault(name, set()).update(imports(path) - {name})
+    return packages
 
 
-def test_each_room_imports_only_what_it_may():
-    rooms = imports_by_room()
-    assert set(rooms) == set(MAY_IMPORT)
-    assert {room: found - MAY_IMPORT[room] for room, found in rooms.items() if found - MAY_IMPORT[room]} == {}
+def test_each_package_imports_only_allowed_packages():
+    packages = imports_by_package()
+    assert set(packages) == set(MAY_IMPORT)
+    assert {name: found - MAY_IMPORT[name] for name, found in packages.items() if found - MAY_IMPORT[name]} == {}
 
 
 def test_the_table_has_no_cycle():
-    left = {room: set(rooms) for room, rooms in MAY_IMPORT.items()}
+    left = {name: set(packages) for name, packages in MAY_IMPORT.items()}
     while left:
-        free = [room for room, rooms in left.items() if not rooms & set(left)]
+        free = [name for name, packages in left.items() if not packages & set(left)]
         assert free, f"a cycle among {sorted(left)}"
-        for room in free:
-            del left[room]
+        for name in free:
+            del left[name]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_table_has_no_cycle():
         ("import trl\nfrom datasets import Dataset", set()),
     ],
 )
-def test_imports_are_seen_wherever_they_are(tmp_path, monkeypatch, code, found):
+def test_imports_are_found_anywhere_in_a_module(tmp_path, monkeypatch, code, found):
     monkeypatch.setitem(globals(), "SOURCE", tmp_path)
     path = tmp_path / "retrieval" / "module.py"
     path.parent.mkdir()
@@ -109,9 +109,9 @@ def test_imports_are_seen_wherever_they_are(tmp_path, monkeypatch, code, found):
 
 
 @pytest.mark.parametrize("package", sorted(path.parent.name for path in SOURCE.glob("*/__init__.py")))
-def test_each_package_lists_what_it_may_import(package):
+def test_each_package_lists_its_allowed_imports(package):
     text = ast.get_docstring(ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8")))
-    _, found, rooms = text.partition("May import: ")
+    _, found, packages = text.partition("May import: ")
     assert found
-    expected = EVERYTHING if "every package" in rooms else {*re.findall(r"`(\w+)`", rooms), "_version", package}
+    expected = EVERYTHING if "every package" in packages else {*re.findall(r"`(\w+)`", packages), "_version", package}
     assert MAY_IMPORT[package] | {"_version", "__main__", package} == expected | {"__main__"}

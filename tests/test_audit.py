@@ -47,11 +47,11 @@ def row(question="q", golds=("a",), titles=(), ids=()):
         ("Rom", None),
     ],
 )
-def test_golds_that_folr_cannot_use(gold, reason):
+def test_golden_answers_that_folr_cannot_use(gold, reason):
     assert unusable_reason(gold, "Is yes no 7 I Rome or Paris?") == reason
 
 
-def test_the_first_rank_is_that_of_the_first_passage_with_an_eligible_gold():
+def test_first_rank_is_that_of_the_first_passage_with_an_eligible_answer():
     passages = [PARIS, ROME, OSLO]
     assert first_rank(passages, ["Italy"]) == 2
     assert first_rank(passages, ["Reykjavik", "rome"]) == 2
@@ -72,9 +72,9 @@ def test_ranks_are_found_in_the_results_of_searches():
     assert find_ranks(row(golds=["Italy"]), [[]]) == Ranks(None, None, None, None, ())
 
 
-def test_constant_answers():
+def test_shares_of_constant_answers():
     golds = [["no"], ["No."], ["yes"], ["Rome", "rome!"], ["The Rome"], ["Rome", "no"], ["Oslo"], ["!!!"]]
-    # no answers 3 of 8, Rome 3 of 8 (a row counts once), yes and Oslo 1 of 8; a tie keeps yes and no first
+    # "no" and "Rome" answer 3 of 8 (each row counts once), "yes" and "Oslo" 1 of 8; yes and no come first in a tie
     assert constant_answers(golds) == {"no": 3 / 8, "Rome": 3 / 8, "yes": 1 / 8, "Oslo": 1 / 8}
     assert list(constant_answers(golds)) == ["no", "Rome", "yes", "Oslo"]
     assert list(constant_answers(golds, count=1)) == ["no", "Rome", "yes"]
@@ -96,19 +96,19 @@ RANKS = [
 ]
 
 
-def test_an_audit_has_the_numbers_calculated_by_hand():
+def test_an_audit_equals_numbers_calculated_by_hand():
     audit = summarize(ROWS, RANKS, top_k=3, num_passages=2)
     assert (audit.num_questions, audit.num_eligible, audit.num_eligible_strict) == (5, 4, 3)
     assert audit.plain == Curve(4, (1 / 4, 2 / 4, 3 / 4))
     assert audit.ideal == Curve(2, (1 / 2, 1, 1))  # two eligible questions have titles
     assert audit.chance == Curve(4, (0, 1 / 4, 2 / 4))
-    assert audit.supporting == Curve(3, (1 / 3, 2 / 3, 2.5 / 3))  # q4 counts, though its gold is yes
+    assert audit.supporting == Curve(3, (1 / 3, 2 / 3, 2.5 / 3))  # q4 is included although its golden answer is yes
     assert {reason: entry["questions"] for reason, entry in audit.unusable.items()} == {
         "yes_no": 1,
         "empty": 1,
         "one_character": 0,
         "in_question": 1,
-        "chance": 1,  # the other is at rank 3, beyond the two passages of training
+        "chance": 1,  # the other one is at rank 3, after the two passages of training
     }
     assert audit.unusable["empty"] == {
         "questions": 1,
@@ -120,7 +120,7 @@ def test_an_audit_has_the_numbers_calculated_by_hand():
     assert [audit.at_k(c) for c in (audit.plain, audit.chance)] == [1 / 2, 1 / 4]
 
 
-def test_examples_have_different_golds():
+def test_examples_have_different_golden_answers():
     rows = [row(f"q{i}", [gold]) for i, gold in enumerate(["yes", "no", "yes", "Yes", "NO"])]
     audit = summarize(rows, [Ranks(None, None, None, None, ())] * 5, top_k=1, num_passages=1)
     assert audit.unusable["yes_no"]["questions"] == 5
@@ -136,7 +136,7 @@ def test_curves_without_data_are_none():
     assert not any(line.startswith("Ceiling") for line in verdict(closed))
 
 
-def test_an_audit_is_json():
+def test_an_audit_is_converted_to_json():
     audit = replace(summarize(ROWS, RANKS, top_k=3, num_passages=2), about={"dataset": "x"})
     data = json.loads(json.dumps(audit.to_dict()))
     assert data["plain"] == {"questions": 4, "rates": [0.25, 0.5, 0.75]}
@@ -146,7 +146,7 @@ def test_an_audit_is_json():
 
 def test_the_verdict_states_the_ceiling():
     text = " ".join(verdict(summarize(ROWS, RANKS, top_k=3, num_passages=2)))
-    # Two of the four eligible questions, and the one that is not
+    # Two of the four eligible questions, and the ineligible one
     assert "in 2 passages for 50.0% of the eligible questions" in text
     assert "at most 0.600 over all questions" in text
     assert "supporting titles find a golden answer in 2 passages for 100.0%." in text
@@ -189,14 +189,14 @@ def recipe():
     return importlib.import_module("tspo_trl.commands.audit")
 
 
-def test_real_questions_and_passages(tmp_path):
+def test_audit_of_real_questions_and_passages(tmp_path):
     files = ["--dataset", SAMPLE / "questions.jsonl", "--corpus", SAMPLE / "passages.jsonl"]
     result = audit(*files, "--output_dir", tmp_path / "new" / "folder")
     assert result.returncode == 0, result.stderr[-4000:]
     assert (tmp_path / "new" / "folder" / "audit.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     data = json.loads((tmp_path / "new" / "folder" / "audit.json").read_text(encoding="utf-8"))
 
-    # Counted again, without the code of the audit
+    # The expected numbers are computed without the code of the audit
     rows = [json.loads(line) for line in (SAMPLE / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     retriever = BM25Retriever(load_corpus(SAMPLE / "passages.jsonl"))
 
@@ -232,7 +232,7 @@ def test_real_questions_and_passages(tmp_path):
 
 
 class Words:
-    """Finds the passages that share a word with the query, and counts its calls."""
+    """Finds the passages whose title is in the query, and records its calls."""
 
     passages = [ROME, PARIS, OSLO]
 
@@ -256,7 +256,7 @@ def test_every_query_is_searched_once_in_batches(recipe):
     assert sum(query.startswith("What") for batch in batches for query in batch) == 300
 
 
-def test_chance_uses_passages_of_another_question_and_repeats_itself(recipe):
+def test_chance_uses_passages_of_another_question_and_is_reproducible(recipe):
     rows = [row(f"{city}?", [gold]) for city, gold in [("Rome", "Italy"), ("Paris", "France"), ("Oslo", "Italy")] * 4]
     ranks = recipe.search_all(rows, Words(), top_k=2)
     assert ranks == recipe.search_all(rows, Words(), top_k=2)
@@ -267,7 +267,7 @@ def test_chance_uses_passages_of_another_question_and_repeats_itself(recipe):
     assert (alone.plain, alone.chance) == (1, None)
 
 
-def test_rows_are_checked_as_the_trainer_does(recipe):
+def test_rows_are_checked_like_those_of_the_trainer(recipe):
     full = {"question": "q", "golden_answers": ["!!!"], "supporting_titles": ["a", " ", "a"], "supporting_ids": None}
     assert recipe.read_row(full, "here") == row("q", ["!!!"], ["a"])
     for change, message in [
@@ -284,7 +284,7 @@ def test_rows_are_checked_as_the_trainer_does(recipe):
 
 
 def test_texts_with_markup_are_printed_and_drawn(recipe, tmp_path, capsys):
-    """Markup of the terminal and the plot, and golden answers that normalise to the empty string."""
+    """Texts with markup of the terminal or the plot, and golden answers that normalise to the empty string."""
     rows = [
         row("q1", ["[bold]x[/red]"]),
         row("q2", ["$\\frac$"]),
@@ -330,7 +330,7 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
         ),
     ],
 )
-def test_wrong_options_are_reported(recipe, monkeypatch, capsys, arguments, message):
+def test_invalid_options_are_reported(recipe, monkeypatch, capsys, arguments, message):
     files = {"CORPUS": SAMPLE / "passages.jsonl", "QUESTIONS": SAMPLE / "questions.jsonl"}
     with pytest.raises(SystemExit):
         run(recipe, monkeypatch, *(files.get(a, a) for a in arguments))
@@ -349,7 +349,7 @@ def test_wrong_options_are_reported(recipe, monkeypatch, capsys, arguments, mess
         ('{"question": "q", "golden_answers": []}', "line 1, column 'golden_answers': expected at least one answer"),
     ],
 )
-def test_wrong_data_sets_are_reported(recipe, monkeypatch, tmp_path, content, message):
+def test_invalid_data_sets_are_reported(recipe, monkeypatch, tmp_path, content, message):
     path = tmp_path / "questions.jsonl"
     if content is not None:
         path.write_text(content)
@@ -366,7 +366,7 @@ def test_an_unknown_split_and_a_missing_corpus_are_reported(recipe, monkeypatch,
         run(recipe, monkeypatch, *questions, "--corpus", tmp_path / "nowhere.jsonl")
 
 
-def test_the_backends_are_those_that_can_be_opened(recipe, monkeypatch, capsys):
+def test_the_choices_of_backends_are_complete(recipe, monkeypatch, capsys):
     from tspo_trl.retrieval.open import BackendName
 
     with pytest.raises(SystemExit):

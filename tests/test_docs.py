@@ -1,4 +1,4 @@
-"""What the documentation shows runs as pasted."""
+"""The documentation: examples run, and links, names, options and messages match the code."""
 
 import ast
 import doctest
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 
 
 def make_qwen(folder):
-    """A tiny Qwen2 with a byte-level tokenizer and Qwen's chat format, where the README expects the model of the Hub."""
+    """Save a tiny Qwen2 with a byte-level tokenizer and Qwen's chat format, in place of a model from the Hub."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,10 +61,10 @@ def make_qwen(folder):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
+def test_the_example_of_the_readme_runs(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (name,) = re.findall(r'model="([^"]+)"', example)
-    make_qwen(tmp_path / name)  # a relative path that exists is taken before the Hub
+    make_qwen(tmp_path / name)  # an existing relative path has priority over the Hub
     result = subprocess.run(
         [sys.executable, "-c", example],
         cwd=tmp_path,
@@ -77,25 +77,25 @@ def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
-def test_the_example_of_the_quick_start_is_that_of_the_readme():
+def test_the_quick_start_contains_the_example_of_the_readme():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example in (DOCS / "quickstart.md").read_text()
 
 
 @pytest.mark.parametrize("page", ["algorithm.md", "protocols.md"])
-def test_what_the_pages_show_is_what_is_printed(page):
+def test_examples_of_the_pages_print_the_shown_output(page):
     results = doctest.testfile(str(DOCS / page), module_relative=False)
     assert results.attempted > 0
     assert results.failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
 
-def test_the_functions_that_the_architecture_names_are_where_it_says():
+def test_functions_named_in_the_architecture_are_in_the_stated_files():
     page = (DOCS / "architecture.md").read_text()
     rows = re.findall(r"^\| [^|]* \|([^|]*`[\w/]+\.py`[^|]*)\|([^|]*)\|$", page, re.MULTILINE)
     assert len(rows) > 40
@@ -110,7 +110,7 @@ def test_the_functions_that_the_architecture_names_are_where_it_says():
     assert missing == []
 
 
-def test_the_page_of_the_api_has_every_public_name():
+def test_the_page_of_the_api_contains_every_public_name():
     names = re.findall(r"^::: tspo_trl\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(names) == sorted(name for name in tspo_trl.__all__ if name != "__version__")
 
@@ -120,7 +120,7 @@ def test_the_page_of_the_options_is_up_to_date():
     assert (DOCS / "configuration.md").read_text() == page, "run `make docs`"
 
 
-def test_the_page_of_the_options_has_every_option_and_its_default():
+def test_the_page_of_the_options_contains_every_option_and_its_default():
     page = (DOCS / "configuration.md").read_text()
     for option in fields(TSPOConfig):
         if option.name not in {field.name for field in fields(GRPOConfig)}:
@@ -130,38 +130,38 @@ def test_the_page_of_the_options_has_every_option_and_its_default():
 
 @pytest.fixture(scope="module")
 def options():
-    """What `recipes/train.py` takes."""
+    """The options of `recipes/train.py`."""
     recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
     kinds = (recipe["SearchArguments"], TSPOConfig, ModelConfig)
     return {"config"} | {field.name for kind in kinds for field in fields(kind)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_recipe_takes_the_flags_that_the_pages_show(page, options):
+def test_the_recipe_accepts_the_flags_shown_in_the_pages(page, options):
     commands = re.findall(r"recipes/train\.py((?:[^\n`]|\\\n)*)", page.read_text())
     flags = [flag for command in commands for flag in re.findall(r" --(\w+)", command)]
     assert [flag for flag in flags if flag not in options] == []
 
 
-def test_the_options_that_others_are_mapped_to_exist(options):
+def test_options_named_in_the_migration_page_exist(options):
     rows = re.findall(r"^\|(?! *-)[^|]*\|([^|]*)\|[^|]*\|$", (DOCS / "migration.md").read_text(), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+)", row) if not name.startswith("recipes")]
     assert len(named) > 40
-    ours = options | {"retriever", "reward_funcs"}  # of the trainer
+    ours = options | {"retriever", "reward_funcs"}  # arguments of the trainer
     assert [name for name in named if name not in ours] == []
 
 
 def messages_of_the_code():
-    """Every text of the code, with … for what is filled in."""
+    """Every string of the code, with … in place of each formatted value."""
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield re.sub(r"%\.?\d*[a-z]", "…", node.value)  # of logging
+                yield re.sub(r"%\.?\d*[a-z]", "…", node.value)  # format specifiers of logging
 
 
-def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+def test_messages_of_the_troubleshooting_page_exist_in_the_code():
     said = list(messages_of_the_code())
     quoted = re.findall(r"```text\n(.*?)\n```", (DOCS / "troubleshooting.md").read_text(), re.DOTALL)
     assert len(quoted) > 20
@@ -178,8 +178,8 @@ def test_metrics_of_the_troubleshooting_page_are_documented():
     assert [name for name in named if f"`{name}`" not in known] == []
 
 
-def test_the_rollouts_of_the_protocols_page_are_what_the_model_reads():
-    """What is marked with │, from the questions on."""
+def test_rollouts_of_the_protocols_page_equal_the_text_that_the_model_reads():
+    """The page marks this text with │."""
     page = (DOCS / "protocols.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE)
     tags, _, calls, _ = (re.sub("^│ ?", "", block, flags=re.MULTILINE) for kind, block in blocks if not kind)
@@ -197,7 +197,7 @@ def test_the_rollouts_of_the_protocols_page_are_what_the_model_reads():
 
 
 @pytest.mark.parametrize(("protocol", "module"), [("tags", "tags"), ("tool calls", "tool_call")])
-def test_the_hints_of_the_protocols_page_are_those_of_the_code(protocol, module):
+def test_hints_of_the_protocols_page_equal_those_of_the_code(protocol, module):
     page = " ".join((DOCS / "protocols.md").read_text().replace("\n│ ", " ").split())
     assert import_module(f"tspo_trl.rollout.{module}").HINT in page
 

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and what is committed of them is presentable."""
+"""The notebooks run completely, and their committed outputs contain no warnings or local paths."""
 
 import re
 
@@ -22,7 +22,7 @@ def outputs(notebook):
 
 
 def text(output):
-    """What an output shows, pictures left out."""
+    """The text of an output, without pictures."""
     parts = [output.get("text", ""), *output.get("data", {}).values()]
     return "\n".join(part for part in parts if isinstance(part, str) and len(part) < 50_000)
 
@@ -31,7 +31,7 @@ def text(output):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_notebooks_run(name, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed, if it is installed, says which it has found
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, if installed, prints the detected accelerator
     notebook = read(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -39,7 +39,9 @@ def test_the_notebooks_run(name, tmp_path, tmp_path_factory, monkeypatch):
     resources = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources)
     client.create_kernel_manager()
-    with FileLock(tmp_path_factory.getbasetemp().parent / "kernel.lock"):  # two that start at once may choose one port
+    with FileLock(
+        tmp_path_factory.getbasetemp().parent / "kernel.lock"
+    ):  # kernels that start at the same time may choose the same port
         client.start_new_kernel()
         client.start_new_kernel_client()
     client.execute()
@@ -48,7 +50,7 @@ def test_the_notebooks_run(name, tmp_path, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_committed_notebooks_are_executed_and_tidy(name):
+def test_the_committed_notebooks_are_executed_and_clean(name):
     notebook = read(name)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -62,7 +64,7 @@ def test_the_committed_notebooks_are_executed_and_tidy(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_links_of_the_notebooks_lead_somewhere(name):
+def test_links_of_the_notebooks_exist(name):
     source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", source):
         assert (FOLDER / target).exists(), target

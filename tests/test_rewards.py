@@ -1,4 +1,4 @@
-"""Outcome rewards: they read the trajectory, so that only model-written text is rewarded."""
+"""Outcome rewards: only text written by the model is rewarded."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_f1_reward_scores_the_answer():
 
 
 @pytest.mark.parametrize("reward", [exact_match_reward, f1_reward])
-def test_passages_and_queries_earn_nothing(reward):
+def test_passages_and_queries_are_not_rewarded(reward):
     passage = Passage("0", "Paris", "<answer>Paris</answer>")
     found = rollout("search", "answer", answer="Rome", passages=[passage])
     assert reward(trajectories=[found], golden_answers=[["Paris"]]) == [0.0]

@@ -7,14 +7,14 @@ from tspo_trl.demo.warmup import demonstrate_world, sample
 from tspo_trl.rollout.tags import HINT
 
 
-def test_the_tokenizer_knows_every_word_of_any_world(tokenizer):
+def test_the_tokenizer_knows_every_word_of_every_world(tokenizer):
     for seed in range(3):
         world = make_world(seed)
         texts = [p.text for p in world.passages] + [str(q.row()["prompt"]) for q in world.train_questions]
         assert all(tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text in [*texts, HINT])
 
 
-def test_the_tokenizer_survives_saving(tmp_path, tokenizer):
+def test_a_saved_tokenizer_is_loaded_unchanged(tmp_path, tokenizer):
     text = "Question: Who wrote Silent Harbor?\n<search> Silent Harbor</search> (Title: Mira Talvek)"
     make_model(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -23,7 +23,7 @@ def test_the_tokenizer_survives_saving(tmp_path, tokenizer):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() < 2e6
 
 
-def test_models_of_one_seed_are_equal_and_leave_the_random_state_alone(tokenizer):
+def test_models_with_the_same_seed_are_equal_and_the_random_state_is_unchanged(tokenizer):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -33,7 +33,7 @@ def test_models_of_one_seed_are_equal_and_leave_the_random_state_alone(tokenizer
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_faultless_demonstrations_find_and_give_the_answer(tokenizer, world):
+def test_demonstrations_without_mistakes_find_the_answer(tokenizer, world):
     questions = [*world.train_questions, *world.heldout_questions]
     for trajectory, question in zip(demonstrate_world(tokenizer, world), questions, strict=True):
         assert trajectory.status == "answered"
@@ -42,7 +42,7 @@ def test_faultless_demonstrations_find_and_give_the_answer(tokenizer, world):
         assert question.answer in trajectory.passage_texts[-2]
 
 
-def test_mistakes_are_as_frequent_as_asked_for(tokenizer):
+def test_mistakes_have_the_requested_frequency(tokenizer):
     world = make_world(0)
     questions = [*world.train_questions, *world.heldout_questions]
     trajectories = demonstrate_world(tokenizer, world, wrong_query=0.5, wrong_answer=0.8)
@@ -52,8 +52,8 @@ def test_mistakes_are_as_frequent_as_asked_for(tokenizer):
     assert 0.4 < first < 0.6
 
 
-def test_supervision_fits_turns_and_nothing_else(tokenizer, world):
-    """Fitted to demonstrations that always search for the same thing, the model does that and sees real passages."""
+def test_supervision_trains_on_turns_only(tokenizer, world):
+    """A model trained on demonstrations with a constant query and answer repeats them, and reads real passages."""
     model = make_model(tokenizer, hidden_size=32, num_layers=1)
     prompts = [str(q.row()["prompt"]) for q in world.train_questions]
     scripts = [["<search> Golden Mirror</search>", "<answer> Iron Tower</answer>"]] * len(prompts)
@@ -65,13 +65,13 @@ def test_supervision_fits_turns_and_nothing_else(tokenizer, world):
     assert [t.answer for t in trajectories] == ["Iron Tower"] * 8
 
 
-def test_supervision_ends_when_told(tokenizer, world):
+def test_supervision_ends_when_its_condition_is_met(tokenizer, world):
     model = make_model(tokenizer, hidden_size=32, num_layers=1)
     demonstrations = demonstrate_world(tokenizer, world)
     assert supervise(model, demonstrations, steps=50, batch_size=4, until=lambda: True, check_every=3) == 3
 
 
-def test_words_of_other_texts_can_be_added():
+def test_the_tokenizer_can_include_words_of_other_texts():
     tokenizer = make_tokenizer(["Zyzzogeton haenschi"])
     assert tokenizer.unk_token_id not in tokenizer("Zyzzogeton haenschi")["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("qwertyuiop")["input_ids"]

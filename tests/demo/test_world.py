@@ -1,4 +1,4 @@
-"""The fictional encyclopedia: seeded, answerable by searching, and held-out questions share no entity with training."""
+"""The fictional encyclopedia depends on its seed, answers all questions, and separates held-out entities."""
 
 import pytest
 
@@ -9,39 +9,39 @@ SIZES = [(0, {}), (7, {}), (1, {"train_books": 12, "heldout_books": 6}), (2, {"t
 
 
 @pytest.fixture(params=SIZES, ids=lambda size: f"seed{size[0]}-{len(size[1])}")
-def made(request):
+def any_world(request):
     seed, size = request.param
     return make_world(seed, **size)
 
 
 def entities(questions):
-    """What questions need and answer; languages are a closed list that both parts use."""
+    """The entities in queries and answers, except languages, which both splits use."""
     return {name for q in questions for name in (*q.queries, *([] if q.kind == "language" else [q.answer]))}
 
 
-def test_the_same_seed_makes_the_same_world():
+def test_worlds_with_the_same_seed_are_equal():
     assert make_world(3) == make_world(3)
 
 
-def test_another_seed_makes_another_world():
+def test_worlds_with_different_seeds_differ():
     first, second = make_world(3), make_world(4)
     assert first.names["person"] != second.names["person"]
     assert first.train_questions != second.train_questions
 
 
-def test_names_are_unique(made):
-    names = [name for kind in made.names.values() for name in kind]
+def test_names_are_unique(any_world):
+    names = [name for kind in any_world.names.values() for name in kind]
     assert len(names) == len(set(names))
 
 
-def test_every_entity_has_one_passage(made):
-    titles = [passage.title for passage in made.passages]
+def test_every_entity_has_one_passage(any_world):
+    titles = [passage.title for passage in any_world.passages]
     assert len(titles) == len(set(titles))
-    assert set(titles) == {name for kind, names in made.names.items() if kind != "language" for name in names}
-    assert len({passage.id for passage in made.passages}) == len(made.passages)
+    assert set(titles) == {name for kind, names in any_world.names.items() if kind != "language" for name in names}
+    assert len({passage.id for passage in any_world.passages}) == len(any_world.passages)
 
 
-def test_sizes_are_as_asked_for():
+def test_worlds_have_the_requested_size():
     names = make_world(0, train_books=12, heldout_books=6).names
     assert {kind: len(names[kind]) for kind in ("book", "person", "city", "country")} == {
         "book": 18,
@@ -51,47 +51,47 @@ def test_sizes_are_as_asked_for():
     }
 
 
-def test_held_out_questions_share_no_entity_with_training_questions(made):
-    assert made.train_questions
-    assert made.heldout_questions
-    assert not entities(made.train_questions) & entities(made.heldout_questions)
+def test_held_out_questions_share_no_entity_with_training_questions(any_world):
+    assert any_world.train_questions
+    assert any_world.heldout_questions
+    assert not entities(any_world.train_questions) & entities(any_world.heldout_questions)
 
 
-def test_held_out_passages_do_not_mention_what_training_needs(made):
-    needed = entities(made.train_questions)
-    for passage in made.passages:
-        if passage.title in entities(made.heldout_questions):
+def test_held_out_passages_do_not_mention_training_entities(any_world):
+    needed = entities(any_world.train_questions)
+    for passage in any_world.passages:
+        if passage.title in entities(any_world.heldout_questions):
             assert not any(name in passage.text for name in needed)
 
 
-def test_every_question_is_answered_by_following_its_queries(made):
-    passages = {passage.title: passage for passage in made.passages}
-    for question in made.train_questions + made.heldout_questions:
+def test_every_question_is_answered_by_following_its_queries(any_world):
+    passages = {passage.title: passage for passage in any_world.passages}
+    for question in any_world.train_questions + any_world.heldout_questions:
         chain = [passages[query].text for query in question.queries]
         for text, following in zip(chain, [*question.queries[1:], question.answer], strict=True):
             assert following in text
-        # nothing but the first name is given away
+        # the question contains only the first of these names
         assert question.queries[0] in question.text
         assert not any(name in question.text for name in (*question.queries[1:], question.answer))
         assert not any(question.answer in text for text in chain[:-1])
 
 
-def test_every_query_finds_its_passage(made):
-    retriever = BM25Retriever(made.passages)
-    queries = sorted({query for q in made.train_questions + made.heldout_questions for query in q.queries})
+def test_every_query_finds_its_passage(any_world):
+    retriever = BM25Retriever(any_world.passages)
+    queries = sorted({query for q in any_world.train_questions + any_world.heldout_questions for query in q.queries})
     for query, found in zip(queries, retriever.search(queries, 1), strict=True):
         assert found[0].title == query
 
 
-def test_questions_are_unique_and_of_one_to_three_hops(made):
-    questions = made.train_questions + made.heldout_questions
+def test_questions_are_unique_and_have_one_to_three_hops(any_world):
+    questions = any_world.train_questions + any_world.heldout_questions
     assert len({question.text for question in questions}) == len(questions)
     assert {question.hops for question in questions} == {1, 2, 3}
     for question in questions:
-        assert question.answer in made.names[question.kind]
+        assert question.answer in any_world.names[question.kind]
 
 
-def test_a_row_is_what_the_trainer_reads():
+def test_a_row_has_the_columns_of_the_trainer():
     question = make_world(0).train_questions[0]
     row = question.row()
     assert row["question"] == question.text

@@ -233,7 +233,7 @@ def test_prompt_tuning_keeps_no_cache(policy_dir):
     assert new_cache(get_peft_model(base, tuning)) is None
 
 
-def test_bfloat16(policy_dir, tokenizer, world):
+def test_logprobs_in_bfloat16(policy_dir, tokenizer, world):
     model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.bfloat16).eval()
     contexts = prompts(tokenizer, world, 6)
     turns = generate(model, tokenizer, contexts, [2, 8] * 3, do_sample=True, temperature=1.0, top_k=0)

@@ -199,7 +199,7 @@ def tokens_of(model, tokenizer, contexts, **options):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "grouped heads", "dropout", "lora"])
-def test_other_models(policy_dir, tokenizer, contexts, monkeypatch, family):
+def test_turns_of_other_models_equal_those_without_sharing(policy_dir, tokenizer, contexts, monkeypatch, family):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": None, "bos_token_id": None}
     if family == "gpt2":  # absolute positions

@@ -170,18 +170,18 @@ def test_an_evaluation_resumes_after_its_endpoint_failed(tmp_path, policy_dir, r
         return agent
 
     with FakeEndpoint(policy_dir) as server:
-        made = agent(server)
+        remote = agent(server)
         server.fail = lambda body, count: 500 if len(lines_of(tmp_path)) >= 12 else None
         with pytest.raises(
             EvaluationStopped, match=r"component is EndpointEngine\(.* HTTP 500.* 12 of 36 questions are in"
         ):
-            evaluate(made, data, tmp_path, progress=False)
+            evaluate(remote, data, tmp_path, progress=False)
     with FakeEndpoint(policy_dir) as server:
         bad = data["demo"][worst]["prompt"]
-        made = agent(server)
-        ids = made.search_loop.protocol.tokenizer(bad)["input_ids"]
+        remote = agent(server)
+        ids = remote.search_loop.protocol.tokenizer(bad)["input_ids"]
         server.fail = lambda body, count: 400 if body["prompt"][: len(ids)] == ids else None
-        results = evaluate(made, data, tmp_path, progress=False)
+        results = evaluate(remote, data, tmp_path, progress=False)
         metrics = results.summary()["datasets"]["demo"]["metrics"]
         assert metrics["generation_failed"]["mean"] == pytest.approx(1 / 36)
         assert "failed endpoint" in results_table({"tiny": results.summary()})

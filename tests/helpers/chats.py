@@ -27,7 +27,7 @@ ROME = [Passage("0", "Rome", "Rome is the capital of Italy."), Passage("1", "", 
 
 
 def make_chat(name):
-    """A byte-level BPE that splits text as Qwen's does and has its added tokens, with a template that TRL ships."""
+    """A byte-level BPE with Qwen's text splitting and added tokens, and a chat template from TRL."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,7 +60,7 @@ def make_chat(name):
 NAMES = ["qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "qwen3_instruct_2507"]
 TOKENIZERS = {name: make_chat(name) for name in NAMES}
 PROTOCOLS = {name: ToolCallProtocol(tokenizer) for name, tokenizer in TOKENIZERS.items()}
-FEW = ["qwen2_5", "qwen3"]  # the two sets of added tokens
+FEW = ["qwen2_5", "qwen3"]  # one for each set of added tokens
 
 
 def encode(protocol, text):

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py in one and in several processes: advantages of the same rollouts, saved by each rank."""
+"""Run by test_distributed.py in one or more processes: each rank saves the advantages of the same rollouts."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from tspo_trl.rollout.stats import RolloutStats
 
 
 class Recorded:
-    """A search loop that returns rollouts that depend on their place in the batch of all ranks only."""
+    """A search loop whose rollouts depend only on their position in the batch of all ranks."""
 
     def __init__(self, trainer):
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""As much of the Hub's API as `datasets.load_dataset` asks for, on loopback, over a folder of repositories."""
+"""The part of the Hub's API that `datasets.load_dataset` uses, as a local server for a folder of repositories."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class DatasetHub:
-    """Serves `root/<owner>/<name>/...` as data sets. `asked` holds the files that were sent."""
+    """Serves `root/<owner>/<name>/...` as data sets. `requested` is the list of requested files."""
 
     def __init__(self, root: Path):
-        hub, self.asked = self, []
+        hub, self.requested = self, []
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -48,7 +48,7 @@ class DatasetHub:
                 if not file.is_file():
                     return self.send({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
                 if self.command == "GET":
-                    hub.asked.append(name)
+                    hub.requested.append(name)
                 return self.send(file.read_bytes(), 200, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT})
 
             def send(self, content, status=200, headers=None):

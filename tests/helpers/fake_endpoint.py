@@ -1,4 +1,4 @@
-"""A server of completions over a tiny model, that knows as much of vLLM as it is told, and fails when told."""
+"""A completions server with a tiny model. It supports none, some or all extensions of vLLM, and can be made to fail."""
 
 import json
 import threading
@@ -14,8 +14,8 @@ STANDARD = {"model", "prompt", "max_tokens", "temperature", "top_p", "stop", "se
 
 class FakeEndpoint:
     """
-    `kind`: "vllm" returns token ids and keeps stop strings; "openai" refuses keys that it does not know and cuts stop
-    strings off; "text" takes texts only; "says" is like "text", but says at which stop string it stopped.
+    `kind`: "vllm" returns token ids and keeps stop strings; "openai" refuses unknown keys and removes stop strings;
+    "text" accepts only texts; "text with reason" is like "text", but also returns the stop string.
     """
 
     def __init__(self, model, kind="vllm"):
@@ -23,7 +23,7 @@ class FakeEndpoint:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model)
         self.requests = []
-        self.fail = lambda body, count: None  # gives a status to answer with instead
+        self.fail = lambda body, count: None  # returns a status to send instead of a completion
         self.lock = threading.Lock()
         endpoint = self
 
@@ -59,7 +59,7 @@ class FakeEndpoint:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def complete(self, body):
-        text_only = self.kind in ("text", "says")
+        text_only = self.kind in ("text", "text with reason")
         unknown = sorted(set(body) - STANDARD)
         if self.kind != "vllm" and unknown:
             return 400, {"error": f"unknown: {unknown}"}
@@ -79,7 +79,7 @@ class FakeEndpoint:
             choice |= {"token_ids": ids, "stop_reason": stopped}
         elif stopped:
             choice["text"] = text.removesuffix(stopped)
-            if self.kind == "says":
+            if self.kind == "text with reason":
                 choice["stop_reason"] = stopped
         return 200, {"choices": [choice]}
 
@@ -89,7 +89,7 @@ class FakeEndpoint:
         return self
 
     def stop(self):
-        """No request is answered from now on; those on the way are cut off."""
+        """Stop answering requests, and interrupt those in progress."""
         self.fail = lambda body, count: 503
         self.server.shutdown()
         self.server.server_close()

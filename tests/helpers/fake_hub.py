@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on the loopback device: what its client asks for to create, fill, list and read models.
+"""A small local Hugging Face Hub: the part of its API that the client uses to create, fill, list and read models.
 
-Repositories are kept in memory. Writing needs the token `hf_test`. `POST /fake/fail {"path": …, "status": …}` makes requests
-whose path contains a text fail with a status; `GET /fake/requests` lists what was asked.
+Repositories are kept in memory. Writing needs the token `hf_test`. `POST /fake/fail [{"path": …, "status": …}]` makes requests
+whose path contains the given text fail with the given status. `GET /fake/commits/<user>/<name>` lists the commits.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def error(status, code, message):
 
 
 def metadata_errors(content):
-    """As the Hub: metadata must be YAML, and models and data sets must be ids."""
+    """The errors that the Hub reports: metadata must be YAML, and models and data sets must be ids."""
     match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
@@ -65,18 +65,17 @@ def metadata_errors(content):
 
 
 def create_hub(url, storage):
-    """The Hub at `url`. Large files are kept under another address, as there: its client treats redirects by it."""
+    """The Hub at `url`. Like the real one, it serves large files from another address, `storage`."""
     app = FastAPI()
-    repositories, objects, requests, failures = {}, {}, [], []
+    repositories, objects, failures = {}, {}, []
 
     @app.middleware("http")
     async def watch(request: Request, call_next):
         path = request.url.path
         if not path.startswith(("/fake", "/health")):
-            requests.append(f"{request.method} {path}")
             for failure in failures:
                 if failure["path"] in path:
-                    return error(failure["status"], "", "as told")
+                    return error(failure["status"], "", "requested failure")
             writes = request.method not in ("GET", "HEAD") and not path.startswith("/lfs/")
             if writes and request.headers.get("authorization") != f"Bearer {TOKEN}":
                 return error(401, "", "Invalid credentials in Authorization header")
@@ -91,10 +90,6 @@ def create_hub(url, storage):
         failures.clear()
         failures.extend(await request.json())
         return {}
-
-    @app.get("/fake/requests")
-    def asked():
-        return requests
 
     @app.get("/fake/commits/{user}/{name}")
     def commits(user: str, name: str):

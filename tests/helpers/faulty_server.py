@@ -1,4 +1,4 @@
-"""A retrieval server that misbehaves on demand: `POST /mode` with "ok" or one of the modes below."""
+"""A retrieval server that fails on demand: `POST /mode` with "ok" or one of the modes below."""
 
 import argparse
 import asyncio
@@ -21,7 +21,7 @@ def main():
 
     @app.post("/mode")
     async def set_mode(request: Request):
-        """How to answer, for how many requests (-1: until told otherwise)."""
+        """Set the mode, and the number of requests for which it is used (-1: no limit)."""
         state.update(await request.json())
         return {"requests": state["requests"]}
 
@@ -34,7 +34,7 @@ def main():
         state["left"] -= state["left"] > 0
         if mode == "slow":
             await asyncio.sleep(3600)
-        if mode == "drip":  # a byte now and then: no read takes long
+        if mode == "drip":  # one byte at a time, so that no single read times out
             return Dripping()
         if mode == "500":
             return Response("Internal Server Error", 500)

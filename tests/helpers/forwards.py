@@ -1,4 +1,4 @@
-"""What a model reads, counted."""
+"""The tokens that a model reads in each forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def counted(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
-    """The shapes (rows, columns) of what the model reads in each forward call."""
+    """Record the shape (rows, columns) of the input of each forward pass."""
     shapes: list[tuple[int, int]] = []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

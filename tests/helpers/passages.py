@@ -1,4 +1,4 @@
-"""Passages as hypothesis draws them, and texts that try to leave their block."""
+"""Random passages for hypothesis, and texts that try to leave their block."""
 
 from hypothesis import strategies as st
 
@@ -6,7 +6,7 @@ from tspo_trl import Passage
 
 WORDS = "Paris is the capital of France and Rome of Italy . short long one two three four five six seven eight nine ten"
 TAGS = [f"<{slash}{name}>" for name in ("search", "answer", "information", "think") for slash in ("", "/")]
-ROOMY = 100_000  # a budget that nothing here fills
+ROOMY = 100_000  # a budget larger than any observation here
 PASSAGE_TEXT = st.one_of(
     st.text(max_size=60),
     st.lists(

@@ -1,4 +1,4 @@
-"""Where the repository and its sample of real questions are."""
+"""Paths of the repository, its test scripts and its sample of real questions."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An engine that writes a script, and a retriever that records what it is asked."""
+"""An engine that follows a script, and a retriever that records its queries."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ PASSAGE = Passage(id="7", title="Silent Harbor", text="Silent Harbor is a novel 
 
 
 class ScriptedEngine(BatchEngine):
-    """Writes the next text of each prompt's script; cuts it at the budget, as a real engine does."""
+    """Generates the next text of each prompt's script, cut at the budget as in a real engine."""
 
     def __init__(self, tokenizer, scripts):
         super().__init__()
@@ -47,6 +47,6 @@ class RecordingRetriever:
 
 
 def loop_options(options):
-    """Options by name, with the limits among them as one argument."""
+    """The options, with all limits among them combined into one argument."""
     limits = {name: value for name, value in options.items() if name in SearchLimits.__dataclass_fields__}
     return {name: value for name, value in options.items() if name not in limits} | {"limits": SearchLimits(**limits)}

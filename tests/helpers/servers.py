@@ -1,4 +1,4 @@
-"""Retrieval servers in processes of their own, that can be killed, started again, and told to misbehave."""
+"""Servers in separate processes, which can be killed and restarted."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ class Server:
         raise TimeoutError("The server is not ready.")
 
     def kill(self):
-        """As a node that is lost: nothing is said to the clients."""
+        """Kill the process without notifying clients, as if its node were lost."""
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
 

@@ -1,4 +1,4 @@
-"""An evaluation that is slow enough to be killed while it runs."""
+"""An evaluation that is slow enough to be killed before it ends."""
 
 import time
 
@@ -9,7 +9,7 @@ from tspo_trl import BM25Retriever, SearchAgent, evaluate
 
 
 def slow_evaluation(model, corpus, data, out, seconds=0.0):
-    """Sampled, of two data sets, with a retriever that takes its time."""
+    """Evaluate two data sets with sampling and a slow retriever."""
     retriever = BM25Retriever.from_jsonl(corpus)
     search = retriever.search
     retriever.search = lambda queries, k: (time.sleep(seconds), search(queries, k))[1]

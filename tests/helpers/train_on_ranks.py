@@ -1,4 +1,4 @@
-"""A short training run, for tests that launch it in several processes, kill it and resume it."""
+"""A short training run that tests launch in several processes, kill and resume."""
 
 import argparse
 import faulthandler
@@ -42,7 +42,7 @@ def length_reward(trajectories, **kwargs):
 
 
 class Uneven:
-    """Gives each rank another number of rounds: the rollouts of rank 0 end after a turn, those of the others take all."""
+    """Makes rollouts of rank 0 end after one turn, while those of the other ranks use all their turns."""
 
     def __init__(self, rank):
         self.rank = rank
@@ -52,7 +52,7 @@ class Uneven:
 
 
 class Recorded:
-    """A search loop whose rollouts depend on the step and on their place in the batch of all ranks, and on nothing else."""
+    """A search loop whose rollouts depend only on the step and on their position in the batch of all ranks."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -94,24 +94,24 @@ def main():
     parser.add_argument("output_dir")
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--uneven", action="store_true", help="0 against max_searches rounds")
+    parser.add_argument("--uneven", action="store_true", help="rollouts of rank 0 end after one turn")
     parser.add_argument(
         "--recorded", action="store_true", help="rollouts that do not depend on the number of processes"
     )
-    parser.add_argument("--broken_rank", type=int, help="its retriever fails always")
-    parser.add_argument("--shorter_rank", type=int, help="it has a question less")
+    parser.add_argument("--broken_rank", type=int, help="the rank whose retriever always fails")
+    parser.add_argument("--shorter_rank", type=int, help="the rank with one question fewer")
     parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
-    faulthandler.dump_traceback_later(900, exit=True)  # a hang ends with the stacks of all threads
+    faulthandler.dump_traceback_later(900, exit=True)  # a hang ends with a traceback of all threads
 
     world = make_world(0, train_books=12, heldout_books=6)
     options = {**OPTIONS, "output_dir": arguments.output_dir, **arguments.options}
     rows = [question.row() for question in world.train_questions]
     reward = length_reward if options.pop("length_reward", True) else None
     config = TSPOConfig(**options)
-    if plugin := getattr(config, "deepspeed_plugin", None):  # or ZeRO-3 keeps the parameters of a tiny model whole
+    if plugin := getattr(config, "deepspeed_plugin", None):  # otherwise ZeRO-3 does not partition a tiny model
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # whose Adam takes minutes to compile
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False  # compiling its Adam takes minutes
         plugin.set_deepspeed_weakref()
     trainer = TSPOTrainer(
         model=arguments.model,
@@ -134,7 +134,7 @@ def main():
     trainer.search_loop.run = lambda prompts: generations.append(1) or run(prompts)
     if not arguments.recorded:
         engine = trainer.search_loop.engine
-        name = "collect" if engine.in_rounds else "submit"  # once a round, or once a turn
+        name = "collect" if engine.in_rounds else "submit"  # called once per round or once per turn
         function = getattr(engine, name)
         setattr(engine, name, lambda *a, **kw: turns.append(len(gathers)) or function(*a, **kw))
     trainer.train(resume_from_checkpoint=arguments.resume and any(Path(arguments.output_dir).glob("*/complete.json")))
@@ -154,18 +154,18 @@ def main():
     Path(arguments.output_dir, f"about_{rank}.json").write_text(json.dumps(about))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    os._exit(0)  # threads of other libraries may abort an interpreter that ends
+    os._exit(0)  # threads of other libraries may abort the interpreter at exit
 
 
 def count_gathers():
-    """A list that grows by one with each time that all parameters are gathered."""
+    """A list that gets one more item each time all parameters are gathered."""
     gathers = []
     if find_spec("deepspeed") is not None:
         import deepspeed
 
         enter = deepspeed.zero.GatheredParameters.__enter__
         deepspeed.zero.GatheredParameters.__enter__ = lambda self: gathers.append(1) or enter(self)
-    # FSDP2 gathers one group of parameters after the other: counted by the first of them
+    # FSDP2 gathers one group of parameters after another, so only the first group is counted
     first = []
     unshard = FSDPParamGroup.unshard
 

@@ -1,15 +1,15 @@
-"""One step of a trainer, taken apart."""
+"""The parts of a training step."""
 
 from accelerate.utils import set_seed
 
 
 def generation_batch(trainer):
-    """The next batch of rows, as the training loop gets it."""
+    """The next batch of rows of the training loop."""
     return next(iter(trainer.get_train_dataloader()))
 
 
 def prepared(trainer, seed=0):
-    """Rollouts with their advantages, as the loss gets them, and the trajectories."""
+    """The inputs of the loss for one batch of rollouts, and their trajectories."""
     trainer.accelerator.gradient_accumulation_steps = 1
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()

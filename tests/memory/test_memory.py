@@ -1,4 +1,4 @@
-"""The calculated memory against what small models allocate."""
+"""Calculated memory, compared with the memory that small models allocate."""
 
 import gc
 import re
@@ -52,7 +52,7 @@ BATCH, PROMPT, COMPLETION = 2, 64, 192
 
 
 def allocated(function):
-    """The peak above the start and what is left, in bytes, as the allocator counts them; and the result."""
+    """The peak and the final increase of allocated memory in bytes, and the result of the function."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
@@ -66,7 +66,7 @@ def allocated(function):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """TRL's LM head as on a GPU: its kernels work within a tile, and only the completion is scored."""
+    """TRL's LM head as on a GPU, where kernels work within a tile and only the completion is scored."""
 
     def rowwise(fold):
         def run(tile, stride, targets, *rest, **options):
@@ -116,7 +116,7 @@ def near(measured, calculated, share=0.25):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_states_are_exact(name, dtype):
+def test_memory_of_parameters_gradients_and_optimizer_states_is_exact(name, dtype):
     model, setting, shape, inputs = make(name, dtype)
     step = {k: v["optimizer step"] for k, v in estimate(shape, setting).items()}
     parameters = list(model.parameters())
@@ -127,14 +127,14 @@ def test_states_are_exact(name, dtype):
     assert step["parameters"] == sum(p.nbytes for p in parameters)
     assert step["gradients"] == sum(p.grad.nbytes for p in parameters)
     assert step["optimizer states"] == sum(m.nbytes for m in moments)
-    assert 0 <= top - step["optimizer states"] <= 64 * len(parameters)  # the counters of steps, and nothing else
+    assert 0 <= top - step["optimizer states"] <= 64 * len(parameters)  # only the step counters
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations(name, checkpointing, dtype, attention):
+def test_memory_of_activations(name, checkpointing, dtype, attention):
     model, setting, shape, inputs = make(name, dtype, checkpointing, attention)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # as in the later micro batches of a step
@@ -149,7 +149,7 @@ def test_activations(name, checkpointing, dtype, attention):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_lm_head(name, dtype, fused):
+def test_memory_of_the_lm_head(name, dtype, fused):
     model, setting, shape, inputs = make(name, dtype)
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     hidden = torch.randn(*inputs["input_ids"].shape, shape.hidden, dtype=getattr(torch, dtype), requires_grad=True)
@@ -167,8 +167,8 @@ def test_the_lm_head(name, dtype, fused):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step(name, checkpointing, fused):
-    """The peak of everything, forward, backward and AdamW, with TRL's log-probabilities."""
+def test_memory_of_a_training_step(name, checkpointing, fused):
+    """The peak over forward pass, backward pass and AdamW, with TRL's log-probabilities."""
     model, setting, shape, inputs = make(name, checkpointing=checkpointing)
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -179,22 +179,22 @@ def test_a_training_step(name, checkpointing, fused):
         model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum().backward()
         optimizer.step()
 
-    step()  # makes the optimizer's states; gradients stay, as in the later micro batches of a step
+    step()  # creates the optimizer states; gradients are kept, as in the later micro batches of a step
     top, _, _ = allocated(step)
     fixed = 16 * sum(p.numel() for p in model.parameters())
     rows = estimate(shape, setting)
     phases = ("loss: LM head", "loss: layers", "optimizer step")
     expected = max(sum(row[p] for row in rows.values()) for p in phases)
     assert near(top + fixed, expected)
-    assert near(top, expected - fixed)  # without what is exact
+    assert near(top, expected - fixed)  # without the part that is exact
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_generation(name, dtype):
+def test_memory_of_generation(name, dtype):
     model, setting, shape, inputs = make(name, dtype, checkpointing=False)
     model.eval()
-    turn = 8  # the last turn of rollouts that are as long as they may be
+    turn = 8  # the last turn of rollouts of the maximum length
     context = {key: value[:, :-turn] for key, value in inputs.items()}
     cache = DynamicCache(config=model.config)
 
@@ -203,7 +203,7 @@ def test_generation(name, dtype):
 
     top, _, output = allocated(generate)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    tokens = output.shape[1] - 1  # the last token is not read
+    tokens = output.shape[1] - 1  # the model does not read the last token
     assert held == formulas.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
     rows = estimate(shape, setting)
     expected = sum(row["generation"] for name, row in rows.items() if name not in ("parameters", "optimizer states"))
@@ -211,8 +211,8 @@ def test_generation(name, dtype):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapters(checkpointing):
-    """What frozen parameters do not keep is counted: an upper bound."""
+def test_memory_of_adapters_has_an_upper_bound(checkpointing):
+    """The calculation is an upper bound, because it includes activations that frozen layers do not keep."""
     from peft import LoraConfig, get_peft_model
 
     model, setting, _, inputs = make("qwen2", checkpointing=checkpointing)
@@ -234,7 +234,7 @@ def test_adapters(checkpointing):
     ("name", "count"),
     [("qwen2.5-3b", 3_085_938_688), ("qwen2.5-7b", 7_615_616_512), ("qwen3-4b", 4_022_468_096)],
 )
-def test_published_parameters_are_counted_without_memory(name, count):
+def test_parameters_of_published_models_are_counted_without_allocating_them(name, count):
     config = load_config(str(ROOT / "docs" / "models" / name))
     top, _, shape = allocated(lambda: measure_shape(config, MemorySetting()))
     assert shape.base == shape.trainable == count
@@ -248,8 +248,8 @@ def qwen():
     return config, measure_shape(config, MemorySetting())
 
 
-def test_zero_divides_what_its_paper_says(qwen):
-    """Figure 1 of the ZeRO paper, 2 + 2 + 12 bytes for a parameter: 16.6 GB and 1.9 GB for 7.5B and 64 GPUs."""
+def test_zero_states_equal_those_of_the_paper(qwen):
+    """Figure 1 of the ZeRO paper: 16.6 GB and 1.9 GB for 7.5B parameters of 2 + 2 + 12 bytes on 64 GPUs."""
     paper = replace(qwen[1], base=7_500_000_000, trainable=7_500_000_000)
     totals = {}
     for strategy in ("zero2", "zero3"):
@@ -260,7 +260,7 @@ def test_zero_divides_what_its_paper_says(qwen):
     assert totals == {"zero2": pytest.approx(16.6, abs=0.1), "zero3": pytest.approx(1.9, abs=0.05)}
 
 
-def test_strategies_and_options(qwen):
+def test_memory_depends_on_strategies_and_options(qwen):
     _, shape = qwen
     setting = MemorySetting(gpus=8, strategy="ddp", dtype="bfloat16", beta=0.1)
     ddp = estimate(shape, setting)
@@ -283,10 +283,10 @@ def test_strategies_and_options(qwen):
     assert peak(flash) < peak(ddp)
     fewer = estimate(shape, replace(setting, gradient_accumulation_steps=4, steps_per_generation=2))
     assert "gradients" in fewer
-    assert fewer["gradients"]["generation"] > 0  # a generation within a step
+    assert fewer["gradients"]["generation"] > 0  # generation happens within a step
 
 
-def test_qlora(qwen):
+def test_memory_of_qlora(qwen):
     config, full = qwen
     setting = MemorySetting(dtype="bfloat16", use_peft=True, load_in_4bit=True)
     shape = measure_shape(config, setting)
@@ -316,7 +316,7 @@ def test_qlora(qwen):
         ),
     ],
 )
-def test_bad_settings_are_named(options, message):
+def test_invalid_settings_are_reported(options, message):
     with pytest.raises(ValueError, match=message):
         MemorySetting(**options)
 
@@ -331,19 +331,19 @@ def test_bad_settings_are_named(options, message):
         ({"model": None, "hiden_size": 8}, r"got \['hiden_size'\]"),
     ],
 )
-def test_bad_models_are_named(arguments, message):
+def test_invalid_models_are_reported(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_config(**arguments)
 
 
 @pytest.mark.parametrize("target", ["query", "lm_head"])
-def test_unknown_adapter_targets_are_named(target):
+def test_unknown_adapter_targets_are_reported(target):
     setting = MemorySetting(use_peft=True, lora_target_modules=["q_proj", target])
     with pytest.raises(ValueError, match=rf"`lora_target_modules` must name .*'q_proj'.* got \['{target}'\]"):
         measure_shape(MODELS["qwen2"], setting)
 
 
-def test_advice(qwen):
+def test_advice_lowers_the_memory(qwen):
     config, _ = qwen
     setting = MemorySetting(strategy="zero2", gpus=8, dtype="bfloat16")
     assert advice(config, setting) is None
@@ -353,7 +353,7 @@ def test_advice(qwen):
     assert "gradient_checkpointing" in advice(config, replace(setting, gradient_checkpointing=False, gpu_memory=60))
 
 
-def test_the_command(tmp_path, capsys):
+def test_command_prints_the_estimate_and_reports_errors(tmp_path, capsys):
     MODELS["qwen2"].save_pretrained(tmp_path)
     recipe = ROOT / "recipes" / "configs" / "qwen2.5_3b_nq_hotpotqa.yaml"
     memory.main(["--config", str(recipe), "--model", str(tmp_path), "--strategy", "zero3", "--gpus", "8"])
@@ -368,7 +368,7 @@ def test_the_command(tmp_path, capsys):
         memory.main(["--strategy", "zero5"])
 
 
-def test_the_tables_of_the_page_are_what_the_command_prints(capsys):
+def test_tables_of_the_documentation_equal_the_output_of_the_command(capsys):
     page = (ROOT / "docs" / "memory.md").read_text()
     examples = re.findall(r"    (tspo memory [^\n]*)\n\n([\d,]+ parameters.*?Fits [^\n]*)\n", page, re.DOTALL)
     assert len(examples) == page.count("\n## ")
@@ -378,7 +378,7 @@ def test_the_tables_of_the_page_are_what_the_command_prints(capsys):
         assert capsys.readouterr().out.strip() == shown.strip()
 
 
-def test_the_module_runs():
+def test_the_module_is_executable():
     command = [sys.executable, "-m", "tspo_trl.memory", "--model_type", "qwen2", "--hidden_size", "64"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -119,7 +119,7 @@ def test_data_sets_on_the_hub_are_loaded(tmp_path):
     assert [{c: row[c] for c in OURS} for row in found["stream"]] == [{c: row[c] for c in OURS} for row in SEARCH_R1]
     assert [row["id"] for row in found["parquet"]] == ["train_0"]
     assert found["splits"] == ["train", "dev", "test"]
-    assert {"hotpotqa/dev.jsonl", "train.parquet", "test.parquet"} <= set(hub.asked)
+    assert {"hotpotqa/dev.jsonl", "train.parquet", "test.parquet"} <= set(hub.requested)
     assert (
         "'RUC-NLPIR/FlashRAG' is neither a file nor a folder here, and was not found on the" in found["no repository"]
     )

@@ -204,7 +204,7 @@ def test_the_status_depends_on_the_remaining_budget(roll):
     assert statuses == {2: "truncated", 10: "truncated", 200: "answered"}
 
 
-def test_a_search_whose_result_would_not_fit_is_not_executed(roll):
+def test_a_search_without_room_for_its_result_is_not_executed(roll):
     (t,), _, _, retriever = roll(["<search> Silent Harbor</search>"], max_completion_length=8)
     assert t.status == "truncated"
     assert retriever.calls == []

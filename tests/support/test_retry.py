@@ -30,7 +30,7 @@ def test_delay_doubles_up_to_the_longest():
     for attempt, maximum in [(1, 0.25), (2, 0.5), (3, 1.0), (5, 4.0), (6, 5.0), (100_000, 5.0)]:
         delays = [retry_delay(attempt, 0.25, 5.0) for _ in range(200)]
         assert maximum / 2 <= min(delays) < max(delays) <= maximum
-        assert max(delays) - min(delays) > maximum / 4  # drawn at random
+        assert max(delays) - min(delays) > maximum / 4  # the delay is random
 
 
 def test_server_may_ask_for_a_longer_delay():

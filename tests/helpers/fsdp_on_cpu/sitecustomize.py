@@ -1,4 +1,4 @@
-"""For tests only: accelerate takes processes without a GPU for plain data parallel ones, also where FSDP is asked for."""
+"""For tests only: enables FSDP on CPUs, where accelerate would use plain data parallelism instead."""
 
 import os
 

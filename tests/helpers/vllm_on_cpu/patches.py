@@ -1,4 +1,4 @@
-"""For tests only: what keeps vLLM's build for CPUs from taking new weights, and from starting beside numba."""
+"""For tests only: lets vLLM's CPU build load new weights, and start when numba is installed."""
 
 import sys
 
@@ -8,12 +8,12 @@ from vllm.triton_utils import dispatcher
 
 
 def keep_weights(layer, remove_weight):
-    """It packs the weights of linear layers and drops the originals, so that no new ones can be loaded."""
+    """Keep the original weights. vLLM would pack and drop them, so that no new weights could be loaded."""
     layer.cpu_linear = torch.nn.functional.linear
 
 
 def rebind_without_llvmlite(overrides, rebind=dispatcher._rebind_kernels):
-    """It looks into every object of every module, and those of llvmlite are no plain objects."""
+    """Hide llvmlite while vLLM inspects all objects of all modules, because those of llvmlite are not plain objects."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
     try:
         rebind(overrides)

@@ -1,4 +1,4 @@
-"""For tests only: vLLM's own server, patched to take new weights on a CPU."""
+"""For tests only: vLLM's own server, patched to load new weights on a CPU."""
 
 import runpy
 

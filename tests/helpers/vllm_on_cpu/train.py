@@ -1,4 +1,4 @@
-"""A short training run that generates by vLLM, for test_vllm.py. Prints a line of JSON: what it logged, and more."""
+"""A short training run that generates with vLLM, for test_vllm.py. Prints its log history and results as JSON."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from tspo_trl.training.generation import generation_model
 
 
 def send_by_disk(client, metadata, named_params):
-    """NCCL, by which TRL sends weights, needs GPUs. Everything else about the server is as it is."""
+    """Send weights as a file, because TRL uses NCCL, which needs GPUs. The server is otherwise unchanged."""
     tensors = {name: param.detach().clone().contiguous() for name, param in named_params}
     assert sorted(tensors) == sorted(name for name, _, _ in metadata)
     save_file(tensors, Path(client.model) / "model.safetensors", metadata={"format": "pt"})
@@ -25,7 +25,7 @@ def send_by_disk(client, metadata, named_params):
 
 
 def greedy(trainer, prompts):
-    """How the rollouts of the same prompts by vLLM and by static batching differ, both without sampling."""
+    """The margins at which greedy rollouts by vLLM and by static batching diverge, for the same prompts."""
     loop = trainer.search_loop
     loop.engine._sampling["temperature"] = 0.0
     by_vllm, _ = loop.run(prompts)
@@ -43,7 +43,7 @@ def greedy(trainer, prompts):
 
 @torch.no_grad()
 def margin(model, one, other):
-    """By how much the logits of the tokens differ at which two rollouts part, or `None` if they are the same."""
+    """The difference of the logits of the first tokens that differ, or `None` if the rollouts are equal."""
     for i, pair in enumerate(zip(one.completion_ids, other.completion_ids, strict=False)):
         if pair[0] != pair[1]:
             logits = model(torch.tensor([one.prompt_ids + one.completion_ids[:i]])).logits[0, -1]
@@ -97,7 +97,7 @@ def main():
     trainer.train()
     moved = max((p - q).abs().max().item() for p, q in zip(trainer.model.parameters(), before, strict=True))
     prompts = [trainer._tokenizer(str(q.row()["prompt"]))["input_ids"] for q in world.heldout_questions]
-    trainer.vllm_generation.sync_weights()  # those of the last step
+    trainer.vllm_generation.sync_weights()  # the weights of the last step
     engine = trainer.search_loop.engine
     result = {
         "history": trainer.state.log_history,
