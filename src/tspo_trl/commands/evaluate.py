@@ -124,7 +124,12 @@ def _add_rollout_options(group: Any) -> None:
 def _add_result_options(group: Any) -> None:
     """Add the options of scores and results."""
     add = group.add_argument
-    add("--scorer", default="tspo", choices=("tspo", "search_r1"), help="search_r1: also score as Search-R1 does")
+    add(
+        "--scorer",
+        default="tspo",
+        choices=("tspo", "search_r1", "triviaqa"),
+        help="also score as Search-R1 or TriviaQA does",
+    )
     add_output_option(group, "runs/evaluation")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two finished evaluations: folders of models in OUT")
 
