@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..support.files import replace_file
 from .base import Passage, RetrievalError, Retriever, check_k
-from .corpus import parse_passage
+from .passages import read_passage
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
@@ -102,9 +102,7 @@ class CachedRetriever:
             record = json.loads(self._file(query, k).read_bytes())
             if record["query"] != query or not isinstance(record["passages"], list):
                 raise ValueError("its content is not that of a cached query")
-            return [
-                parse_passage(passage, "a passage", score=float(passage["score"])) for passage in record["passages"]
-            ]
+            return [read_passage(passage, "a passage") for passage in record["passages"]]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -14,7 +14,7 @@ import httpx2
 
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError, check_k
-from .corpus import parse_passage
+from .passages import read_passage
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
@@ -220,16 +220,7 @@ def _read_reply(reply: Any, num_queries: int, k: int) -> list[list[Passage]]:
         raise ValueError(f"asked for {num_queries} queries, got {len(results)} results")
     if not all(isinstance(items, list) for items in results):
         raise ValueError("expected a list of passages for each query")
-    return [[_read_passage(item) for item in items[:k]] for items in results]
-
-
-def _read_passage(item: Any) -> Passage:
-    """A passage in the form of Search-R1 (with a score), or without a score."""
-    scored = isinstance(item, dict) and "document" in item
-    score = item.get("score", 0.0) if scored else 0.0
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise ValueError(f'expected a number under "score", found {type(score).__name__}')
-    return parse_passage(item["document"] if scored else item, "a passage of the reply", score=float(score))
+    return [[read_passage(item, "a passage of the reply") for item in items[:k]] for items in results]
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from .base import Passage, RetrievalError, check_k
-from .corpus import iter_corpus, parse_passage
+from .corpus import iter_corpus
+from .passages import read_passage, read_passages
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ class LuceneRetriever:
             record = None
         if not isinstance(record, dict):  # a collection of plain text
             return Passage(id=docid, title="", text=raw, score=score)
-        return parse_passage(record, f"{self!r}, document {docid!r}", default_id=docid, score=score)
+        return read_passage(record, f"{self!r}, document {docid!r}", default_id=docid, score=score)
 
 
 def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, threads: int = 1) -> None:
@@ -167,7 +168,7 @@ def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, 
         raise ValueError(f"`threads` must be at least 1, got {threads}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"`folder` must be a new or empty folder, {str(folder)!r} is not.")
-    documents = _documents(iter_corpus(corpus) if isinstance(corpus, str | Path) else corpus)
+    documents = _documents(iter_corpus(corpus) if isinstance(corpus, str | Path) else read_passages(corpus, "corpus"))
     failure = f"Lucene cannot write an index for {str(folder)!r}: a full disk, or an id of more than 32766 bytes?"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
