@@ -15,9 +15,10 @@ import numpy as np
 import Stemmer
 from rank_bm25 import BM25Okapi
 
-from .base import Passage, check_k
+from .base import Passage
 from .corpus import PassageFile, corpus_fingerprint, iter_corpus
 from .passages import read_passages
+from .results import read_arguments
 
 BM25Backend = Literal["bm25s", "rank_bm25"]
 _FORMAT = 1
@@ -223,9 +224,7 @@ class BM25Retriever:
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
-        check_k(k)
-        if not queries:
-            return []
+        queries, k = read_arguments(queries, k)
         return [
             [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
             for scores, matches in map(self._score, queries)

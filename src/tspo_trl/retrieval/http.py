@@ -8,16 +8,16 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
-from typing import Any
 
 import httpx2
 
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
-from .base import FailureKind, Passage, RetrievalError, check_k
-from .passages import read_passage
+from .base import FailureKind, Passage, RetrievalError
+from .results import Outcome, all_results, read_arguments, read_results
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
+_REFUSED_CONTENT = frozenset({400, 413, 422})  # statuses that may be the fault of one of several queries
 
 
 class HTTPRetriever:
@@ -29,8 +29,11 @@ class HTTPRetriever:
     A request is sent again after temporary failures: a timeout, a refused or broken connection, an HTTP status 408, 425,
     429 or 5xx, and a reply that is not JSON or has the wrong number of results. Delays between requests double up to 5
     seconds and are drawn at random; the server can ask for longer ones with a `Retry-After` header. When `total_timeout`
-    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error is
-    raised at once. Idle connections are kept for the next call.
+    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error and
+    a reply without passages are permanent failures, which are not repeated. Idle connections are kept for the next call.
+
+    In training, a malformed passage only fails the search that found it. If the server refuses the content of a request
+    (400, 413 or 422), its queries are sent in smaller requests, so that only the queries which it refuses fail.
 
     Args:
         url (`str`):
@@ -114,11 +117,13 @@ class HTTPRetriever:
         Raises:
             [`RetrievalError`]: If the server did not answer within `total_timeout`, or if it refused the request.
         """
-        check_k(k)
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int, total_timeout: float | None = None) -> list[Outcome]:
         if not queries:
             return []
         loop = self._event_loop()
-        call = asyncio.run_coroutine_threadsafe(self._search(list(queries), k), loop)
+        call = asyncio.run_coroutine_threadsafe(self._search(queries, k, total_timeout or self.total_timeout), loop)
         try:
             return call.result()
         finally:
@@ -141,18 +146,17 @@ class HTTPRetriever:
                 self._process = os.getpid()
             return self._loop
 
-    async def _search(self, queries: list[str], k: int) -> list[list[Passage]]:
+    async def _search(self, queries: list[str], k: int, total_timeout: float) -> list[Outcome]:
         """Search in batches that are requested concurrently."""
-        deadline = self._loop.time() + self.total_timeout
+        deadline = self._loop.time() + total_timeout
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
-        tasks = [asyncio.ensure_future(self._search_batch(batch, k, deadline)) for batch in batches]
-        try:
-            return [passages for results in await asyncio.gather(*tasks) for passages in results]
-        finally:
-            for task in tasks:  # the first failure ends the call
-                task.cancel()
+        return await self._search_batches(batches, k, deadline)
 
-    async def _search_batch(self, queries: list[str], k: int, deadline: float) -> list[list[Passage]]:
+    async def _search_batches(self, batches: list[list[str]], k: int, deadline: float) -> list[Outcome]:
+        results = await asyncio.gather(*(self._search_batch(batch, k, deadline) for batch in batches))
+        return [outcome for outcomes in results for outcome in outcomes]
+
+    async def _search_batch(self, queries: list[str], k: int, deadline: float) -> list[Outcome]:
         """Send a request until it succeeds, fails permanently, or the deadline passes."""
         attempt = 0
         failure: _Failure | None = None
@@ -175,16 +179,18 @@ class HTTPRetriever:
             delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
             now = self._loop.time()
             if failure.final or now + delay >= deadline:
+                if failure.status in _REFUSED_CONTENT and len(queries) > 1:
+                    middle = len(queries) // 2
+                    return await self._search_batches([queries[:middle], queries[middle:]], k, deadline)
                 times = "once" if attempt == 1 else f"{attempt} times"
-                raise RetrievalError(
-                    f"A request to the retrieval server {self.url} failed {times}. {failure}", failure.kind
-                ) from failure
+                message = f"A request to the retrieval server {self.url} failed {times}. {failure}"
+                return [RetrievalError(message, failure.kind, permanent=failure.final)] * len(queries)
             if attempt == 1:
                 logger.warning("%r failed, trying again for up to %.0f s: %s", self, deadline - now, failure)
             self.retries += 1
             await asyncio.sleep(delay)
 
-    async def _request(self, queries: list[str], k: int) -> list[list[Passage]]:
+    async def _request(self, queries: list[str], k: int) -> list[Outcome]:
         """Send one request and read its reply."""
         body = {"queries": queries, "topk": k, "return_scores": True}
         content = json.dumps(body).encode()  # escapes lone surrogates, which UTF-8 cannot encode
@@ -194,33 +200,38 @@ class HTTPRetriever:
             raise _Failure(
                 "status",
                 f"HTTP {status} {response.reason_phrase}: {response.content[:300].decode(errors='replace')}",
+                status=status,
                 final=not is_temporary(status),
                 retry_after=retry_after_seconds(response.headers.get("retry-after")),
             )
         try:
-            return _read_reply(response.json(), len(queries), k)
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise _Failure("reply", f"Its reply does not match the request: {error}") from error
+            reply = response.json()
+        except (ValueError, RecursionError) as error:  # for instance a page of a proxy
+            raise _Failure("reply", f"Its reply is not JSON: {error}") from error
+        results = reply.get("result") if isinstance(reply, dict) else None
+        if not isinstance(results, list):
+            message = f'Expected an object with a list under "result" in its reply, found {str(reply)[:200]!r}'
+            raise _Failure("reply", message, final=True)
+        try:
+            return read_results(results, queries, k, f"The retrieval server {self.url}")
+        except RetrievalError as error:
+            raise _Failure("reply", str(error), final=error.permanent) from error
 
 
 class _Failure(Exception):
-    """A failed request: its kind, whether the failure is final, and the seconds that the server asks to wait."""
+    """A failed request: its kind and status, whether it is final, and the seconds that the server asks to wait."""
 
-    def __init__(self, kind: FailureKind, message: str, *, final: bool = False, retry_after: float = 0.0):
+    def __init__(
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        status: int | None = None,
+        final: bool = False,
+        retry_after: float = 0.0,
+    ):
         super().__init__(message)
-        self.kind, self.final, self.retry_after = kind, final, retry_after
-
-
-def _read_reply(reply: Any, num_queries: int, k: int) -> list[list[Passage]]:
-    """The passages for each query. Raises `ValueError` if the reply has another form."""
-    results = reply.get("result") if isinstance(reply, dict) else None
-    if not isinstance(results, list):
-        raise ValueError(f'expected an object with a list under "result", found {str(reply)[:200]!r}')
-    if len(results) != num_queries:
-        raise ValueError(f"asked for {num_queries} queries, got {len(results)} results")
-    if not all(isinstance(items, list) for items in results):
-        raise ValueError("expected a list of passages for each query")
-    return [[read_passage(item, "a passage of the reply") for item in items[:k]] for items in results]
+        self.kind, self.status, self.final, self.retry_after = kind, status, final, retry_after
 
 
 def _is_loopback(host: str) -> bool:

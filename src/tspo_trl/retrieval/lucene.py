@@ -16,9 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from .base import Passage, RetrievalError, check_k
+from .base import Passage, RetrievalError
 from .corpus import iter_corpus
 from .passages import read_passage, read_passages
+from .results import Outcome, all_results, read_arguments
 
 T = TypeVar("T")
 
@@ -92,9 +93,11 @@ class LuceneRetriever:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
 
         Raises:
-            [`RetrievalError`]: If Java fails.
+            [`RetrievalError`]: If Java fails, or if a document of the index is malformed.
         """
-        check_k(k)
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int) -> list[Outcome]:
         return _in_java(self._search, queries, k) if queries else []
 
     def _open(self) -> None:
@@ -115,7 +118,7 @@ class LuceneRetriever:
             raise ValueError(f"The Lucene index in {str(folder)!r} has no documents.")
         self._passage(self._searcher.doc(0), 0.0)  # an index without texts is an error now, not in a rollout
 
-    def _search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    def _search(self, queries: Sequence[str], k: int) -> list[Outcome]:
         array_list = _start_java()("java.util.ArrayList")
         texts, names = array_list(), array_list()
         for number, query in enumerate(queries):
@@ -126,7 +129,14 @@ class LuceneRetriever:
             hits = [results.get(str(number)) for number in range(len(queries))]
         except Exception as error:
             raise RetrievalError(f"{self!r} could not search: {getattr(error, 'innermessage', error)}") from error
-        return [[self._passage(hit.lucene_document, hit.score) for hit in found] for found in hits]
+        return [self._read_hits(found) for found in hits]
+
+    def _read_hits(self, hits: Any) -> Outcome:
+        """The passages of one query, or why they cannot be read."""
+        try:
+            return [self._passage(hit.lucene_document, hit.score) for hit in hits]
+        except ValueError as error:
+            return RetrievalError(str(error), "reply", permanent=True)
 
     def _passage(self, document: Any, score: float) -> Passage:
         docid, raw = document.get("id"), document.get("raw")

@@ -14,7 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, StrictStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .base import Passage, RetrievalError, Retriever
+from .base import Passage, Retriever
+from .results import all_results, search_each
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +209,9 @@ class _Service:
         retriever = self.retriever()
 
         def answer() -> str:
-            results = retriever.search(queries, k)
-            if len(results) != len(queries):
-                raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
+            results = all_results(search_each(retriever, queries, k))
             # `json.dumps` escapes lone surrogates, which a corpus may contain and UTF-8 cannot encode
-            return json.dumps(encode(results), default=float)
+            return json.dumps(encode(results))
 
         async with self._turn:
             if await http.is_disconnected():  # the client has already repeated its request
