@@ -7,10 +7,10 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
 
 import httpx2
 
+from ..support.http import check_proxies, describe_reply, open_client
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError
 from .results import Outcome, all_results, read_arguments, read_results
@@ -54,7 +54,8 @@ class HTTPRetriever:
         retries (`int`): Number of requests sent again so far.
 
     Raises:
-        `ValueError`: If an argument is out of range, or if the URL is not an HTTP URL.
+        `ValueError`: If an argument is out of range, if the URL is not an HTTP URL, or if an environment variable names a
+            proxy that cannot be used.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class HTTPRetriever:
                 raise ValueError(f"`headers`: the value of {name!r} must be printable ASCII, without a line feed.")
         self._address = parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
         self.url = str(self._address.copy_with(username=None, password=None))  # messages must not show the password
+        check_proxies(self.url)
         self.timeout = timeout
         self.total_timeout = total_timeout
         self.batch_size = batch_size
@@ -133,11 +135,12 @@ class HTTPRetriever:
         """An event loop in a separate thread, because notebooks already run a loop in theirs."""
         with self._opening:
             if self._process != os.getpid():  # threads and connections do not survive a fork
-                self._client = httpx2.AsyncClient(
+                self._client = open_client(
+                    httpx2.AsyncClient,
+                    self.url,
                     headers=self.headers,
                     timeout=None,  # a timeout per read or write does not limit the whole request
                     limits=httpx2.Limits(max_connections=self.max_connections, keepalive_expiry=60.0),
-                    trust_env=not _is_loopback(self._address.host),  # a proxy cannot reach this machine's loopback
                 )
                 self._slots = asyncio.Semaphore(self.max_connections)
                 self._loop = loop = asyncio.new_event_loop()
@@ -199,7 +202,7 @@ class HTTPRetriever:
             status = response.status_code
             raise _Failure(
                 "status",
-                f"HTTP {status} {response.reason_phrase}: {response.content[:300].decode(errors='replace')}",
+                describe_reply(response),
                 status=status,
                 final=not is_temporary(status),
                 retry_after=retry_after_seconds(response.headers.get("retry-after")),
@@ -232,10 +235,3 @@ class _Failure(Exception):
     ):
         super().__init__(message)
         self.kind, self.status, self.final, self.retry_after = kind, status, final, retry_after
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
