@@ -1,16 +1,21 @@
 """What retrievers return, how they are called, and the trial search before training."""
 
 import gc
+import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from helpers.servers import free_port
 from tspo_trl import BM25Retriever, CachedRetriever, HTTPRetriever, LoggedRetriever, Passage, RetrievalError
+from tspo_trl.retrieval import LuceneRetriever
 from tspo_trl.retrieval.base import RetrievalLogError
 from tspo_trl.retrieval.probe import try_retriever
 from tspo_trl.retrieval.results import check_retriever, search_each
+from tspo_trl.retrieval.server import create_app
 
 PARIS = Passage("7", "Paris", "The capital of France.", 0.5)
 RECORD = {"id": np.int64(7), "title": "Paris", "text": "The capital of France.", "score": np.float32(0.5)}
@@ -276,6 +281,7 @@ def test_other_signatures_are_accepted():
     [
         (lambda queries, k: None, "returned None"),
         (lambda queries, k: [PARIS] * 3, "a flat list of `Passage`"),
+        (lambda queries, k: [], "asked for 1 queries, got 0 results"),
         (lambda queries, k: [[{"id": 7}]], "found the keys"),
         (lambda queries, k: coroutine(), "it is asynchronous"),
         (lambda queries, k: [[Passage("7", "", "x", float("nan"))]], "found nan"),
@@ -314,5 +320,41 @@ def test_a_trial_changes_neither_caches_nor_logs(tmp_path):
     assert (retrievers[1].hits, retrievers[1].misses) == (0, 0)
     assert not any((tmp_path / "cache").iterdir())
     assert (tmp_path / "log" / "rank000.jsonl").read_bytes() == b""
-    LoggedRetriever(inner, tmp_path / "log").search(["a"], 3)
-    try_retriever(LoggedRetriever(None, tmp_path / "log"), 3)  # a run that is repeated needs no trial
+
+
+def test_a_run_that_is_repeated_needs_no_trial(tmp_path):
+    inner = Returning(lambda queries, k: [[PARIS] for _ in queries])
+    LoggedRetriever(inner, tmp_path).search(["a"], 3)
+    inner.calls.clear()
+    for retriever in (None, inner, CachedRetriever(inner)):
+        try_retriever(LoggedRetriever(retriever, tmp_path), 3)
+    assert inner.calls == []
+    with pytest.raises(ValueError, match=r"OnlyKeywords\.search"):
+        try_retriever(LoggedRetriever(OnlyKeywords(), tmp_path), 3)
+
+
+def test_a_malformed_document_of_a_lucene_index_fails_only_its_query(monkeypatch):
+    retriever = LuceneRetriever.__new__(LuceneRetriever)
+    retriever.index = "index"
+    documents = [{"id": "7", "raw": '{"id": "7", "contents": "Paris\\nx"}'}, {"id": "8", "raw": '{"id": "8"}'}]
+    hits = [SimpleNamespace(lucene_document=document, score=0.5) for document in documents]
+    monkeypatch.setattr(retriever, "_search_each", lambda queries, k: [retriever._read_hits([hit]) for hit in hits])
+    found, failed = search_each(retriever, ["a", "b"], 3)
+    assert found == [Passage("7", "Paris", "x", 0.5)]
+    assert (failed.kind, failed.permanent) == ("reply", True)
+    assert "document '8'" in str(failed)
+
+
+# The server
+
+
+def test_the_server_reports_a_malformed_passage_for_its_query_only():
+    app = create_app(lambda: Returning(lambda queries, k: [None if query == "odd" else [RECORD] for query in queries]))
+    with TestClient(app) as client:
+        while client.get("/health").status_code == 503:
+            time.sleep(0.01)
+        reply = client.post("/retrieve", json={"queries": ["a", "odd", "b"], "return_scores": True}).json()
+        assert [None if found is None else found[0]["document"]["id"] for found in reply["result"]] == ["7", None, "7"]
+        assert client.post("/retrieve", json={"query": "odd"}).json() == {"result": [None]}
+        for path, body in (("/search", {"query": "odd"}), ("/batch_search", {"query": ["a", "odd"]})):
+            assert client.post(path, json=body).status_code == 500

@@ -218,7 +218,9 @@ class HTTPRetriever:
         try:
             return read_results(results, queries, k, f"The retrieval server {self.url}")
         except RetrievalError as error:
-            raise _Failure("reply", str(error), final=error.permanent) from error
+            # Too few or too many lists may be temporary: a server that is still loading may have no results yet
+            final = not all(isinstance(result, list) for result in results)
+            raise _Failure("reply", str(error), final=final) from error
 
 
 class _Failure(Exception):

@@ -62,6 +62,11 @@ class LoggedRetriever:
     def __repr__(self) -> str:
         return f"LoggedRetriever({str(self.folder)!r})" if self.retriever is None else repr(self.retriever)
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the log has the passages of any query."""
+        return bool(self._found)
+
     def begin(self, phase: str) -> None:
         """
         Start a phase of the run. Calls are counted from the start of a phase, so that a failure is repeated at the same

@@ -18,7 +18,8 @@ _MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedEr
 
 def try_retriever(retriever: Any, k: int) -> None:
     """
-    Check a retriever and search once with it. Caches and logs are passed by, so they stay as they are.
+    Check a retriever and search once with it. Caches and logs are passed by, so they stay as they are. A retriever whose
+    log has answers is not asked, because the run is repeated or resumed.
 
     A failure that may be temporary, such as a server that does not answer, is only a warning: training may start before
     the server, and the limits of a run apply to failed searches.
@@ -36,10 +37,12 @@ def try_retriever(retriever: Any, k: int) -> None:
     """
     check_retriever(retriever)
     while isinstance(retriever, (CachedRetriever, LoggedRetriever)):
-        if retriever.retriever is None:  # a run is repeated from its log
-            return
+        logged = isinstance(retriever, LoggedRetriever) and retriever.has_answers
         retriever = retriever.retriever
-        check_retriever(retriever)
+        if retriever is not None:
+            check_retriever(retriever)
+        if logged or retriever is None:
+            return
     (outcome,) = _search(retriever, k)
     if not isinstance(outcome, Exception):
         return

@@ -80,7 +80,7 @@ def read_results(found: Any, queries: Sequence[str], k: int, source: str) -> lis
             f"query, so a list of lists also for one query."
         )
     if len(results) != len(queries):
-        raise RetrievalError(f"{source}: asked for {len(queries)} queries, got {len(results)} results", "reply")
+        raise _malformed(f"{source}: asked for {len(queries)} queries, got {len(results)} results")
     return [_read_result(result, query, k, source) for result, query in zip(results, queries, strict=True)]
 
 
@@ -103,13 +103,18 @@ def search_each(retriever: Retriever, queries: Sequence[str], k: int) -> list[Ou
         [`RetrievalLogError`]: If a run is repeated from its log, and the log does not have a query.
     """
     try:
-        if (own := _own_search_each(retriever)) is not None:
-            return own(list(queries), k)
-        return read_results(retriever.search(queries, k), queries, k, f"`{type(retriever).__name__}.search`")
+        return search_queries(retriever, queries, k)
     except RetrievalLogError:
         raise
     except Exception as error:
         return [error] * len(queries)
+
+
+def search_queries(retriever: Retriever, queries: Sequence[str], k: int) -> list[Outcome]:
+    """Like [`search_each`], but a failure of the whole call raises its exception."""
+    if (own := _own_search_each(retriever)) is not None:
+        return own(list(queries), k)
+    return read_results(retriever.search(queries, k), queries, k, f"`{type(retriever).__name__}.search`")
 
 
 def all_results(outcomes: Sequence[Outcome]) -> list[list[Passage]]:

@@ -84,8 +84,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. If `None`, the model is not wrapped.
         retriever ([`Retriever`], *optional*):
-            Retriever that executes the searches, for instance a [`BM25Retriever`]. It can be `None` only if the run is
-            repeated from its `retrieval_log`.
+            Retriever that executes the searches, for instance a [`BM25Retriever`]. One query is searched when the trainer
+            is created, so that mistakes are reported before training. It can be `None` only if the run is repeated from
+            its `retrieval_log`.
 
     Example:
 
@@ -154,8 +155,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
         retrievers = RetrieverStack.build(retriever, args)
-        if retriever is not None:
-            try_retriever(retriever, args.num_passages)
+        try_retriever(retrievers.retriever, args.num_passages)
 
         super().__init__(
             model=model,
