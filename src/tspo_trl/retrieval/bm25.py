@@ -15,8 +15,10 @@ import numpy as np
 import Stemmer
 from rank_bm25 import BM25Okapi
 
-from .base import Passage, check_k
+from .base import Passage
 from .corpus import PassageFile, corpus_fingerprint, iter_corpus
+from .passages import read_passages
+from .results import read_arguments
 
 BM25Backend = Literal["bm25s", "rank_bm25"]
 _FORMAT = 1
@@ -34,7 +36,7 @@ class BM25Retriever:
 
     Args:
         passages (`Iterable[Passage]`):
-            Passages of the corpus.
+            Passages of the corpus. See [`~retrieval.read_passage`] for other forms, such as dictionaries.
         backend (`str`, *optional*, defaults to `"bm25s"`):
             `"bm25s"` or `"rank_bm25"`.
         k1 (`float`, *optional*, defaults to `1.5`):
@@ -43,7 +45,8 @@ class BM25Retriever:
             Strength of the length normalisation.
 
     Raises:
-        `ValueError`: If there are no passages, two passages share an id, no passage has any text, or the backend is
+        `TypeError`: If `passages` is not a collection of passages.
+        `ValueError`: If there are no passages, one is malformed, two share an id, none has any text, or the backend is
             unknown.
 
     Example:
@@ -67,7 +70,12 @@ class BM25Retriever:
         k1: float = 1.5,
         b: float = 0.75,
     ):
-        self.passages: Sequence[Passage] = [p if isinstance(p, Passage) else Passage(**p) for p in passages]
+        if isinstance(passages, (str, Path)):
+            raise TypeError(
+                f"`passages` must be a list of passages, got {str(passages)!r}. To index a file, use "
+                f"`BM25Retriever.from_jsonl({str(passages)!r})`."
+            )
+        self.passages: Sequence[Passage] = list(read_passages(passages, "passages"))
         self.backend, self.k1, self.b = backend, k1, b
         if not self.passages:
             raise ValueError("`passages` is empty: BM25Retriever needs at least one passage to search in.")
@@ -93,11 +101,11 @@ class BM25Retriever:
     @classmethod
     def from_jsonl(cls, path: str | Path, **kwargs: Any) -> "BM25Retriever":
         """
-        Index a JSONL corpus.
+        Index a corpus file.
 
         Args:
             path (`str` or `Path`):
-                The corpus file. See [`~retrieval.iter_corpus`] for its format.
+                The corpus file. See [`~retrieval.iter_corpus`] for its forms.
             **kwargs:
                 Passed to the constructor.
         """
@@ -216,9 +224,7 @@ class BM25Retriever:
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
-        check_k(k)
-        if not queries:
-            return []
+        queries, k = read_arguments(queries, k)
         return [
             [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
             for scores, matches in map(self._score, queries)
