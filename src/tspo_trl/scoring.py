@@ -15,6 +15,8 @@ from itertools import pairwise
 
 import regex
 
+from .support.scripts import LETTERS, SPACELESS
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = string.punctuation.encode()
 _TRIVIAQA_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}‘’´]")
@@ -23,11 +25,8 @@ _ANY_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as in Search-R
 # As in HotpotQA, these answers must match exactly: tokens in common with a longer text earn no partial score
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
-# Inside brackets of a regular expression: characters of words, and those of scripts without spaces between words
-_LETTERS = r"\p{L}\p{M}\p{N}"
-_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
-_WORDS = regex.compile(rf"[{_LETTERS}]+")
-_SPACELESS_CHARACTER = regex.compile(rf"[{_SPACELESS}]")
+_WORDS = regex.compile(rf"[{LETTERS}]+")
+_SPACELESS_CHARACTER = regex.compile(rf"[{SPACELESS}]")
 _ACRONYM = re.compile(r"[A-Z]{2,5}")
 _LEADING_ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\S)")
 _SUPERSCRIPTS = dict.fromkeys(map(ord, "⁰¹²³⁴⁵⁶⁷⁸⁹"), " ")
@@ -252,14 +251,14 @@ def _before(word: str) -> str:
     """What must not be before an answer that begins with a word."""
     if _SPACELESS_CHARACTER.match(word):
         return ""
-    return rf"(?<![{_LETTERS}--[{_SPACELESS}]])" + (r"(?<!\d[.,:'’])" if word[0].isdigit() else "")
+    return rf"(?<![{LETTERS}--[{SPACELESS}]])" + (r"(?<!\d[.,:'’])" if word[0].isdigit() else "")
 
 
 def _after(word: str) -> str:
     """What must not be after an answer that ends with a word."""
     if _SPACELESS_CHARACTER.match(word[-1]):
         return r"(?!\p{M})"
-    return rf"(?![{_LETTERS}--[{_SPACELESS}]])" + (r"(?![.,:'’]\d)" if word[-1].isdigit() else "")
+    return rf"(?![{LETTERS}--[{SPACELESS}]])" + (r"(?![.,:'’]\d)" if word[-1].isdigit() else "")
 
 
 def _between(left: str, gap: str, right: str) -> str:
@@ -267,12 +266,12 @@ def _between(left: str, gap: str, right: str) -> str:
     if left[-1].isdigit() and right[0].isdigit() and gap in {".", ",", ":", "'", "’"}:
         return regex.escape(gap) + ("?" if gap == "," else "")  # a number: 12,000 or 12000
     if regex.search(r"\s", gap):
-        return rf"[^{_LETTERS}]+"
+        return rf"[^{LETTERS}]+"
     if left[-1].isdigit() and right[0].isdigit():
-        return rf"\s*[^{_LETTERS}\s]+\s*"  # 1969-70, not 1969 70
+        return rf"\s*[^{LETTERS}\s]+\s*"  # 1969-70, not 1969 70
     if len(left) == 1 or len(right) == 1:
-        return rf"(?:[^{_LETTERS}\s]*|\.\s)"  # AT&T, not "at T"; J.R.R. or J. R. R.
-    return rf"[^{_LETTERS}]*"  # Spider-Man, Spider Man, Spiderman
+        return rf"(?:[^{LETTERS}\s]*|\.\s)"  # AT&T, not "at T"; J.R.R. or J. R. R.
+    return rf"[^{LETTERS}]*"  # Spider-Man, Spider Man, Spiderman
 
 
 @lru_cache(maxsize=2048)
