@@ -373,8 +373,8 @@ def test_replies_of_other_servers_are_read(replying, item, expected):
         ({"result": [[{"text": "x", "score": float("nan")}], []]}, 'a finite number under "score", found nan'),
         ({"result": ["one", "two"]}, "a flat list of `str`"),
         ({"result": [{"text": "x"}] * 3}, "a flat list of a dict with the keys"),
-        ({"result": None}, 'Expected an object with a list under "result"'),
-        ([], 'Expected an object with a list under "result"'),
+        ({"result": None}, 'expected an object with a list under "result"'),
+        ([], 'expected an object with a list under "result"'),
     ],
 )
 def test_error_of_another_reply(replying, reply, message):

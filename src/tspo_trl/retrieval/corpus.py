@@ -108,7 +108,8 @@ def _read_records(file: IO[bytes], path: Path) -> Iterator[tuple[Any, str, str]]
     else:
         for i, line in enumerate(chain([first], file), start=number):
             if line.strip():
-                yield _parse_line(line, f"{path}, line {i}"), f"{path}, line {i}", str(i - 1)
+                where = f"{path}, line {i}"
+                yield _parse_line(line, where), where, str(i - 1)
 
 
 def _parse_line(line: bytes, where: str) -> Any:

@@ -213,7 +213,9 @@ class HTTPRetriever:
             raise _Failure("reply", f"Its reply is not JSON: {error}") from error
         results = reply.get("result") if isinstance(reply, dict) else None
         if not isinstance(results, list):
-            message = f'Expected an object with a list under "result" in its reply, found {str(reply)[:200]!r}'
+            message = (
+                f'Its reply does not match: expected an object with a list under "result", found {str(reply)[:200]!r}'
+            )
             raise _Failure("reply", message, final=True)
         try:
             return read_results(results, queries, k, f"The retrieval server {self.url}")

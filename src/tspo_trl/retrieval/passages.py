@@ -56,9 +56,9 @@ def read_passage(record: Any, where: str, *, default_id: str = "", score: float 
         record = {"id": record.id, "title": record.title, "text": record.text, "score": record.score}
     fields = _flatten(record, where)
     title, text = _read_texts(fields, where)
-    identifier = next((fields[key] for key in ID_KEYS if not _is_missing(fields.get(key)) and fields[key] != ""), None)
+    identifier = _first(fields, ID_KEYS)
     return Passage(
-        id=default_id if identifier is None else _read_id(identifier, where),
+        id=default_id if identifier is None or identifier == "" else _read_id(identifier, where),
         title=title,
         text=text,
         score=_read_score(fields.get("score"), where) if score is None else score,
@@ -105,15 +105,23 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _flatten(record: Any, where: str) -> dict[str, Any]:
+def _first(fields: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """The value of the first key that has one. `None` if there is none."""
+    for key in keys:
+        if key in fields and not _is_missing(value := fields[key]):
+            return value
+    return None
+
+
+def _flatten(record: Any, where: str) -> Mapping[str, Any]:
     """The fields of a record, with those of its `document`."""
     if isinstance(record, str):
         return {"contents": record}
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected a passage (an object with a text, or a string), found {_type(record)}.")
-    if _is_missing(record.get("document")):
-        return dict(record)
-    document = record["document"]
+    document = record.get("document")
+    if _is_missing(document):
+        return record
     if isinstance(document, Passage):
         inner: dict[str, Any] = {"id": document.id, "title": document.title, "text": document.text}
     elif isinstance(document, str):
@@ -128,11 +136,13 @@ def _flatten(record: Any, where: str) -> dict[str, Any]:
 
 def _read_texts(fields: Mapping[str, Any], where: str) -> tuple[str, str]:
     """The title and the text of a record."""
-    title = next((fields[key] for key in TITLE_KEYS if not _is_missing(fields.get(key))), None)
+    title = _first(fields, TITLE_KEYS)
     if title is not None and not isinstance(title, str):
         raise ValueError(f'{where}: expected a string under "title", found {_type(title)}.')
-    key = next((key for key in TEXT_KEYS if isinstance(fields.get(key), str)), None)
-    if key is None:
+    for key in TEXT_KEYS:
+        if key in fields and isinstance(fields[key], str):
+            break
+    else:
         if present := [key for key in TEXT_KEYS if key in fields]:
             raise ValueError(f'{where}: expected a string under "{present[0]}", found {_type(fields[present[0]])}.')
         keys = [str(key) for key in fields][:10]
@@ -148,7 +158,7 @@ def _read_texts(fields: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 def _split_contents(contents: str) -> tuple[str, str]:
     """The title and the text of `contents`."""
-    if titled := _TITLED.fullmatch(contents):
+    if contents.startswith("(Title: ") and (titled := _TITLED.fullmatch(contents)):
         return _unquote(titled[1].strip()), titled[2]
     first, newline, rest = contents.partition("\n")
     title = _unquote(first.strip())
