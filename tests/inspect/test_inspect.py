@@ -95,6 +95,19 @@ def test_the_turn_that_found_the_answer_is_explained():
     )
 
 
+def test_explanations_of_an_evaluation_do_not_speak_of_learning():
+    rescued, mixed = Group(0, rescued_group(), "eval"), Group(0, mixed_group(), "eval")
+    wrong = Group(0, [record([answer("Rome")], [0.0], [0.0]) for _ in range(2)], "eval")
+    unscored = Group(0, [record([answer("Rome")], [None], [0.0], outcome=None)], "eval")
+    texts = [
+        sentence
+        for group in (rescued, mixed, wrong, unscored)
+        for sentence in (explain_group(group, SETTINGS), *explain_turn(group, 0, 0, SETTINGS))
+    ]
+    assert not any("learned" in text or "likely" in text for text in texts)
+    assert "advantage −0.71, not used: this is an evaluation." in texts[2]
+
+
 def test_a_near_miss_among_correct_rollouts_is_explained():
     group = Group(0, mixed_group())
     assert explain_turn(group, 1, 0, SETTINGS)[1] == (
