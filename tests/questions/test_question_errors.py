@@ -34,12 +34,13 @@ def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found
 @pytest.mark.parametrize(
     ("bad", "column", "found"),
     [
-        ({"query": 5}, "query", "5"),
-        ({"answers": {"text": [1, 2]}}, "answers.text", r"\[1, 2\]"),
+        ({"query": ["q"]}, "query", r"\['q'\]"),
+        ({"query": {"text": "q"}}, "query", r"\{'text': 'q'\}"),
         ({"answers": {"text": [["a"], ["b"]]}}, "answers.text", r"\[\['a'\], \['b'\]\]"),
-        ({"qid": 1.5}, "qid", "1.5"),
-        ({"qid": True}, "qid", "True"),
-        ({"data_source": 3}, "data_source", "3"),
+        ({"answers": {"text": [float("nan")]}}, "answers.text", r"\[nan\]"),
+        ({"answers": {"text": [b"\xff"]}}, "answers.text", r"\[b'\\xff'\]"),
+        ({"qid": [1]}, "qid", r"\[1\]"),
+        ({"data_source": ["a"]}, "data_source", r"\['a'\]"),
     ],
 )
 def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
@@ -79,7 +80,7 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
         (
             "a.jsonl",
             '{"question": "q", "golden_answers": ["a"]}\n\n{"question": {"text": "q"}, "golden_answers": ["a"]}\n',
-            "a.jsonl, line 3, column 'question': found an object, but a string in line 1",
+            "a.jsonl, line 3, column 'question': expected a non-empty string, found {'text': 'q'}",
         ),
         (
             "a.csv",
@@ -92,7 +93,7 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
             "a.csv, row 0 (from 0), column 'golden_answers'.*a list as JSON",
         ),
         ("a.parquet", "no", "a.parquet cannot be read as parquet"),
-        ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .parquet"),
+        ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_error_of_an_unreadable_file_names_the_problem(tmp_path, name, content, message):
@@ -113,14 +114,22 @@ def test_error_of_another_encoding_names_the_file(tmp_path):
     [
         (
             {},
-            r"`source` has no column 'question'.*\['qid', 'query', 'answers', 'all'\].*columns=\{'question': 'query'\}",
+            r"`source` has no column 'question'.*\['qid', 'query', 'answers', 'all'\].*"
+            r"Map yours with `columns=\{'question': 'query', 'golden_answers': 'answers.text'\}`",
         ),
-        ({"question": "query"}, r"no column 'golden_answers'.*columns=\{'golden_answers': 'answers.text'\}"),
+        (
+            {"id": "qid", "question": "query"},
+            r"no column 'golden_answers'.*"
+            r"columns=\{'id': 'qid', 'question': 'query', 'golden_answers': 'answers.text'\}",
+        ),
         ({"question": "quory"}, "no column 'quory', from which 'question' is to be read.*Did you mean 'query'"),
         ({"question": "query", "golden_answers": "answers.txt"}, "no field 'txt' in 'answers'.*Did you mean 'text'"),
         ({"question": "query", "golden_answers": "all.nam"}, "no field 'nam' in 'all'.*Did you mean 'name'"),
-        ({"query": "question"}, r"got the key 'query'. Swap key and value: \{'question': 'query'\}"),
-        ({"golden_answer": "answers.text"}, "got the key 'golden_answer'. Did you mean 'golden_answers'"),
+        ({"query": "question"}, r"got the key 'query'. Did you mean `columns=\{'question': 'query'\}`\?"),
+        (
+            {"question": "query", "golden_answer": "answers.text"},
+            r"got the key 'golden_answer'. Did you mean `columns=\{'question': 'query', 'golden_answers': 'answers.text'\}`",
+        ),
         ({"question": None}, r"`columns\['question'\]` must be the name of a column, got None"),
     ],
 )
