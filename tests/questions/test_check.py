@@ -3,10 +3,10 @@
 import pytest
 from datasets import Dataset
 
-from tspo_trl import SearchAgent, TagProtocol, evaluate
+from tspo_trl import SearchAgent, TagProtocol, evaluate, load_questions
 from tspo_trl.commands.audit import read_row
 from tspo_trl.demo import make_tokenizer
-from tspo_trl.questions.check import check_row
+from tspo_trl.questions.check import check_columns, check_row
 from tspo_trl.training.datasets import prepare_dataset
 
 GOOD = {"question": "Where?", "golden_answers": ["Rome"]}
@@ -40,6 +40,25 @@ def test_a_question_with_a_prompt_must_be_a_string():
     check_row({**GOOD, "question": " "}, "row", needs_question=False)
     with pytest.raises(ValueError, match="row: 'question' must be a string, found 7"):
         check_row({**GOOD, "question": 7}, "row", needs_question=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "call"),
+    [
+        ({"query": "q", "answers": ["a"]}, "columns={'question': 'query', 'golden_answers': 'answers'}"),
+        ({"question": "q", "answers": {"text": ["a"]}}, "columns={'golden_answers': 'answers.text'}"),
+        ({"query": "q", "golden_answers": ["a"]}, "columns={'question': 'query'}"),
+        ({"question": "q", "answer": "a", "answer_aliases": ["b"]}, ""),
+        ({"question": "q", "possible_answers": '["a", "b"]'}, ""),
+    ],
+)
+def test_the_suggested_call_loads_a_data_set_with_other_columns(row, call):
+    dataset = Dataset.from_list([row])
+    with pytest.raises(ValueError, match="Load it with `") as error:
+        check_columns(dataset, "mine")
+    expected = f"load_questions(dataset, {call})" if call else "load_questions(dataset)"
+    assert f"Load it with `{expected}`." in str(error.value)
+    check_columns(eval(expected, {"load_questions": load_questions, "dataset": dataset}))
 
 
 @pytest.mark.parametrize("change", [{"golden_answers": []}, {"question": " "}])

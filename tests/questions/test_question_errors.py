@@ -1,7 +1,10 @@
 """Errors of questions name file, row and column, and suggest a correction."""
 
+import ast
+import importlib
 import logging
 import re
+import shlex
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -9,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from helpers.paths import ROOT
 from helpers.question_files import GOOD, SQUAD, write_jsonl
 from tspo_trl import load_benchmark, load_questions
+from tspo_trl.questions.hints import in_flags
 
 
 @pytest.mark.parametrize(
@@ -136,6 +140,74 @@ def test_error_of_another_encoding_names_the_file(tmp_path):
 def test_error_of_an_unknown_column_suggests_the_nearest(columns, message):
     with pytest.raises(ValueError, match=message):
         load_questions(Dataset.from_list(SQUAD), columns=columns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "answers": {"answer_start": [1], "text": ["a"]}},
+        {"questions": "q", "answer": {"value": "a", "aliases": ["a", "b"]}},
+        {"problem": "q", "target": "a", "answers_id": 3},
+        {"input": "q", "answer": "a"},
+        {"qid": "x", "question": "q", "answers": [{"answer_id": 1, "text": "a"}]},
+    ],
+)
+@pytest.mark.parametrize("given", [{}, {"data_source": "kind"}])
+def test_suggested_mappings_work(row, given):
+    """The mapping in the message is complete and reads the data."""
+    row = {**row, "kind": "mine"}
+    for source in (Dataset.from_list([row]), IterableDataset.from_generator(lambda: iter([row]))):
+        with pytest.raises(ValueError, match=r"Map yours with `columns=\{.*\}`\.$") as error:
+            load_questions(source, columns=given)
+        columns = ast.literal_eval(re.search(r"`columns=(.*)`", str(error.value))[1])
+        (read,) = load_questions(source, columns=columns)
+        assert (read["question"], read["golden_answers"][0]) == ("q", "a")
+        assert (read["data_source"] == "mine") is bool(given)
+
+
+@pytest.mark.parametrize("row", [{"": "q", "x": "a"}, {"question": "q", "x": 1}, {"query": 5, "answers": ["a"]}])
+def test_a_mapping_that_would_not_work_is_not_suggested(row):
+    with pytest.raises(ValueError, match=r"Found the columns \[.*\]\. Map yours with `columns`\.$"):
+        load_questions(Dataset.from_list([row]))
+
+
+def test_hints_are_in_the_words_of_a_command():
+    flags = {"source": "--dataset", "columns": "--columns", "split": "--split", "load_benchmark": "--dataset"}
+    messages = {
+        "Map yours with `columns={'question': 'query', 'golden_answers': 'all answers.text'}`.": (
+            "Map yours with `--columns question=query 'golden_answers=all answers.text'`."
+        ),
+        "`columns` maps one of ['id']": "`--columns` maps one of ['id']",
+        "`columns['question']` must be the name": "`--columns` must be the name",
+        "`source[1]`: there is no file 'a.jsonl'.": "`--dataset`: there is no file 'a.jsonl'.",
+        "say which one with `split`, one of ['a']": "say which one with `--split`, one of ['a']",
+        "but `split` is 'test'": "but `--split` is 'test'",
+        "The benchmark is `load_benchmark('hotpotqa')`.": "The benchmark is `--dataset hotpotqa`.",
+        "`other` and `max_questions`": "`other` and `max_questions`",
+    }
+    assert {message: in_flags(message, flags) for message in messages} == messages
+    as_json = in_flags("`columns={'question': 'query'}`", {"columns": "--dataset_columns=JSON"})
+    assert as_json == """`--dataset_columns '{"question": "query"}'`"""
+
+
+@pytest.mark.parametrize("command", ["audit", "evaluate", "train"])
+def test_commands_suggest_flags_that_work(tmp_path, command):
+    write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "answers": {"text": ["a"]}}])
+    module = importlib.import_module(f"tspo_trl.commands.{command}")
+
+    def load(*columns):
+        if command == "train":
+            options = ["--dataset_name", "a.jsonl", "--output_dir", "out", "--corpus", "none.jsonl", *columns]
+            return module.load_datasets(module.parse_arguments([*options, "--model_name_or_path", "none"])[0])
+        options = ["--dataset", "a.jsonl", "--corpus", "none.jsonl", *columns]
+        if command == "evaluate":
+            return module.load_datasets(module.parse_arguments([*options, "--model", "none"]))
+        return module.load_rows(module.parse_arguments(options))
+
+    with pytest.raises(ValueError, match="Map yours with `--") as error:
+        load()
+    columns = shlex.split(re.search(r"Map yours with `(.*)`", str(error.value))[1])
+    load(*columns)
 
 
 def test_warning_counts_golden_answers_that_normalise_to_the_empty_string(caplog):

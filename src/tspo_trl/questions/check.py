@@ -5,6 +5,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .rows import load_call
+
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
     """
@@ -30,11 +32,12 @@ def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset
     if "golden_answers" not in columns:
         raise ValueError(
             f"`{name}` has no column 'golden_answers' (a list of strings a row). Found the columns: {sorted(columns)}. "
-            "Say where yours are: `load_questions(dataset, columns={'golden_answers': ...})`."
+            f"Load it with `{load_call(dataset)}`."
         )
     if "question" not in columns and "prompt" not in columns:
         raise ValueError(
-            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}."
+            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}. "
+            f"Load it with `{load_call(dataset)}`."
         )
 
 

@@ -148,39 +148,44 @@ def _find_columns(
     _check_fields(label, found, names, features)
     missing = [ours for ours in ("question", "golden_answers") if ours not in found]
     if missing:
-        used = {keys[0] for paths in found.values() for keys in paths}
-        free = [name for name in names if name not in used]
-        hint = suggest_columns(free, first if features is None else features, missing, columns)
+        mapping = _suggest(first if features is None else features, found, columns)
+        hint = "Map yours with " + ("`columns`." if mapping is None else f"`columns={mapping!r}`.")
         raise ValueError(f"{label} has no column {missing[0]!r}. Found the columns {names}. {hint}")
     return found
 
 
-def suggest_columns(
-    names: Sequence[str], structure: Mapping[str, Any], missing: Sequence[str], columns: Mapping[str, str]
-) -> str:
+def load_call(dataset: AnyDataset) -> str:
     """
-    Suggest a mapping for columns that are missing.
+    The call that reads a data set whose columns have other names.
 
     Args:
-        names (`list[str]`):
-            The columns of the source that are not read yet.
-        structure (`dict`):
-            The types of the columns, or a row.
-        missing (`list[str]`):
-            Those of our columns that were not found.
-        columns (`dict[str, str]`):
-            The mapping so far.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set.
 
     Returns:
-        `str`: A sentence with a mapping that works, if there is one.
+        `str`: A call of [`load_questions`], with a mapping of the columns if it needs one and one can be suggested.
     """
+    source: Mapping[str, Any] = next(iter(dataset), {}) if dataset.features is None else dataset.features
+    found = choose_columns(list(source), [source] if dataset.features is None else source, {})
+    mapping = _suggest(source, found, {}) or {}
+    return f"load_questions(dataset, columns={mapping!r})" if mapping else "load_questions(dataset)"
+
+
+def _suggest(
+    source: Mapping[str, Any], found: Mapping[str, list[Keys]], columns: Mapping[str, str]
+) -> dict[str, str] | None:
+    """A mapping with the columns that are missing, according to the types of a source or a row of it."""
     mapping = dict(columns)
-    for ours in missing:
-        near = _nearest(ours, [name for name in names if _text_field(structure.get(name), ours) is not None])
+    used = {keys[0] for paths in found.values() for keys in paths}
+    for ours in ("question", "golden_answers"):
+        if ours in found:
+            continue
+        free = [name for name in source if name not in used and _text_field(source[name], ours) is not None]
+        near = _nearest(ours, free)
         if near is None:
-            return f"None of them looks like {ours!r}: map the column that holds it with `columns`."
-        mapping[ours] = near + (_text_field(structure.get(near), ours) or "")
-    return f"Map yours with `columns={mapping!r}`."
+            return None
+        mapping[ours] = near + (_text_field(source[near], ours) or "")
+    return mapping
 
 
 def _text_field(level: Any, ours: str, depth: int = 0) -> str | None:
