@@ -1,7 +1,9 @@
 """Errors of questions name file, row and column, and suggest a correction."""
 
 import ast
+import gzip
 import importlib
+import json
 import logging
 import re
 import shlex
@@ -33,6 +35,17 @@ def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found
     with pytest.raises(ValueError, match=f"mine.jsonl, line 3, column '{column}': expected") as error:
         list(load_questions("mine.jsonl", streaming=streaming))
     assert f"found {found}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_error_of_a_list_or_objects_over_several_lines_names_the_row(tmp_path, name, indent):
+    rows = [GOOD, {**GOOD, "golden_answers": []}]
+    for text in (json.dumps(rows, indent=indent), "\n".join(json.dumps(row, indent=indent or 2) for row in rows)):
+        content = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(ValueError, match=rf"{name}, row 1 \(from 0\), column 'golden_answers'"):
+            load_questions(name)
 
 
 @pytest.mark.parametrize(

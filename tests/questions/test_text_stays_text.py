@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, load_dataset
 
 from helpers.question_files import GOOD, write_jsonl
 from tspo_trl import load_questions
@@ -185,6 +185,24 @@ def test_loaded_data_sets_become_text(tmp_path):
         lambda: iter([{"id": np.int64(7), "question": "q", "golden_answers": np.array([1969, 1970])}])
     )
     assert read(load_questions(stream)) == [("7", "q", ["1969", "1970"])]
+
+
+def test_classes_become_their_names():
+    classes = ClassLabel(names=["no", "yes"])
+    rows = Dataset.from_dict(
+        {"question": ["q", "r"], "answer": [1, 0], "all": [{"label": [1]}, {"label": [0, 1]}]},
+        features=Features({"question": Value("string"), "answer": classes, "all": {"label": List(classes)}}),
+    )
+    for source in (rows, rows.to_iterable_dataset()):
+        read = load_questions(source, columns={"golden_answers": "answer"})
+        assert [row["golden_answers"] for row in read] == [["yes"], ["no"]]
+        read = load_questions(source, columns={"golden_answers": "all.label"})
+        assert [row["golden_answers"] for row in read] == [["yes"], ["no", "yes"]]
+    rows = Dataset.from_dict(
+        {"question": ["q"], "answer": [-1]}, features=rows.select_columns(["question", "answer"]).features
+    )
+    with pytest.raises(ValueError, match=r"row 0 .*'answer': expected a string or a list of strings, found None"):
+        load_questions(rows, columns={"golden_answers": "answer"})
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])

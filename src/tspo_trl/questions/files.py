@@ -1,8 +1,9 @@
 """Files of questions: their formats, and the place of an error in a file."""
 
-import gzip
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+from .json_files import read_json
 
 #: The ending of a file and the loader of `datasets` that reads it.
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -37,9 +38,9 @@ def row_of_file(file: str, index: int) -> str:
     """
     if index < 0:
         return file
-    if file.removesuffix(".gz").endswith(".jsonl") and Path(file).is_file():
-        filled = (number for number, line in _lines(file) if line.strip())
-        return f"{file}, line {next(number for i, number in enumerate(filled) if i == index)}"
+    if file_format(file) == "json" and Path(file).is_file():
+        place, _ = next(islice(read_json(file, file), index, None))
+        return f"{file}, {place}"
     return f"{file}, row {index} (from 0)"
 
 
@@ -80,8 +81,3 @@ def root_cause(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     return error
-
-
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
-        yield from enumerate(lines, start=1)

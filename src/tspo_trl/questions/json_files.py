@@ -13,7 +13,6 @@ import datasets
 import fsspec
 import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, IterableDataset, SplitGenerator
-from datasets.builder import Key
 
 from .rows import Keys, choose_columns
 
@@ -62,12 +61,12 @@ class JsonFiles(ArrowBasedBuilder):
             for split, paths in files.items()
         ]
 
-    def _generate_tables(self, files: list[tuple[str, str]]) -> Iterator[tuple[Key, pa.Table]]:
+    def _generate_tables(self, files: list[tuple[str, str]]) -> Iterator[tuple[Any, pa.Table]]:
         texts = _find_texts(files, self.config.columns or {})
         types = infer_types(rows for path, label in files for rows in _batches(path, label, texts))
         for shard, (path, label) in enumerate(files):
             for number, rows in enumerate(_batches(path, label, texts)):
-                yield Key(shard, number), _table(rows, types)
+                yield (shard, number), _table(rows, types)
 
 
 def code_hash(*parts: object) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
 from ..scoring import normalize_answer
 
@@ -245,7 +245,8 @@ def to_questions(
     if not names or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"{label} has no rows.")
     paths = _find_columns(label, names, source, first, columns)
-    read = partial(_read_rows, paths=paths, where=where, data_source=data_source)
+    names_of_classes = {ours: _class_names(source or {}, several[0]) for ours, several in paths.items()}
+    read = partial(_read_rows, paths=paths, where=where, data_source=data_source, classes=names_of_classes)
     every = [keys for several in paths.values() for keys in several]
     used = list(dict.fromkeys(keys[0] for keys in every))
     # A column that is read whole is renamed, other columns stay. Prompts of the source are dropped.
@@ -294,6 +295,7 @@ def _read_rows(
     paths: Mapping[str, list[Keys]],
     where: Callable[[int], str],
     data_source: str,
+    classes: Mapping[str, Sequence[str] | None],
 ) -> dict[str, list[Any]]:
     """Read a batch of rows into our columns."""
     columns: dict[str, list[Any]] = defaultdict(list)
@@ -302,6 +304,8 @@ def _read_rows(
             chosen = paths.get(ours, [(ours,)])
             values = [_follow(batch[keys[0]][position], keys[1:]) if ours in paths else None for keys in chosen]
             value = values[0]
+            if names := classes.get(ours):
+                value = _name_classes(value, names)
             try:
                 if len(values) > 1:
                     value = _join(values)
@@ -310,6 +314,22 @@ def _read_rows(
                 column = " and ".join(repr(".".join(keys)) for keys in chosen)
                 raise ValueError(f"{where(index)}, column {column}: expected {error}, found {_short(value)}.") from None
     return columns
+
+
+def _class_names(features: Any, keys: Keys) -> Sequence[str] | None:
+    """The names of the classes, if the values are numbers of classes."""
+    for key in (*keys, None):
+        while isinstance(features, (List, LargeList)):
+            features = features.feature
+        if key is not None:
+            features = features.get(key) if isinstance(features, dict) else None
+    return features.names if isinstance(features, ClassLabel) else None
+
+
+def _name_classes(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_name_classes(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _follow(value: Any, keys: Sequence[str]) -> Any:
