@@ -109,6 +109,12 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
             "question,golden_answers\na,\"['b', 'c']\"\n",
             "a.csv, row 0 (from 0), column 'golden_answers'.*a list as JSON",
         ),
+        (
+            "a.json",
+            '{"question": {"0": "q"}, "golden_answers": {"0": "a"}}',
+            "line 1, column 'question': expected a non-",
+        ),
+        ("a.jsonl.gz", "no", "a.jsonl.gz"),
         ("a.parquet", "no", "a.parquet cannot be read as parquet"),
         ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .tsv, .parquet"),
     ],
@@ -118,6 +124,13 @@ def test_error_of_an_unreadable_file_names_the_problem(tmp_path, name, content, 
     pattern = re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(ValueError, match=pattern):
         load_questions(name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_error_of_an_incomplete_file_names_the_file(tmp_path, streaming):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 100)[:-20])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz.*end-of-stream"):
+        load_questions("a.jsonl.gz", streaming=streaming)
 
 
 def test_error_of_another_encoding_names_the_file(tmp_path):

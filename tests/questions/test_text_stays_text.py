@@ -109,6 +109,7 @@ def test_numbers_and_booleans_of_json_are_the_text_of_the_file(tmp_path, streami
         '{"id": 1.0, "question": 1.10, "golden_answers": [1969, "nineteen sixty-nine", 1.50, 1e3], "hops": 2}\n'
         '{"id": true, "question": "q", "golden_answers": true, "hops": null}\n'
         '{"id": null, "question": "q", "golden_answers": [false, 123456789012345678901234567890], "hops": NaN}\n'
+        '{"id": 12345678901234567890, "question": "q", "golden_answers": "a", "hops": 12345678901234567890}\n'
     )
     dataset = load_questions("a.jsonl", streaming=streaming)
     assert read(dataset) == [
@@ -116,8 +117,9 @@ def test_numbers_and_booleans_of_json_are_the_text_of_the_file(tmp_path, streami
         ("1.0", "1.10", ["1969", "nineteen sixty-nine", "1.50", "1e3"]),
         ("true", "q", ["true"]),
         ("3", "q", ["false", "123456789012345678901234567890"]),
+        ("12345678901234567890", "q", ["a"]),
     ]
-    assert [row["hops"] for row in dataset] == [1.5, 2, None, None]  # other columns are numbers
+    assert [row["hops"] for row in dataset] == [1.5, 2, None, None, 12345678901234567890.0]  # other columns are numbers
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,8 +1,10 @@
 """Reading JSON files of questions, in which text stays text: `datasets` would turn "1952-03-04" into a date."""
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -96,7 +98,7 @@ def read_json_files(builder: JsonFiles, split: str | None, streaming: bool) -> t
     files = builder.config.data_files
     split = next(iter(files)) if split is None else split
     if split not in files:
-        raise ValueError(f'Unknown split "{split}". A stream is one of {list(files)}.')
+        raise ValueError(f'Unknown split "{split}": a stream is one of {list(files)}, without slices.')
     labels = (builder.config.labels or files)[split]
     return _stream(list(files[split]), list(labels), builder.config.columns or {})
 
@@ -177,6 +179,8 @@ def read_json(path: str, label: str, texts: Iterable[Keys] = ()) -> Iterator[tup
         raise ValueError(
             f"{label}, line {error.lineno}: not valid JSON ({error.msg}, character {error.colno})."
         ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{label}: not a complete gzip file ({error}).") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{label}: not UTF-8 text ({error.reason}).") from None
 
@@ -216,12 +220,17 @@ def _end_of_space(text: str, start: int) -> int:
     return _SPACE.match(text, start).end()  # type: ignore[union-attr]
 
 
+def _integer(text: str) -> int | _Number:
+    number = int(text)
+    return number if -(2**63) <= number < 2**63 else _Number(text)  # Arrow's integers have 64 bits
+
+
 def _constant(text: str) -> float | None:
     return None if text == "NaN" else float(text)  # Python writes a missing value as NaN
 
 
 _SPACE = re.compile(r"\s*")
-_DECODER = json.JSONDecoder(parse_float=_Number, parse_constant=_constant)
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_Number, parse_constant=_constant)
 
 
 def _parse(text: str) -> Any:
@@ -254,9 +263,9 @@ def _as_text(value: Any) -> Any:
         return [_as_text(item) for item in value]
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, _Number):
-        return value.text
-    return str(value) if isinstance(value, (int, float)) else value
+    if isinstance(value, (int, float)):
+        return value.text if isinstance(value, _Number) else str(value)
+    return value
 
 
 def infer_types(batches: Iterable[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[str, pa.DataType | None]:

@@ -230,7 +230,9 @@ def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, s
             # A late word in a column of numbers that is not one of ours: without types, all columns are text
             header = pd.read_csv(file, sep=options.get("sep", ","), nrows=0, dtype=str)
             dataset = load(**{**options, "converters": dict.fromkeys(header, str)})
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
+    except ImportError as error:  # `datasets` installs no client for URLs
+        raise ImportError(f"{file}: {error}. Run `pip install requests aiohttp`, or download the file.") from error
+    except (DatasetGenerationError, ValueError, EOFError, StopIteration) as error:
         raise ValueError(explain_file(file, kind, error)) from error
     return dataset, where, None
 

@@ -97,7 +97,7 @@ def choose_columns(names: Sequence[str], structure: Any, columns: Mapping[str, s
             continue
         for form in forms:
             paths = [_keys(path, names) for path in form]
-            if all(keys[0] in names and _leads(structure, keys) for keys in paths):
+            if (form == [ours] and ours in names) or all(k[0] in names and _leads(structure, k) for k in paths):
                 found[ours] = paths
                 break
     return found
