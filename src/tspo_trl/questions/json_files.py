@@ -296,11 +296,16 @@ def _schema(types: Mapping[str, pa.DataType | None]) -> pa.Schema:
     return pa.schema([(name, _JSON if kind is None else kind) for name, kind in types.items()])
 
 
+def _dump(value: Any) -> str | None:
+    """A value of a column of different types. Versions of `datasets` without `Json` read the column as text."""
+    return value if value is None or (isinstance(value, str) and pa.string() == _JSON) else json.dumps(value)
+
+
 def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], types: Mapping[str, pa.DataType | None]) -> pa.Table:
     columns = []
     for name, kind in types.items():
         values = [row.get(name) for _, row in rows]
         if kind is None:
-            values = [None if value is None else json.dumps(value) for value in values]
+            values = [_dump(value) for value in values]
         columns.append(pa.array(values, _JSON if kind is None else kind))
     return pa.Table.from_arrays(columns, schema=_schema(types))

@@ -47,8 +47,8 @@ def load_questions(
     seed: int = 0,
 ) -> AnyDataset:
     """
-    Load questions and their golden answers: Search-R1 and FlashRAG data as they are on the Hub, JSONL, JSON, CSV and
-    parquet files, and any other data set with a column mapping.
+    Load questions and their golden answers: the data of Search-R1, FlashRAG, verl, MuSiQue and PopQA as they are
+    published, JSONL, JSON, CSV, TSV and parquet files, and any other data set with a column mapping.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of splits, or a list of these):
@@ -70,6 +70,9 @@ def load_questions(
             are taken. Defaults to all.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
+
+    Questions, golden answers and ids are text, also if they look like numbers, booleans or dates. Numbers, booleans and
+    dates become text.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The columns `id` (a string; by default
