@@ -3,10 +3,14 @@
 import csv
 import gzip
 import json
+import re
+import shlex
+import zipfile
 
 import pytest
 from datasets import Dataset, IterableDataset
 
+from helpers.paths import ROOT
 from helpers.question_files import GOOD, HOTPOT, MUSIQUE, OURS, POPQA, SEARCH_R1, SQUAD, as_list, verl_row, write_jsonl
 from tspo_trl import TagProtocol, load_questions
 from tspo_trl.demo import make_tokenizer
@@ -172,6 +176,33 @@ def test_verl_data_is_loaded_unchanged(tmp_path, name, streaming):
     ]
     assert [row["extra_info"] for row in dataset] == [row["extra_info"] for row in rows]
     assert "prompt" not in next(iter(dataset))
+
+
+def test_command_of_the_migration_page_loads_verl_data(tmp_path):
+    from tspo_trl.commands.train import load_datasets, parse_arguments
+
+    page = (ROOT / "docs" / "migration.md").read_text()
+    after = page[page.index("## From verl") :].split("After:")[1]
+    command = re.search(r"recipes/train\.py(.*?)```", after, re.DOTALL)[1].replace("\\\n", " ")
+    Dataset.from_list([verl_row(0)]).to_parquet("train.parquet")
+    train, evaluated = load_datasets(parse_arguments(shlex.split(command))[0])
+    assert train["question"][:] == ["question 0?"]
+    assert evaluated is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data", "data/train.zip"])
+def test_shards_and_archives_of_json_are_loaded(tmp_path, name, streaming):
+    rows = [{"id": f"{i}", "question": "q", "golden_answers": "1952-03-04"} for i in range(3)]
+    if name.endswith(".zip"):
+        (tmp_path / "data").mkdir()
+        with zipfile.ZipFile(name, "w") as archive:
+            archive.writestr("train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for i, row in enumerate(rows):
+            write_jsonl(tmp_path / "data" / f"train-0000{i}-of-00003.jsonl", [row])
+    dataset = load_questions("data", split="train", streaming=streaming)
+    assert [(row["id"], row["golden_answers"]) for row in dataset] == [(f"{i}", ["1952-03-04"]) for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,16 @@ class JsonFiles(ArrowBasedBuilder):
         files = dl_manager.download_and_extract(self.config.data_files)
         labels = self.config.labels or self.config.data_files
         return [
-            SplitGenerator(name=split, gen_kwargs={"files": list(zip(paths, labels[split], strict=True))})
+            SplitGenerator(
+                name=split,
+                gen_kwargs={
+                    "files": [
+                        (file, label)
+                        for path, label in zip(paths, labels[split], strict=True)
+                        for file in dl_manager.iter_files(path)  # a zip file becomes a folder
+                    ]
+                },
+            )
             for split, paths in files.items()
         ]
 
