@@ -37,6 +37,12 @@ def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found
     assert f"found {found}" in str(error.value)
 
 
+def test_error_in_a_slice_of_a_file_names_the_row_of_the_slice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [GOOD, GOOD, {**GOOD, "golden_answers": []}])
+    with pytest.raises(ValueError, match=r"a\.jsonl \(train\[1:\]\), row 1 \(from 0\), column"):
+        load_questions("a.jsonl", split="train[1:]")
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_error_of_a_list_or_objects_over_several_lines_names_the_row(tmp_path, name, indent):

@@ -214,7 +214,8 @@ def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, s
             raise ValueError(f"{file}: the file is empty.")
     if split is not None and not re.match(r"train(\[|$)", split):
         raise ValueError(f"{file}: a file is the split 'train', but `split` is {split!r}.")
-    where = partial(row_of_file, file)
+    # The rows of a slice are not counted as in the file
+    where = partial(_row, f"{file} ({split})") if split and "[" in split else partial(row_of_file, file)
     try:
         if kind == "json":
             names = {"train": [file]}
