@@ -120,6 +120,11 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
             '{"question": {"0": "q"}, "golden_answers": {"0": "a"}}',
             "line 1, column 'question': expected a non-",
         ),
+        (
+            "a.json",
+            json.dumps({f"id {i}": {"question": "q", "answer": "a"} for i in range(1000)}),
+            "no column 'question'. Found the columns ['id 0', .*, 'id 29', and 970 more]. Map",
+        ),
         ("a.jsonl.gz", "no", "a.jsonl.gz"),
         ("a.parquet", "no", "a.parquet cannot be read as parquet"),
         ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .tsv, .parquet"),

@@ -144,6 +144,14 @@ def test_another_column_of_a_stream_with_a_late_type_is_an_error_that_names_the_
         list(load_questions("a.jsonl", streaming=True))
 
 
+def test_large_integers_in_another_column_are_kept(tmp_path):
+    """Ids of 19 digits are exact; beside a late fraction they become floats."""
+    rows = [{**GOOD, "tweet": 1234567890123456789, "score": 1234567890123456789}] * 1000
+    write_jsonl(tmp_path / "a.jsonl", [*rows, {**rows[0], "score": 0.5}])
+    first, *_, last = load_questions("a.jsonl")
+    assert (first["tweet"], first["score"], last["score"]) == (1234567890123456789, float(1234567890123456789), 0.5)
+
+
 def test_a_late_word_in_another_column_of_a_table_is_read(tmp_path):
     rows = [{"question": "q", "golden_answers": "007", "hops": 1}] * 12_000
     write(tmp_path / "a.csv", [*rows, {**rows[0], "hops": "many"}])
@@ -216,6 +224,14 @@ def test_objects_over_several_lines_are_read(tmp_path, name):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text("\ufeff" + json.dumps(GOOD) + "\n", encoding="utf-8")
     assert len(load_questions("a.jsonl")) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_files_are_no_patterns(tmp_path, streaming):
+    for name in ("a[1].jsonl", "a?.csv", "a*.tsv"):
+        write(tmp_path / name.replace("[1]", "1").replace("?", "b").replace("*", "c"), rows_of(["another file"]))
+        write(tmp_path / name, rows_of(["1952-03-04"]))
+        assert read(load_questions(name, streaming=streaming)) == [("1952-03-04", "1952-03-04", ["1952-03-04"])]
 
 
 def test_changed_files_are_read_again(tmp_path):

@@ -82,7 +82,7 @@ class JsonFiles(ArrowBasedBuilder):
 
 def code_hash(*parts: object) -> str:
     """The part of the address in the cache that stands for this code, and for whatever else the tables depend on."""
-    code = "".join((Path(__file__).parent / name).read_text() for name in ("json_files.py", "rows.py"))
+    code = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("json_files.py", "rows.py"))
     return hashlib.sha256("\n".join([code, *map(repr, parts)]).encode()).hexdigest()[:16]
 
 
@@ -316,5 +316,8 @@ def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], types: Mapping[str, pa
         values = [row.get(name) for _, row in rows]
         if kind is None:
             values = [_dump(value) for value in values]
-        columns.append(pa.array(values, _JSON if kind is None else kind))
+        try:
+            columns.append(pa.array(values, _JSON if kind is None else kind))
+        except pa.ArrowInvalid:  # a large integer in a column of floats
+            columns.append(pa.array(values).cast(kind, safe=False))
     return pa.Table.from_arrays(columns, schema=_schema(types))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -214,18 +215,21 @@ def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, s
             raise ValueError(f"{file}: the file is empty.")
     if split is not None and not re.match(r"train(\[|$)", split):
         raise ValueError(f"{file}: a file is the split 'train', but `split` is {split!r}.")
+    data_files = file if "://" in file else escape(file)  # the name of a file is not a pattern
     # The rows of a slice are not counted as in the file
     where = partial(_row, f"{file} ({split})") if split and "[" in split else partial(row_of_file, file)
     try:
         if kind == "json":
             names = {"train": [file]}
-            builder = JsonFiles(data_files=file, labels=names, columns=columns, dataset_name="json", hash=code_hash())
+            builder = JsonFiles(
+                data_files=data_files, labels=names, columns=columns, dataset_name="json", hash=code_hash()
+            )
             dataset, features = read_json_files(builder, split or "train", streaming)
             return dataset, where, features
         options = _csv_options(columns) if kind == "csv" else {}
         if file.removesuffix(".gz").lower().endswith(".tsv"):
             options["sep"] = "\t"
-        load = partial(load_dataset, kind, data_files=file, split=split or "train", streaming=streaming)
+        load = partial(load_dataset, kind, data_files=data_files, split=split or "train", streaming=streaming)
         try:
             dataset = load(**options)
         except DatasetGenerationError as error:

@@ -134,7 +134,7 @@ def _check_fields(label: str, found: Mapping[str, list[Keys]], names: list[str],
                     near = _nearest(key, list(level))
                     missing = f"column {key!r}" if i == 0 else f"field {key!r} in {'.'.join(keys[:i])!r}"
                     raise ValueError(
-                        f"{label} has no {missing}, from which {ours!r} is to be read. Found {list(level)}."
+                        f"{label} has no {missing}, from which {ours!r} is to be read. Found {_list(list(level))}."
                         + (f" Did you mean {near!r}?" if near else "")
                     )
                 level = level[key]
@@ -150,8 +150,13 @@ def _find_columns(
     if missing:
         mapping = _suggest(first if features is None else features, found, columns)
         hint = "Map yours with " + ("`columns`." if mapping is None else f"`columns={mapping!r}`.")
-        raise ValueError(f"{label} has no column {missing[0]!r}. Found the columns {names}. {hint}")
+        raise ValueError(f"{label} has no column {missing[0]!r}. Found the columns {_list(names)}. {hint}")
     return found
+
+
+def _list(names: list[str]) -> str:
+    shown = repr(names[:30])
+    return shown if len(names) <= 30 else f"{shown[:-1]}, and {len(names) - 30} more]"
 
 
 def load_call(dataset: AnyDataset) -> str:
