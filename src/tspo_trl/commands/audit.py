@@ -31,10 +31,12 @@ from rich.text import Text
 from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row, is_list_of_strings
+from ..questions.hints import hints_in_flags
 from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
 from .demo import DEMO, demo_retriever
 from .options import (
+    DATA_FLAGS,
     RETRIEVER_OPTIONS,
     add_columns_option,
     add_output_option,
@@ -87,6 +89,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
+@hints_in_flags(DATA_FLAGS)
 def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Passage]]:
     """The questions, and the passages that a data set brings along."""
     passages: list[Passage] = []
