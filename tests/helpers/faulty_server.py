@@ -69,8 +69,14 @@ def main():
             odd = [{"document": {"id": "1", "text": None}, "score": 1}]
             fine = [{"document": {"id": "1", "text": query}, "score": None} for query in queries]
             return JSONResponse({"result": [odd if "odd" in q else [p] for q, p in zip(queries, fine, strict=True)]})
-        if mode == "refuse odd" and any("odd" in query for query in (await request.json())["queries"]):
-            return Response("an odd query", 422)
+        if mode in ("422 odd", "500 odd", "garbage odd", "drop odd"):  # trouble with queries with the word "odd"
+            queries = (await request.json())["queries"]
+            if mode == "drop odd":
+                return JSONResponse(
+                    {"result": [[{"id": "1", "text": query}] for query in queries if "odd" not in query]}
+                )
+            if any("odd" in query for query in queries):
+                return Response("an odd query", 200 if mode == "garbage odd" else int(mode.split()[0]))
         if mode == "redirect":
             return Response("", 307, headers={"location": "/login?from=retrieve"})
         if mode == "cut":

@@ -22,7 +22,7 @@ def read(record, **options):
 # Fields
 
 
-@pytest.mark.parametrize("key", ["id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "idx"])
+@pytest.mark.parametrize("key", ["id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "docno", "idx"])
 def test_published_names_of_ids(key):
     assert read({key: "7", "text": TEXT}, default_id="0").id == "7"
 
@@ -80,6 +80,7 @@ def test_other_ids_are_an_error(value):
         ({"contents": "x", "text": TEXT, "title": "Paris"}, "Paris", TEXT),
         ({"contents": "Paris\nx", "text": None}, "Paris", "x"),
         ({"content": TEXT, "title": "Paris"}, "Paris", TEXT),
+        ({"content": TEXT, "title": "Paris", "contents": f"Paris. {TEXT}"}, "Paris", TEXT),  # MedRAG
         ({"passage": TEXT}, "", TEXT),
         ({"segment": TEXT, "title": "Paris"}, "Paris", TEXT),
         (MappingProxyType({"title": np.str_("Paris"), "text": np.str_(TEXT)}), "Paris", TEXT),

@@ -159,6 +159,20 @@ def test_a_run_with_a_failed_query_is_repeated_from_its_log(tmp_path):
         search_each(repeated, ["unknown"], 3)
 
 
+def test_a_failure_before_a_restart_is_not_repeated_if_its_query_is_known_afterwards(tmp_path):
+    inner = Returning(lambda queries, k: [None if query == "odd" else [PARIS] for query in queries])
+    first = LoggedRetriever(inner, tmp_path)
+    first.begin("train 0")
+    search_each(first, ["a"], 3)
+    assert isinstance(search_each(first, ["a", "odd"], 3)[1], RetrievalError)
+    inner.function = lambda queries, k: [[PARIS] for _ in queries]
+    for retriever in (inner, None):  # the resumed run, and its repetition
+        logged = LoggedRetriever(retriever, tmp_path)
+        logged.begin("train 0")
+        assert search_each(logged, ["odd"], 3) == [[PARIS]]
+        assert search_each(logged, ["a", "odd"], 3) == [[PARIS], [PARIS]]
+
+
 def test_a_failed_search_keeps_the_queries_that_are_known(tmp_path):
     inner = Returning(lambda queries, k: [[PARIS] for _ in queries])
     for retriever in wrappers(inner, tmp_path)[1:]:

@@ -18,6 +18,7 @@ from .results import Outcome, all_results, read_arguments, read_results
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
 _REFUSED_CONTENT = frozenset({400, 413, 422})  # statuses that may be the fault of one of several queries
+_STUBBORN = 5  # attempts after which a query that fails on a server that answers others is given up
 
 
 class HTTPRetriever:
@@ -33,7 +34,8 @@ class HTTPRetriever:
     a reply without passages are permanent failures, which are not repeated. Idle connections are kept for the next call.
 
     In training, a malformed passage only fails the search that found it. If the server refuses the content of a request
-    (400, 413 or 422), its queries are sent in smaller requests, so that only the queries which it refuses fail.
+    (400, 413 or 422), or answers it several times with 500 or a wrong reply, its queries are sent in smaller requests. So
+    only the queries which cause the failure fail, and not all of a batch.
 
     Args:
         url (`str`):
@@ -142,6 +144,7 @@ class HTTPRetriever:
                     timeout=None,  # a timeout per read or write does not limit the whole request
                     limits=httpx2.Limits(max_connections=self.max_connections, keepalive_expiry=60.0),
                 )
+                self._last_success = -float("inf")
                 self._slots = asyncio.Semaphore(self.max_connections)
                 self._loop = loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, name=repr(self), daemon=True).start()
@@ -159,16 +162,28 @@ class HTTPRetriever:
         results = await asyncio.gather(*(self._search_batch(batch, k, deadline) for batch in batches))
         return [outcome for outcomes in results for outcome in outcomes]
 
-    async def _search_batch(self, queries: list[str], k: int, deadline: float) -> list[Outcome]:
-        """Send a request until it succeeds, fails permanently, or the deadline passes."""
-        attempt = 0
+    async def _search_halves(self, queries: list[str], k: int, deadline: float) -> list[Outcome]:
+        """Search for the two halves of a batch, of which only one may contain the cause of a failure."""
+        middle = len(queries) // 2
+        halves = (queries[:middle], queries[middle:])
+        results = await asyncio.gather(*(self._search_batch(half, k, deadline, attempts=2) for half in halves))
+        return [outcome for outcomes in results for outcome in outcomes]
+
+    async def _search_batch(self, queries: list[str], k: int, deadline: float, *, attempts: int = 3) -> list[Outcome]:
+        """
+        Send a request until it succeeds, fails permanently, or the deadline passes. After this number of attempts, a
+        failure that may be the fault of one query is searched for in each half of the batch.
+        """
+        attempt, start = 0, self._loop.time()
         failure: _Failure | None = None
         while True:
             attempt += 1
             async with self._slots:
                 left = max(deadline - self._loop.time(), 0.0)
                 try:
-                    return await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
+                    outcomes = await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
+                    self._last_success = self._loop.time()
+                    return outcomes
                 except (TimeoutError, asyncio.TimeoutError):
                     # If the request had less time than `timeout`, the failure before it says more
                     if failure is None or left >= self.timeout:
@@ -181,10 +196,12 @@ class HTTPRetriever:
                     failure = error
             delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
             now = self._loop.time()
-            if failure.final or now + delay >= deadline:
-                if failure.status in _REFUSED_CONTENT and len(queries) > 1:
-                    middle = len(queries) // 2
-                    return await self._search_batches([queries[:middle], queries[middle:]], k, deadline)
+            ended = failure.final or now + delay >= deadline
+            # A failed program of the server (500) or a wrong reply may be the fault of one query
+            suspicious = not ended and (failure.kind == "reply" or failure.status == 500)
+            if len(queries) > 1 and (failure.status in _REFUSED_CONTENT or (suspicious and attempt >= attempts)):
+                return await self._search_halves(queries, k, deadline)
+            if ended or (suspicious and attempt >= _STUBBORN and self._last_success > start):
                 times = "once" if attempt == 1 else f"{attempt} times"
                 message = f"A request to the retrieval server {self.url} failed {times}. {failure}"
                 return [RetrievalError(message, failure.kind, permanent=failure.final)] * len(queries)

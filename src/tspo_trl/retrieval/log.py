@@ -102,6 +102,7 @@ class LoggedRetriever:
         if self.retriever is None:
             failed = self._find_failures(queries, k)
         else:
+            self._replace_failures(queries, k)
             unknown = [query for query in dict.fromkeys(queries) if (query, k) not in self._found]
             failed = self._search_and_log(self.retriever, unknown, k) if unknown else {}
         self._calls += 1
@@ -125,6 +126,15 @@ class LoggedRetriever:
                     "retriever."
                 )
         return failed
+
+    def _replace_failures(self, queries: Sequence[str], k: int) -> None:
+        """Log known queries again that failed in this call before a restart. A repeated run must not fail there."""
+        for query in queries:
+            place = (self._phase, self._calls, query, k)
+            if (query, k) in self._found and place in self._failed:
+                del self._failed[place]
+                passages = self._read_passages(query, k)
+                self._append(query, k, {"passages": [asdict(passage) for passage in passages]})
 
     def _search_and_log(self, retriever: Retriever, queries: list[str], k: int) -> dict[str, Exception]:
         """Search for queries that are not in the log, and add them to it. Returns the failed ones."""

@@ -12,10 +12,10 @@ import numpy as np
 from .base import Passage
 
 # Published names, the first one with a value counts. In MS MARCO, `docid` is the document of the passage `pid`
-ID_KEYS = ("id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "idx")
+ID_KEYS = ("id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "docno", "idx")
 TITLE_KEYS = ("title", "wikipedia_title", "article_title")
 TEXT_KEYS = (
-    *("text", "contents", "content", "passage", "segment"),
+    *("text", "content", "contents", "passage", "segment"),
     *("passage_text", "paragraph_text", "page_content", "body"),
 )
 _TITLED = re.compile(r'\(Title: ("[^\n]*?"|[^)\n]*)\) (.*)', re.DOTALL)
@@ -26,10 +26,10 @@ def read_passage(record: Any, where: str, *, default_id: str = "", score: float 
     Read a passage in one of its published forms.
 
     - A [`Passage`], or a mapping with a text and, optionally, an id, a title and a score.
-    - The id is under `id`, `_id` (BEIR), `pid`, `passage_id`, `psg_id`, `docid`, `doc_id` or `idx`. Integers of any type
-      become strings.
+    - The id is under `id`, `_id` (BEIR), `pid`, `passage_id`, `psg_id`, `docid`, `doc_id`, `docno` or `idx`. Integers
+      of any type become strings.
     - The title is under `title`, `wikipedia_title` or `article_title`. A null title is the same as no title.
-    - The text is under `text`, `contents` (Pyserini, FlashRAG, Search-R1), `content`, `passage` or `segment` (MS MARCO),
+    - The text is under `text`, `content`, `contents` (Pyserini, FlashRAG, Search-R1), `passage` or `segment` (MS MARCO),
       `passage_text`, `paragraph_text` (MuSiQue), `page_content` or `body`.
     - `contents` without a title beside it starts with a line that is the title; quotes around the title are removed. If
       `contents` has one line only, it is a text without a title.
