@@ -109,7 +109,7 @@ def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
     ("arguments", "message"),
     [
         (["--dataset", "x.jsonl"], "--model is required"),
-        (["--model", "m"], "--dataset is required"),
+        (["--model", "m"], "--dataset_name is required"),
         (["--model", "m", "--dataset", "x.jsonl", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (
             ["--model", "m", "--dataset", "x", "--num_samples", "2", "--temperature", "0"],
@@ -134,12 +134,16 @@ def test_bad_options_are_named(recipe, arguments, message, capsys):
         (["--dataset", "OTHER"], "Nothing to search in: give --corpus, --index or --retriever_url"),
         (["--dataset", "OTHER", "x=OTHER", "y=OTHER", "--corpus", "CORPUS", "CORPUS"], "one for each of the 3, got 2"),
         (["--dataset", "OTHER", "OTHER", "--corpus", "CORPUS"], "two are called 'other'"),
+        (["--dataset", "nowhere.jsonl", "--retriever_url", "http://127.0.0.1:9"], "there is no file 'nowhere.jsonl'"),
+        (["--dataset", "OTHER", "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
+        (["--dataset-name", "OTHER", "--corpus", "CORPUS", "--model", "./no"], "--model: there is no folder './no'"),
+        (["--dataset_name", "OTHER", "--corpus", "CORPUS", "--output_dir", "OTHER"], "other.jsonl' is a file"),
     ],
 )
 def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, files, arguments, message):
     known = {"CORPUS": files["corpus"], "OTHER": files["other"]}
     for name, path in known.items():
         arguments = [a.replace(name, path) for a in arguments]
-    options = ["--model", "nowhere", *arguments, "--output_dir", str(tmp_path / "out")]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    options = ["--model", "nowhere", "--output_dir", str(tmp_path / "out"), *arguments]
+    with pytest.raises((ValueError, OSError), match=message):
         recipe.main(options)

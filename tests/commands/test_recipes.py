@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.paths import ROOT
 from helpers.servers import Server
 from tspo_trl import read_rollouts
+from tspo_trl.commands.errors import run_command
 from tspo_trl.demo.warmup import LIMITS
 from tspo_trl.rollout.limits import SearchLimits
 from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
@@ -88,6 +89,8 @@ def test_real_questions_and_passages(tmp_path):
 @pytest.mark.slow
 def test_the_recipe_with_a_server_gives_the_rollouts_of_the_embedded_retriever(tmp_path, policy_dir):
     options = [
+        "--config",
+        ROOT / "recipes" / "configs" / "demo.yaml",
         "--model_name_or_path",
         policy_dir,
         "--max_steps",
@@ -133,6 +136,40 @@ def parse(recipe, *arguments):
 
     parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
     return parser.parse_args_and_config([*map(str, arguments), "--use_cpu", "true", "--bf16", "false"])[0]
+
+
+@pytest.mark.parametrize("option", ["--dataset_name", "--dataset-name", "--dataset", "--dataset_nam", "="])
+def test_the_settings_of_the_demo_are_for_the_demo_alone(recipe, option):
+    common = ["--use_cpu", "true", "--bf16", "false"]
+    script_args, training_args, model_args = recipe.parse_arguments(common)
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("demo", "demo")
+    assert training_args.learning_rate == 5e-4
+    given = ["--dataset-name=mine.jsonl"] if option == "=" else [option, "mine.jsonl"]
+    script_args, training_args, model_args = recipe.parse_arguments([*given, *common])
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("mine.jsonl", None)
+    assert training_args.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["eval_dataset_name", "model_name_or_path", "model", "corpus", "index", "retriever_url"]
+)
+def test_a_part_of_the_inputs_is_not_the_demo(recipe, name):
+    script_args, _, _ = recipe.parse_arguments([f"--{name}", "x", "--use_cpu", "true", "--bf16", "false"])
+    assert script_args.dataset_name is None
+
+
+def test_other_spellings_are_read_from_a_file_too(recipe, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "dataset: a.jsonl\nbackend: rank_bm25\nmodel: tiny\nmax-searches: 2\nuse_cpu: true\nbf16: false\n"
+    )
+    for option in (["--config", str(config)], [f"--config={config}"]):
+        script_args, training_args, model_args = recipe.parse_arguments(option)
+        assert (script_args.dataset_name, script_args.retriever_backend) == ("a.jsonl", "rank_bm25")
+        assert (training_args.max_searches, model_args.model_name_or_path) == (2, "tiny")
+    config.write_text("dataset: a.jsonl\ndataset_name: b.jsonl\n")
+    with pytest.raises(ValueError, match="`dataset` and `dataset_name` are the same option"):
+        recipe.parse_arguments(["--config", str(config)])
 
 
 def write_questions(path, count, **more):
@@ -254,22 +291,48 @@ def test_the_paper_configurations_are_valid(recipe):
             assert 5 <= training_args.num_generations <= 8
 
 
+MODEL = ["--model_name_or_path", "demo"]
+DATA = ["--dataset_name", "QUESTIONS", *MODEL]
+CORPUS = ["--corpus", "CORPUS"]
+DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minutes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl", "--corpus", "CORPUS"], "there is no file 'nowhere.jsonl'"),
-        (["--dataset_name", "QUESTIONS"], "Passages are required: `corpus`, a saved `index`, or `retriever_url`"),
+        ([*MODEL, "--dataset_name", "nowhere.jsonl", *CORPUS], "there is no file 'nowhere.jsonl'"),
+        ([*MODEL, "--dataset_name", "nowhere.jsonl", *DEAD], "there is no file 'nowhere.jsonl'"),
+        ([*DATA, "--eval_dataset_name", "nowhere.csv", *DEAD], "--eval_dataset_name: there is no file 'nowhere.csv'"),
+        (
+            ["--dataset_name", "QUESTIONS", "--model", "runs/nowhere/checkpoint-5", *DEAD],
+            "no folder 'runs/nowhere/checkp",
+        ),
+        (DATA, "error: passages (--corpus, --index or --retriever_url) must be given"),
+        ([*MODEL, *CORPUS], "error: questions (--dataset_name) must be given"),
+        (["--dataset-name", "QUESTIONS", *CORPUS], "error: a model (--model_name_or_path) must be given"),
+        (
+            ["--retriever-url", "http://x"],
+            "error: questions (--dataset_name) and a model (--model_name_or_path) must be",
+        ),
         (["--resume_from_checkpoint", "true"], "There is no complete checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere'"),
-        (["--dataset_name", "QUESTIONS", "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_backend", "elastic"], "'elastic'"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_url", "http://x"], "not both"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "EMPTY"], "has no passages"),
+        ([*DATA, "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
+        ([*DATA, *CORPUS, "--retriever_backend", "elastic"], "'elastic'"),
+        ([*DATA, *CORPUS, "--retriever_url", "http://x"], "not both"),
+        ([*DATA, "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
+        ([*DATA, "--corpus", "EMPTY"], "has no passages"),
+        ([*DATA, "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
         (["--protocol", "tool_call"], "`protocol` of the model 'demo' is 'tags', got 'tool_call'"),
+        (["--max_serches", "2"], "unknown option --max_serches. Did you mean --max_searches?"),
+        (["--max_searches", "many"], "invalid int value: 'many'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "UNKNOWN"], "unknown option `max_serches`. Did you mean max_searches?"),
+        (["--output_dir", "CORPUS"], "passages.jsonl' is a file"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_named(tmp_path, arguments, message):
+def test_bad_input_is_named_in_one_line(recipe, tmp_path, capfd, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
     sample = ROOT / "tests" / "data" / "hotpotqa"
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -278,9 +341,13 @@ def test_bad_input_is_named(tmp_path, arguments, message):
         "QUESTIONS": sample / "questions.jsonl",
         "BROKEN": tmp_path / "broken.jsonl",
         "EMPTY": tmp_path / "empty.jsonl",
+        "UNKNOWN": tmp_path / "unknown.yaml",
     }
+    (tmp_path / "unknown.yaml").write_text("dataset_name: demo\nmax_serches: 2\n")
     arguments = [str(files.get(a, a)) for a in arguments]
-    command = [sys.executable, str(TRAIN), *arguments, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert message in result.stderr
+    output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(recipe.main, [*arguments, "--use_cpu", "--bf16", "false", *output])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert message in line

@@ -1,8 +1,8 @@
 """Evaluate models on questions with golden answers: exact match, F1 and retrieval, with confidence intervals.
 
-    tspo evaluate --model my-search-agent --dataset benchmarks --retriever_url http://localhost:8000
-    tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset questions.jsonl --corpus passages.jsonl
-    tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset hotpotqa ...
+    tspo evaluate --model my-search-agent --dataset_name benchmarks --retriever_url http://localhost:8000
+    tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset_name questions.jsonl --corpus passages.jsonl
+    tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset_name hotpotqa ...
     tspo evaluate --compare runs/evaluation/base runs/evaluation/trained
 
 A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with the OpenAI
@@ -31,11 +31,15 @@ from ..evaluation.tables import comparison_table, results_table
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
+from ..support.paths import check_model_path
 from .options import (
     add_columns_option,
     add_output_option,
     add_retriever_options,
     check_at_least_one,
+    check_input_files,
+    check_output_dir,
+    check_question_files,
     make_parser,
     read_columns,
 )
@@ -62,11 +66,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.compare:
         if args.model or args.dataset:
-            parser.error("--compare reads finished evaluations: it goes without --model and --dataset")
+            parser.error("--compare reads finished evaluations: it goes without --model and --dataset_name")
         return args
-    for name in ("model", "dataset"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is required")
+    for flag, value in (("--model", args.model), ("--dataset_name", args.dataset)):
+        if not value:
+            parser.error(f"{flag} is required")
     check_at_least_one(parser, args, "num_samples", "batch_size", "max_questions", "max_requests")
     _set_sampling(parser, args)
     read_columns(parser, args)
@@ -97,7 +101,9 @@ def _add_question_options(group: Any) -> None:
     """Add the options that choose the questions."""
     add = group.add_argument
     add(
+        "--dataset_name",
         "--dataset",
+        dest="dataset",
         nargs="+",
         metavar="[NAME=]DATASET",
         help=f"one or several data sets, or '{ALL}' for all seven benchmarks",
@@ -169,7 +175,7 @@ def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], 
                 notes[name] = BENCHMARKS[where.lower()].note
         parts = by_source(name, dataset)
         if taken := [part for part in parts if part in datasets]:
-            raise ValueError(f"--dataset: two are called {taken[0]!r}. Name them: NAME={where}.")
+            raise ValueError(f"--dataset_name: two are called {taken[0]!r}. Name them: NAME={where}.")
         datasets |= parts
         places |= dict.fromkeys(parts, place)
     return datasets, places, notes
@@ -299,6 +305,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
+def check_inputs(args: Namespace) -> None:
+    """Check the paths of the inputs before anything is loaded, indexed or asked for over a network."""
+    check_output_dir(args.output_dir)
+    check_question_files([where for _, where in map(_named, args.dataset)])
+    if not (args.corpus or args.index or args.retriever_url):
+        raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
+    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    for where in () if args.endpoint else args.model.values():
+        check_model_path(where, "--model")
+
+
 def run(args: Namespace) -> None:
     """Evaluate and compare the models, or compare two finished evaluations."""
     if args.compare:
@@ -314,6 +331,7 @@ def run(args: Namespace) -> None:
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output_dir = Path(args.output_dir)
+    check_inputs(args)
     datasets, places, notes = load_datasets(args)
     retrievers = open_retrievers(args, places)
     about = {"notes": notes} if notes else {}

@@ -1,6 +1,6 @@
 """Train a search agent.
 
-Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+Without questions, model and passages, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
 few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
@@ -31,22 +31,28 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback, set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..demo import make_world
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
+from ..support.paths import check_model_path
 from ..training.checkpoints import last_checkpoint
 from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
-from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS
+from .errors import keeping_tracebacks
+from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_output_dir, check_question_files
+from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
 EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
+
+#: Options that name questions, model or passages. The demo runs only if none of them is given.
+INPUTS = ("dataset_name", "eval_dataset_name", "model_name_or_path", "corpus", "index", "retriever_url")
 
 
 @dataclass
@@ -83,7 +89,11 @@ class SearchArguments(ScriptArguments):
     """
 
     dataset_name: list[str] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "data sets on the Hub, files or folders, or 'demo'; several are mixed"}
+        default=None,
+        metadata={
+            "help": "data sets on the Hub, files or folders, or 'demo'; several are mixed",
+            "aliases": ["--dataset"],
+        },
     )
     dataset_columns: dict[str, str] | str | None = field(
         default=None, metadata={"help": 'names of the columns, as JSON: \'{"question": "query"}\''}
@@ -174,18 +184,16 @@ def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | No
         return retriever
     if logged:
         return None
-    raise ValueError("Passages are required: `corpus`, a saved `index`, or `retriever_url`, the address of a server.")
+    raise ValueError("Passages are required: --corpus, a saved --index, or --retriever_url, the address of a server.")
 
 
 def load_data(
     script_args: SearchArguments, training_args: TSPOConfig, output_dir: Path
 ) -> tuple[Questions, EvaluatedQuestions, Retriever | None]:
     """Training questions, evaluation questions and retriever, of the demo or of the data sets given."""
-    if script_args.dataset_name is None:
-        raise ValueError("`dataset_name` is required: questions with golden answers.")
     if script_args.dataset_name != DEMO:
-        retriever = load_retriever(script_args, training_args.retrieval_log is not None)
-        return *load_datasets(script_args), retriever
+        train_dataset, eval_dataset = load_datasets(script_args)
+        return train_dataset, eval_dataset, load_retriever(script_args, training_args.retrieval_log is not None)
     world = make_world(script_args.demo_seed)
     if script_args.corpus or script_args.index or script_args.retriever_url:
         retriever = load_retriever(script_args, logged=False)
@@ -205,8 +213,6 @@ def make_demo_model(
     resumed: bool,
 ) -> None:
     """Make the tiny model `"demo"` in a folder, for the demo or for other data. One process makes it, the others wait."""
-    if training_args.protocol != "tags":
-        raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
     state = PartialState()
     if state.is_main_process and not (resumed and folder.is_dir()):
         limits = SearchLimits.of(training_args)
@@ -258,13 +264,39 @@ def report(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[SearchArguments, TSPOConfig, ModelConfig]:
-    """The options of the command line. Without a configuration or data set, they are those of the demo."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not any(a.startswith(("--config", "--dataset_name", "-h", "--help")) for a in arguments):
-        arguments = ["--config", str(DEMO_CONFIG), *arguments]
+    """The options of the command line. Without questions, model, passages and configuration, they are those of the demo."""
+    config, arguments = split_config(sys.argv[1:] if arguments is None else arguments)
     kinds: Any = (SearchArguments, TSPOConfig, ModelConfig)
-    parsed: Any = TrlParser(kinds).parse_args_and_config(arguments)
+    given = RecipeParser(kinds).values(arguments, config)
+    if config is None and all(getattr(given, name) is None for name in INPUTS):
+        config = str(DEMO_CONFIG)
+    parsed: Any = RecipeParser(kinds).parse(arguments, config)
     return parsed
+
+
+def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_args: ModelConfig) -> None:
+    """Check what can be checked before anything is loaded, indexed or asked for over a network."""
+    name, model = script_args.dataset_name, model_args.model_name_or_path
+    passages = (script_args.corpus, script_args.index, script_args.retriever_url, training_args.retrieval_log)
+    found = {
+        "questions (--dataset_name)": name,
+        "a model (--model_name_or_path)": model,
+        "passages (--corpus, --index or --retriever_url)": name == DEMO or any(passages) or None,
+    }
+    if missing := [what for what, value in found.items() if value is None]:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given too. Only without questions, model and passages does the demo run; "
+            f"its own are `--dataset_name {DEMO}` and `--model_name_or_path {DEMO}`."
+        )
+    if model == DEMO and training_args.protocol != "tags":
+        raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
+    check_output_dir(training_args.output_dir or ".")
+    check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
+    names = [name] if isinstance(name, str) else list(name or [])
+    check_question_files([name for name in names if name != DEMO])
+    check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
+    if model is not None and model != DEMO:
+        check_model_path(model, "--model_name_or_path")
 
 
 def use_all_cores() -> None:
@@ -324,6 +356,7 @@ def report_run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the held-out results before and after."""
     script_args, training_args, model_args = parse_arguments(arguments)
+    check_inputs(script_args, training_args, model_args)
     use_all_cores()
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir or ".")
@@ -339,6 +372,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training_args.eval_on_start = eval_dataset is not None and resume is None
     trainer = make_trainer(model, training_args, model_args, data)
 
+    with keeping_tracebacks():
+        run(trainer, resume, script_args, eval_dataset, output_dir)
+
+
+def run(
+    trainer: TSPOTrainer, resume: str | None, script_args: SearchArguments, eval_dataset: Any, output_dir: Path
+) -> None:
+    """Train, evaluate, save and report."""
     trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if eval_dataset is not None else None
 
@@ -346,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.save_model()
     if PartialState().is_main_process:
         report_run(trainer, after, eval_dataset, output_dir)
-    if training_args.push_to_hub:
+    if trainer.args.push_to_hub:
         demo = script_args.dataset_name == DEMO  # the demo is not a data set of the Hub
         trainer.push_to_hub(dataset_name=None if demo else script_args.dataset_name)
     trainer.end()
