@@ -39,13 +39,14 @@ from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..support.paths import check_model_path
 from ..training.checkpoints import last_checkpoint
+from ..training.checks import check_batches
 from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
 from .errors import keeping_tracebacks
-from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_output_dir, check_question_files
+from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_question_files
 from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
@@ -193,6 +194,7 @@ def load_data(
     """Training questions, evaluation questions and retriever, of the demo or of the data sets given."""
     if script_args.dataset_name != DEMO:
         train_dataset, eval_dataset = load_datasets(script_args)
+        check_batches(training_args, train_dataset, eval_dataset)
         return train_dataset, eval_dataset, load_retriever(script_args, training_args.retrieval_log is not None)
     world = make_world(script_args.demo_seed)
     if script_args.corpus or script_args.index or script_args.retriever_url:
@@ -290,7 +292,6 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
         )
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
-    check_output_dir(training_args.output_dir or ".")
     check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
     names = [name] if isinstance(name, str) else list(name or [])
     check_question_files([name for name in names if name != DEMO])

@@ -31,6 +31,7 @@ from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from .checkpoints import ExactResumeMixin
+from .checks import check_batches, check_end_token, check_eval_batches, check_model, report_left_out
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
@@ -151,6 +152,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
+        check_model(model, processing_class, args)
+        check_batches(args, train_dataset, eval_dataset)
+        report_left_out(args, train_dataset)
         retrievers = RetrieverStack.build(retriever, args)
 
         super().__init__(
@@ -171,6 +175,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
                 f"`processing_class` must be a tokenizer, got `{type(self.processing_class).__name__}`: the search "
                 "loop is for text only."
             )
+        check_end_token(self.processing_class)
         check_processes(self.accelerator, args, self.train_dataset)
 
         # Search loop and data sets, which both use the protocol
@@ -188,7 +193,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             **asdict(SearchLimits.of(args)),
         )
         self.train_dataset, self.eval_dataset = map_datasets(
-            lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
+            lambda dataset, name: prepare_dataset(dataset, protocol, name, self._max_context_length()),
+            train_dataset,
+            eval_dataset,
         )
         # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
         self.rollout_func = SearchRollouts(self._make_search_loop(protocol, retrievers.retriever), retrievers)
@@ -203,8 +210,13 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             protocol,
             eos_token_ids=self.eos_token_ids,
             limits=SearchLimits.of(self.args),
-            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+            max_context_length=self._max_context_length(),
         )
+
+    def _max_context_length(self) -> int | None:
+        """The maximum number of tokens of a prompt and its completion together, if the model has one."""
+        length: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return length
 
     @property
     def search_loop(self) -> SearchLoop:
@@ -217,7 +229,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
-            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset")
+            check_eval_batches(self.args)
+            longest = self._max_context_length()
+            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset", longest)
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(
