@@ -30,7 +30,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import ProgressCallback, set_seed
+from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..demo import make_world
@@ -42,6 +42,7 @@ from ..training.checkpoints import last_checkpoint
 from ..training.checks import check_batches
 from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
+from ..training.progress import show
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
@@ -128,20 +129,6 @@ class SearchArguments(ScriptArguments):
                 self.dataset_columns = json.loads(self.dataset_columns)
             except json.JSONDecodeError as error:
                 raise ValueError(f"`dataset_columns` must be a JSON object, got {self.dataset_columns!r}.") from error
-
-
-class ShortProgress(ProgressCallback):
-    """A progress bar that shows the main metrics, instead of a line for each metric."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and logs and "reward" in logs:
-            shown = {"EM": "reward", "hit": "search/hit", "all wrong": "groups/all_wrong"}
-            self.training_bar.set_postfix({name: show(logs.get(key), 2) for name, key in shown.items()})
-
-
-def show(value: float | None, digits: int = 3) -> str:
-    """A metric as text; TRL logs `None` if there was nothing to average, for instance no scored rollout."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQuestions]:
@@ -319,7 +306,7 @@ def make_trainer(
         "dtype": model_args.dtype,
         **given,
     }
-    trainer = TSPOTrainer(
+    return TSPOTrainer(
         model=model,
         args=training_args,
         quantization_config=get_quantization_config(model_args),
@@ -327,10 +314,6 @@ def make_trainer(
         callbacks=[StopOnSignal()],
         **data,
     )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShortProgress)
-    return trainer
 
 
 def report_run(

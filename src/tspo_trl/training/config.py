@@ -14,6 +14,7 @@ from ..credit import Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
 from .collapse import WATCHES
+from .progress import ignore_harmless_warnings
 
 _CHOICES = {
     "protocol": ProtocolName,
@@ -284,6 +285,7 @@ class TSPOConfig(GRPOConfig):
                 raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False
+        ignore_harmless_warnings()  # the next line raises one
         super().__post_init__()
         if self.scale_rewards not in get_args(Scale):
             raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")

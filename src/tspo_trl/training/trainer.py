@@ -37,6 +37,7 @@ from .config import TSPOConfig
 from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
+from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
                 "loop is for text only."
             )
         check_end_token(self.processing_class)
+        ignore_harmless_warnings(self.model)
+        shorten_output(self)
         check_processes(self.accelerator, args, self.train_dataset)
 
         # Search loop and data sets, which both use the protocol
