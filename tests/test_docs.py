@@ -77,6 +77,17 @@ def test_the_example_of_the_readme_runs(tmp_path):
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "quickstart.md"], ids=lambda page: page.name)
+def test_what_can_be_copied_fits_80_columns(page):
+    text = page.read_text()
+    fenced = re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += re.findall(r"^    (?=\S).*$", rest, re.MULTILINE)
+    assert len(lines) > 20
+    assert [line for line in lines if len(line) > 80] == []
+
+
 def blocks_of(page):
     """The Python code of a page."""
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
