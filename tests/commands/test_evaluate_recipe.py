@@ -147,3 +147,12 @@ def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, file
     options = ["--model", "nowhere", "--output_dir", str(tmp_path / "out"), *arguments]
     with pytest.raises((ValueError, OSError), match=message):
         recipe.main(options)
+
+
+def test_a_question_that_is_too_long_is_named_before_the_first_rollout(recipe, tmp_path, policy_dir, files):
+    rows = [{"question": "Who wrote it? " * n, "golden_answers": ["x"]} for n in (1, 1, 3000)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", policy_dir, "--dataset_name", str(tmp_path / "long.jsonl"), "--corpus", files["corpus"]]
+    with pytest.raises(ValueError, match=r"long, row 2: the prompt has .* tokens"):
+        recipe.main([*options, "--output_dir", str(tmp_path / "out"), *SETTINGS, *PROMPT])
+    assert not (tmp_path / "out").exists()

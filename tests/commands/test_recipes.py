@@ -316,6 +316,21 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
         ([*DATA, "--corpus", "EMPTY"], "has no passages"),
         ([*DATA, "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
         (["--protocol", "tool_call"], "`protocol` of the model 'demo' is 'tags', got 'tool_call'"),
+        (["--use_vllm", "true"], "pip install 'tspo-trl[vllm]'"),
+        (["--load_in_4bit", "true", "--use_peft", "true"], "pip install 'tspo-trl[quantization]'"),
+        (["--report_to", "wandb"], "pip install wandb"),
+        ([*MODEL, "--dataset_name", "FEW", *DEAD, "--gradient_accumulation_steps", "2"], "Nothing would be trained"),
+        (
+            [*DATA, "--eval_dataset_name", "FEW", *DEAD, "--num_generations_eval", "3"],
+            "a multiple of `num_generations_ev",
+        ),
+        (
+            [*DATA, *CORPUS, "--num_generations", "3"],
+            "generation_batch_size (8) must be divisible by num_generations (3)",
+        ),
+        (["--folr_alpha", "-1"], "`folr_alpha` must not be negative"),
+        (["--stop_on_collapse", "everything"], "`stop_on_collapse` must hold some of"),
+        (["--config", "TYPES"], "`max_searches` must be a whole number, got [2]"),
         (["--max_serches", "2"], "unknown option --max_serches. Did you mean --max_searches?"),
         (["--max_searches", "many"], "invalid int value: 'many'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -326,6 +341,9 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
 )
 def test_bad_input_is_named_in_one_line(recipe, tmp_path, capfd, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
+    find_spec = recipe.find_spec
+    absent = ("bitsandbytes", "wandb")
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None if name in absent else find_spec(name))
     sample = ROOT / "tests" / "data" / "hotpotqa"
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -335,7 +353,10 @@ def test_bad_input_is_named_in_one_line(recipe, tmp_path, capfd, monkeypatch, ar
         "BROKEN": tmp_path / "broken.jsonl",
         "EMPTY": tmp_path / "empty.jsonl",
         "UNKNOWN": tmp_path / "unknown.yaml",
+        "FEW": write_questions(tmp_path / "few.jsonl", 1),
+        "TYPES": tmp_path / "types.yaml",
     }
+    (tmp_path / "types.yaml").write_text("max_searches: [2]\n")
     (tmp_path / "unknown.yaml").write_text("dataset_name: demo\nmax_serches: 2\n")
     arguments = [str(files.get(a, a)) for a in arguments]
     output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]

@@ -263,6 +263,7 @@ def evaluate_model(
     from ..evaluation.evaluate import evaluate
 
     agent, of_model = load_agent(args, where, next(iter(retrievers.values())))
+    check_lengths(agent, datasets)
     return evaluate(
         agent,
         datasets,
@@ -273,6 +274,17 @@ def evaluate_model(
         scorer=args.scorer,
         about=of_model | about,
     )
+
+
+def check_lengths(agent: "SearchAgent", datasets: dict[str, Dataset]) -> None:
+    """Refuse questions that are too long for the model before the first rollout."""
+    from ..training.datasets import check_length
+
+    loop = agent.search_loop
+    lengths = [n for n in (loop.max_context_length, loop.engine.max_context_length) if n is not None]
+    for name, dataset in datasets.items() if lengths else ():
+        for i, question in enumerate(dataset["question"]):
+            check_length(loop.protocol.prompt(question), f"{name}, row {i}", loop.protocol, min(lengths))
 
 
 def compare_models(

@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +35,7 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..demo import make_world
+from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
@@ -55,6 +57,8 @@ EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
 
 #: Options that name questions, model or passages. The demo runs only if none of them is given.
 INPUTS = ("dataset_name", "eval_dataset_name", "model_name_or_path", "corpus", "index", "retriever_url")
+#: Tools of `report_to` whose package has the same name.
+REPORTERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml")
 
 
 @dataclass
@@ -279,12 +283,26 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
         )
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
+    check_extras(training_args, model_args)
     check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
     names = [name] if isinstance(name, str) else list(name or [])
     check_question_files([name for name in names if name != DEMO])
     check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
     if model is not None and model != DEMO:
         check_model_path(model, "--model_name_or_path")
+
+
+def check_extras(training_args: TSPOConfig, model_args: ModelConfig) -> None:
+    """Check that the packages which the options need are installed."""
+    if training_args.use_vllm:
+        check_vllm()
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
+        raise ImportError("`load_in_4bit` and `load_in_8bit` need bitsandbytes: pip install 'tspo-trl[quantization]'")
+    if model_args.use_peft and find_spec("peft") is None:
+        raise ImportError("`use_peft` needs PEFT: pip install peft")
+    for name in training_args.report_to if isinstance(training_args.report_to, list) else [training_args.report_to]:
+        if name in REPORTERS and find_spec(name) is None:
+            raise ImportError(f"`report_to: {name}` needs the package {name}: pip install {name}")
 
 
 def use_all_cores() -> None:

@@ -47,7 +47,7 @@ def prepare_dataset(
         _check_prompt(row, where, protocol)
         prompt = row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"])
         if max_context_length is not None:
-            _check_length(prompt, where, protocol, max_context_length)
+            check_length(prompt, where, protocol, max_context_length)
         return {
             "prompt": prompt,
             "question": row["question"] if row.get("question") is not None else _last_user_text(row["prompt"]),
@@ -129,8 +129,23 @@ def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) 
         )
 
 
-def _check_length(prompt: str | list[dict[str, Any]], where: str, protocol: SearchProtocol, longest: int) -> None:
-    """Check that a prompt leaves room for a token. Prompts with fewer bytes than the model takes tokens are not encoded."""
+def check_length(prompt: str | list[dict[str, Any]], where: str, protocol: SearchProtocol, longest: int) -> None:
+    """
+    Check that a prompt leaves room for a token.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, a text or a conversation.
+        where (`str`):
+            Name of the data set and number of the row in error messages.
+        protocol ([`SearchProtocol`]):
+            Protocol that encodes the prompt. Prompts with fewer bytes than `longest` are not encoded.
+        longest (`int`):
+            Maximum number of tokens of a prompt and its completion together.
+
+    Raises:
+        `ValueError`: If it does not; the message names the row.
+    """
     others = 64 if isinstance(prompt, str) else 4096  # more than the special tokens, or the words of a chat template
     if len(str(prompt).encode("utf-8", errors="replace")) + others < longest:
         return
