@@ -116,7 +116,7 @@ def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
             "would be the same rollout each time",
         ),
         (["--model", "m", "--dataset", "x", "--temperature", "-1"], "--temperature must not be negative"),
-        (["--model", "m", "--dataset", "x", "--columns", "a"], "--columns must be like OURS=THEIRS, got 'a'"),
+        (["--model", "m", "--dataset", "x", "--columns", "a"], "--dataset_columns must be like OURS=THEIRS, got 'a'"),
         (["--compare", "a", "b", "--model", "m"], "goes without --model"),
     ],
 )

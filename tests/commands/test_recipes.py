@@ -182,8 +182,13 @@ def test_one_or_several_data_sets_can_be_named(recipe, tmp_path):
     script_args = parse(recipe, "--config", config, "--dataset_name", "c.jsonl", "--dataset_columns", '{"id": "n"}')
     assert script_args.dataset_name == "c.jsonl"
     assert script_args.dataset_columns == {"id": "n"}
-    with pytest.raises(ValueError, match="`dataset_columns` must be a JSON object, got 'question=query'"):
-        parse(recipe, "--dataset_columns", "question=query")
+    common = ["--use_cpu", "true", "--bf16", "false"]
+    for flag in ("--dataset_columns", "--columns", "--dataset-columns"):
+        script_args, _, _ = recipe.parse_arguments([flag, "question=query", "golden_answers=answers.text", *common])
+        assert script_args.dataset_columns == {"question": "query", "golden_answers": "answers.text"}
+    for wrong in ("question", "{question}"):
+        with pytest.raises(ValueError, match=f"`dataset_columns` must be .*like OURS=THEIRS, got '{wrong}'"):
+            parse(recipe, "--dataset_columns", wrong)
 
 
 def test_data_sets_to_train_and_evaluate_on(recipe, tmp_path):

@@ -74,9 +74,11 @@ def add_retriever_options(parser: Any, *, url: bool = True, several: bool = Fals
 
 
 def add_columns_option(parser: Any) -> None:
-    """Add `--columns`, which [`read_columns`] reads."""
+    """Add `--dataset_columns`, which [`read_columns`] reads."""
     parser.add_argument(
+        "--dataset_columns",
         "--columns",
+        dest="columns",
         nargs="+",
         metavar="OURS=THEIRS",
         help="names of the columns, for instance golden_answers=answers.text; or a JSON object",
@@ -85,19 +87,26 @@ def add_columns_option(parser: Any) -> None:
 
 def read_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Replace `args.columns` by a dictionary of our names and theirs. It stays `None` if it was not given."""
-    if args.columns is None:
-        return
-    if args.columns[0].startswith("{"):
+    if args.columns is not None:
         try:
-            args.columns = json.loads(" ".join(args.columns))
+            args.columns = parse_columns(args.columns)
+        except ValueError as error:
+            parser.error(f"--dataset_columns must be {error}")
+
+
+def parse_columns(specs: Sequence[str]) -> dict[str, str]:
+    """Our names of columns and theirs, from `OURS=THEIRS` or a JSON object. A `ValueError` says what is expected."""
+    if specs[0].startswith("{"):
+        try:
+            columns: dict[str, str] = json.loads(" ".join(specs))
         except json.JSONDecodeError as error:
-            parser.error(f"--columns must be a JSON object or like OURS=THEIRS, got {args.columns[0]!r}: {error}")
-        return
-    pairs = [spec.partition("=") for spec in args.columns]
-    for spec, (ours, _, theirs) in zip(args.columns, pairs, strict=True):
+            raise ValueError(f"a JSON object or like OURS=THEIRS, got {specs[0]!r}: {error}") from error
+        return columns
+    pairs = [spec.partition("=") for spec in specs]
+    for spec, (ours, _, theirs) in zip(specs, pairs, strict=True):
         if not (ours and theirs):
-            parser.error(f"--columns must be like OURS=THEIRS, got {spec!r}")
-    args.columns = {ours: theirs for ours, _, theirs in pairs}
+            raise ValueError(f"like OURS=THEIRS, got {spec!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 def check_input_files(*, corpus: Any = None, index: Any = None, backend: str = "bm25") -> None:

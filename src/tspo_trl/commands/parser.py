@@ -18,6 +18,7 @@ class RecipeParser(ShortErrors, TrlParser):
     def __init__(self, kinds: Any):
         super().__init__(kinds)
         add_spellings(self)
+        self._option_string_actions["--dataset_columns"].nargs = "+"  # `OURS=THEIRS ...`, as in other commands
         self._names = {action.dest for action in self._actions}
 
     def parse(self, arguments: Sequence[str], config: str | None) -> tuple[Any, ...]:

@@ -17,7 +17,6 @@ few minutes on two CPU cores and without a network.
 Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
 from .errors import keeping_tracebacks
-from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_question_files
+from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_question_files, parse_columns
 from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
@@ -102,7 +101,11 @@ class SearchArguments(ScriptArguments):
         },
     )
     dataset_columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": 'names of the columns, as JSON: \'{"question": "query"}\''}
+        default=None,
+        metadata={
+            "help": "names of the columns, for instance golden_answers=answers.text; or a JSON object",
+            "aliases": ["--columns"],
+        },
     )
     eval_dataset_name: list[str] | None = field(
         default=None, metadata={"help": "evaluate on these benchmarks or data sets instead of the test split"}
@@ -129,10 +132,12 @@ class SearchArguments(ScriptArguments):
         if isinstance(self.eval_dataset_name, str):  # from YAML
             self.eval_dataset_name = [self.eval_dataset_name]
         if isinstance(self.dataset_columns, str):
+            self.dataset_columns = [self.dataset_columns]  # type: ignore[assignment]
+        if isinstance(self.dataset_columns, list):
             try:
-                self.dataset_columns = json.loads(self.dataset_columns)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`dataset_columns` must be a JSON object, got {self.dataset_columns!r}.") from error
+                self.dataset_columns = parse_columns(self.dataset_columns)
+            except ValueError as error:
+                raise ValueError(f"`dataset_columns` must be {error}") from error
 
 
 def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQuestions]:
