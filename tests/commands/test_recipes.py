@@ -305,6 +305,7 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
             ["--dataset_name", "QUESTIONS", "--model", "runs/nowhere/checkpoint-5", *DEAD],
             "no folder 'runs/nowhere/checkp",
         ),
+        (["--dataset_name", "QUESTIONS", "--model", "who/none", *DEAD], "'who/none' is not a folder here, and was not"),
         (DATA, "error: passages (--corpus, --index or --retriever_url) must be given"),
         ([*MODEL, *CORPUS], "error: questions (--dataset_name) must be given"),
         (["--dataset-name", "QUESTIONS", *CORPUS], "error: a model (--model_name_or_path) must be given"),

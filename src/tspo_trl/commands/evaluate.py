@@ -38,6 +38,7 @@ from .options import (
     add_retriever_options,
     check_at_least_one,
     check_input_files,
+    check_model,
     check_output_dir,
     check_question_files,
     make_parser,
@@ -191,9 +192,8 @@ def by_source(name: str, dataset: Dataset) -> dict[str, Dataset]:
     return {re.sub(r"[^\w.@+-]", "_", f"{name}-{source}"): dataset.select(part) for source, part in rows.items()}
 
 
-def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retriever]:
-    """The retriever of each data set."""
-    count = len(set(places.values()))
+def retriever_options(args: Namespace, count: int) -> list[dict[str, str | None]]:
+    """The options of [`open_retriever`] for each of the data sets."""
     given: list[dict[str, str | None]] = [{} for _ in range(count)]
     for option, key in (("corpus", "corpus"), ("index", "index"), ("retriever_url", "url")):
         values = getattr(args, option) or [None]
@@ -203,6 +203,12 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
             )
         for i in range(count):
             given[i][key] = values[i] if len(values) == count else values[0]
+    return given
+
+
+def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retriever]:
+    """The retriever of each data set."""
+    given = retriever_options(args, len(set(places.values())))
     opened: dict[tuple[str | None, ...], Retriever] = {}
     for options in given:
         if not any(options.values()):
@@ -345,6 +351,9 @@ def run(args: Namespace) -> None:
     output_dir = Path(args.output_dir)
     check_inputs(args)
     datasets, places, notes = load_datasets(args)
+    retriever_options(args, len(set(places.values())))  # checks their number before a model is looked for
+    for where in () if args.endpoint else args.model.values():
+        check_model(where, "--model")
     retrievers = open_retrievers(args, places)
     about = {"notes": notes} if notes else {}
     results: dict[str, EvaluationResults] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..support.paths import looks_local
+from ..support.paths import check_model_path, looks_local
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
 BACKEND = "retriever of the corpus or index"
@@ -125,6 +125,21 @@ def check_question_files(names: Sequence[str], label: str = "--dataset_name") ->
         local = looks_local(name) or Path(name).suffix.lower() in QUESTION_FILES
         if local and "://" not in name and not Path(name).exists():
             raise FileNotFoundError(f"{label}: there is no file {name!r}.")
+
+
+def check_model(model: str, label: str, revision: str | None = None) -> None:
+    """Refuse a model that is neither a folder nor on the Hub, before passages are indexed. Only its configuration is loaded."""
+    from transformers.utils import cached_file  # here: `--help` is quick
+
+    check_model_path(model, label)
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    reason = ""
+    try:
+        if any(cached_file(model, name, **options) for name in ("config.json", "adapter_config.json")):
+            return
+    except OSError as error:
+        reason = f" ({str(error).splitlines()[0]})"
+    raise FileNotFoundError(f"{label}: {model!r} is not a folder here, and was not found on the Hub{reason}.")
 
 
 def _listed(value: Any) -> list[str]:

@@ -38,7 +38,6 @@ from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
-from ..support.paths import check_model_path
 from ..training.checkpoints import last_checkpoint
 from ..training.checks import check_batches
 from ..training.config import TSPOConfig
@@ -48,7 +47,15 @@ from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
 from .errors import keeping_tracebacks
-from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS, check_input_files, check_question_files, parse_columns
+from .options import (
+    BACKEND,
+    BACKENDS,
+    RETRIEVER_OPTIONS,
+    check_input_files,
+    check_model,
+    check_question_files,
+    parse_columns,
+)
 from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
@@ -294,7 +301,7 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     check_question_files([name for name in names if name != DEMO])
     check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
     if model is not None and model != DEMO:
-        check_model_path(model, "--model_name_or_path")
+        check_model(model, "--model_name_or_path", model_args.model_revision)
 
 
 def check_extras(training_args: TSPOConfig, model_args: ModelConfig) -> None:
