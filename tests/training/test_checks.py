@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from tspo_trl.demo import make_tokenizer
+from tspo_trl.support.paths import check_model_path, suggest_path
 
 
 def rows(count):
@@ -116,3 +117,15 @@ def test_a_question_that_is_too_long_names_its_row(make_trainer, dataset):
     long = {"question": "Who wrote Silent Harbor? " * longest, "golden_answers": ["x"]}
     with pytest.raises(ValueError, match="`train_dataset`, row 3: the prompt has"):
         make_trainer(train_dataset=Dataset.from_list([*dataset.select(range(3)), long]).select_columns(list(long)))
+
+
+def test_a_name_of_two_parts_may_be_on_the_hub(tmp_path, monkeypatch):
+    """A folder of the name of the owner does not hide the models of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    check_model_path("runs/other")
+    assert suggest_path("runs/min") == " Did you mean 'runs/mine'?"
+    assert suggest_path("runs/other") == suggest_path("nowhere/min") == ""
+    for path in ("./runs/other", "/runs", "~/runs", "runs/a/b", "other/"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder '{path}'"):
+            check_model_path(path)

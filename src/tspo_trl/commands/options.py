@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..support.paths import check_model_path, looks_local
+from ..support.paths import check_model_path, looks_local, suggest_path
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
 BACKEND = "retriever of the corpus or index"
@@ -113,7 +113,7 @@ def check_input_files(*, corpus: Any = None, index: Any = None, backend: str = "
     """Refuse a corpus or an index that is not there, before anything is loaded. Each is one path, several or `None`."""
     for path in _listed(corpus):
         if path != "demo" and not Path(path).exists():
-            raise FileNotFoundError(f"--corpus: {path!r} does not exist.")
+            raise FileNotFoundError(f"--corpus: {path!r} does not exist.{suggest_path(path)}")
     for path in _listed(index):
         if backend != "lucene" and not Path(path).exists():
             raise FileNotFoundError(f"--index: there is no saved BM25 index in {path!r}.")
@@ -124,7 +124,7 @@ def check_question_files(names: Sequence[str], label: str = "--dataset_name") ->
     for name in names:
         local = looks_local(name) or Path(name).suffix.lower() in QUESTION_FILES
         if local and "://" not in name and not Path(name).exists():
-            raise FileNotFoundError(f"{label}: there is no file {name!r}.")
+            raise FileNotFoundError(f"{label}: there is no file {name!r}.{suggest_path(name)}")
 
 
 def check_model(model: str, label: str, revision: str | None = None) -> None:
@@ -139,7 +139,9 @@ def check_model(model: str, label: str, revision: str | None = None) -> None:
             return
     except OSError as error:
         reason = f" ({str(error).splitlines()[0]})"
-    raise FileNotFoundError(f"{label}: {model!r} is not a folder here, and was not found on the Hub{reason}.")
+    raise FileNotFoundError(
+        f"{label}: {model!r} is not a folder here, and was not found on the Hub{reason}.{suggest_path(model)}"
+    )
 
 
 def _listed(value: Any) -> list[str]:

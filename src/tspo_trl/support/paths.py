@@ -13,17 +13,29 @@ def looks_local(name: str) -> bool:
             A path or a name on the Hub.
 
     Returns:
-        `bool`: `True` for absolute paths, for paths that begin with `.` or `~` or end in `/`, for paths of more than two
-        parts, and for paths whose first folder exists.
+        `bool`: `True` for absolute paths, for paths that begin with `.` or `~` or end in `/`, and for paths of more than
+        two parts. `runs/mine` is also a possible name on the Hub.
     """
-    parts = name.split("/")
     return (
-        name.startswith((".", "~", "/", "\\"))
-        or name.endswith("/")
-        or "\\" in name
-        or len(parts) > 2
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
+        name.startswith((".", "~")) or name.endswith("/") or "\\" in name or len(name.split("/")) > 2 or name[:1] == "/"
     )
+
+
+def suggest_path(name: str) -> str:
+    """
+    Suggest a path for one that does not exist.
+
+    Args:
+        name (`str`):
+            The path.
+
+    Returns:
+        `str`: A question with the nearest name in the same folder, or `""` if there is none.
+    """
+    path = Path(name)
+    parent = path.expanduser().parent
+    near = get_close_matches(path.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], n=1)
+    return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def check_model_path(model: str, label: str = "`model`") -> None:
@@ -48,7 +60,4 @@ def check_model_path(model: str, label: str = "`model`") -> None:
     elif path.exists():
         raise FileNotFoundError(f"{label} must be a folder or a name on the Hub, but {model!r} is a file.")
     elif looks_local(model):
-        parent = path.expanduser().parent
-        near = get_close_matches(path.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], n=1)
-        hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
-        raise FileNotFoundError(f"{label}: there is no folder {model!r}.{hint}")
+        raise FileNotFoundError(f"{label}: there is no folder {model!r}.{suggest_path(model)}")

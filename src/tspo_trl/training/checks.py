@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..support.paths import check_model_path
+from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def check_model(model: Any, processing_class: Any, args: TSPOConfig) -> None:
             except OSError as error:
                 raise FileNotFoundError(
                     f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
-                    f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}"
+                    f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
                 ) from error
     check_end_token(processing_class)
 

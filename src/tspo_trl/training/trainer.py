@@ -218,8 +218,10 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
 
     def _max_context_length(self) -> int | None:
         """The maximum number of tokens of a prompt and its completion together, if the model has one."""
-        length: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return length
+        lengths = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        if self.args.use_vllm:
+            lengths.append(self.args.vllm_max_model_length)
+        return min((length for length in lengths if length is not None), default=None)
 
     @property
     def search_loop(self) -> SearchLoop:
