@@ -360,7 +360,7 @@ def test_invalid_data_sets_are_reported(recipe, monkeypatch, tmp_path, content, 
 
 def test_an_unknown_split_and_a_missing_corpus_are_reported(recipe, monkeypatch, tmp_path):
     questions = ["--dataset", SAMPLE / "questions.jsonl", "--output_dir", tmp_path]
-    with pytest.raises(ValueError, match=r"a file is the split 'train', but `split` is 'dev'"):
+    with pytest.raises(ValueError, match=r"a file is the split 'train', but `--split` is 'dev'"):
         run(recipe, monkeypatch, *questions, "--corpus", SAMPLE / "passages.jsonl", "--split", "dev")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         run(recipe, monkeypatch, *questions, "--corpus", tmp_path / "nowhere.jsonl")

@@ -1,12 +1,22 @@
 """Scores of text answers: normalisation, exact match, token F1, containment, answer tags."""
 
+import json
+import re
 import string
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tspo_trl.scoring import contains_answer, exact_match, extract_answer, f1_score, normalize_answer
+from helpers.paths import HOTPOTQA
+from tspo_trl.scoring import (
+    contains_answer,
+    exact_match,
+    extract_answer,
+    f1_score,
+    normalize_answer,
+    triviaqa_exact_match,
+)
 
 # Letters, articles, punctuation, whitespace and some difficult characters (final sigma, dotted I, combining accent)
 TEXTS = st.text(alphabet=string.ascii_letters + string.punctuation + " \t\n0123éßΣİ\u0301\u00a0日", max_size=30)
@@ -184,6 +194,99 @@ def test_contains_answer_finds_whole_words(text, golds, found):
     assert contains_answer(text, golds) is found
 
 
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("Jane Austen's novel", "Jane Austen"),
+        ("the world’s largest", "world"),
+        ("a Paris-based company", "Paris"),
+        ("Paris/London", "London"),
+        ("in Paris[1]", "Paris"),
+        ("in Paris²", "Paris"),
+        ("“Paris”", "Paris"),
+        ("Paris…", "Paris"),
+        ("the season 1969–70", "1969"),
+        ("the season 1969–70", "1969-70"),
+        ("until 1981.It was", "1981"),
+        ("a 9-year-old", "9"),
+        ("Martha’s Vineyard", "Martha's Vineyard"),
+        ("Rock ’n’ Roll", "Rock 'n' Roll"),
+        ("l’Orient-Express", "Orient"),
+        ("Beyonce\u0301 sang", "Beyoncé"),
+        ("ＰＡＲＩＳ", "Paris"),
+        ("Pa\u00adris-based", "Paris"),
+        ("in der Hauptstraße", "HAUPTSTRASSE"),
+        ("a U.S.-based company", "US"),
+        ("a U.S.-based company", "U.S."),
+        ("a The Hague-based court", "The Hague"),
+        ("J. R. R. Tolkien's books", "J.R.R. Tolkien"),
+        ("J.R.R. Tolkien’s books", "J. R. R. Tolkien"),
+        ("a Spider Man/Hulk comic", "Spider-Man"),
+        ("AT&T-owned", "AT&T"),
+        ("12,000-strong", "12,000"),
+        # scripts without spaces between words
+        ("他住在北京市", "北京"),
+        ("東京は日本の首都です", "日本"),
+        ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพ"),
+        ("生于2008年", "2008"),
+    ],
+)
+def test_punctuation_separates_words(text, gold):
+    assert contains_answer(text, [gold])
+    assert not contains_answer(text, [f"{gold}x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("a random word", "A"),
+        ("12,000 people", "12"),
+        ("12,000 people", "000"),
+        ("3.5 million", "5"),
+        ("at 12:30", "30"),
+        ("the 1990s", "1990"),
+        ("in 1969 70 people came", "1969-70"),
+        ("Austen's", "S"),
+        ("don't", "T"),
+        ("she arrived at T-Mobile", "AT&T"),
+        ("a Parisian-style café", "Paris"),
+        ("Beyoncé", "Beyonce"),
+        ("生于12008年", "2008"),
+    ],
+)
+def test_parts_of_words_and_numbers_are_not_found(text, gold):
+    assert not contains_answer(text, [gold])
+
+
+def test_an_article_in_upper_case_is_found_in_upper_case():
+    assert contains_answer("the grade A", ["A"])
+    assert contains_answer("a", ["A"])  # the whole text, as for the exact match
+    assert not contains_answer("the grade a", ["A"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(TEXTS, TEXTS)
+def test_separating_words_loses_nothing_that_joining_them_finds(text, gold):
+    for answer in (gold, text[len(text) // 3 : 2 * len(text) // 3]):
+        joined = normalize_answer(answer)
+        if joined and f" {joined} " in f" {normalize_answer(text)} ":
+            assert contains_answer(text, [answer])
+
+
+def test_answers_in_real_passages():
+    """Names and years of the sample: every spelling that a reader sees as separate words is found."""
+    missed = []
+    found_by_both = 0
+    for line in (HOTPOTQA / "passages.jsonl").read_text(encoding="utf-8").splitlines():
+        passage = json.loads(line)
+        for gold in set(re.findall(r"\b(?:[A-Z][a-z]{3,}(?: [A-Z][a-z]{3,})+|(?:1[5-9]|20)\d\d)\b", passage["text"])):
+            found_by_both += 1
+            if not contains_answer(passage["text"], [gold]):
+                missed.append((gold, passage["id"]))
+    assert found_by_both > 2000
+    assert missed == []
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.sampled_from("north south lake town".split()), max_size=4),
@@ -192,6 +295,23 @@ def test_contains_answer_finds_whole_words(text, golds, found):
 def test_contains_answer_needs_consecutive_words(words, gold):
     found = any(words[i : i + len(gold)] == gold for i in range(len(words)))
     assert contains_answer(" ".join(words), [" ".join(gold)]) is found
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "squad", "triviaqa"),
+    [
+        ("Spider Man", "Spider-Man", 0.0, 1.0),
+        ("USA", "U.S.A.", 1.0, 0.0),
+        ("Martha s Vineyard", "Martha’s Vineyard", 0.0, 1.0),
+        ("the snake_case", "Snake Case", 0.0, 1.0),
+        ("“Emma”", "Emma", 0.0, 0.0),  # both read ASCII quotes only, and TriviaQA the single ones
+        ("The", "The The", 0.0, 0.0),
+        (None, "Emma", 0.0, 0.0),
+    ],
+)
+def test_triviaqa_treats_punctuation_as_spaces(prediction, gold, squad, triviaqa):
+    assert exact_match(prediction, [gold]) == squad
+    assert triviaqa_exact_match(prediction, ["other", gold]) == triviaqa
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from .engines.endpoint import EndpointEngine
 from .engines.static import TransformersEngine
 from .retrieval.base import Retriever
+from .retrieval.results import check_retriever
 from .rollout.limits import SearchLimits
 from .rollout.loop import SearchLoop
 from .rollout.protocol import SearchProtocol
@@ -134,7 +135,8 @@ class SearchAgent:
             raise ValueError(
                 "`device` and the `device_map` of `model_init_kwargs` cannot both be set: set one of them."
             )
-        # The settings come first, so that a mistake in them is reported before the model is loaded
+        # The retriever and the settings come first, so that a mistake in them is reported before the model is loaded
+        check_retriever(retriever)
         place = ModelPlace(str(model), revision=revision, subfolder=subfolder, token=token)
         config = load_search_config(place, search_settings)
         loaded, processing_class = load_model(
@@ -178,11 +180,7 @@ class SearchAgent:
             batch_size (`int`, *optional*, defaults to `32`):
                 Maximum number of questions that are rolled out together.
         """
-        if not isinstance(retriever, Retriever):
-            raise ValueError(
-                "`retriever` must be an object with a method `search(queries, k)`, for instance "
-                f"`BM25Retriever.from_jsonl('corpus.jsonl')`, got {retriever!r}."
-            )
+        check_retriever(retriever)
         config = config or SearchConfig()
         network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         eos = network.generation_config.eos_token_id
@@ -261,6 +259,7 @@ class SearchAgent:
                 refuses completions.
             `ValueError`: If the tokenizer has no end-of-sequence token.
         """
+        check_retriever(retriever)
         config = SearchConfig()
         if isinstance(tokenizer, str):
             path = cached_file(tokenizer, SEARCH_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)

@@ -7,6 +7,7 @@ server does not support them.
 """
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -56,7 +57,7 @@ def test_smaller_topk_returns_the_first_passages_of_a_larger_one(client, query):
 def test_scores_are_numbers_from_best_to_worst(client, query):
     (passages,) = retrieve(client, queries=[query], topk=5, return_scores=True)
     scores = [passage["score"] for passage in passages]
-    assert all(isinstance(score, (int, float)) for score in scores)
+    assert all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores)
     assert scores == sorted(scores, reverse=True)
 
 

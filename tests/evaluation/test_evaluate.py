@@ -102,6 +102,15 @@ def test_the_exact_match_of_search_r1_is_also_reported(tmp_path, scripted, token
     assert by_question["Silent"] == by_question["Crimson"] == "0.0"
 
 
+def test_the_exact_match_of_triviaqa_is_also_reported(tmp_path, scripted):
+    golds = {**GOLDS, "Silent": ["Mira-Talvek"]}
+    results = evaluate(scripted(SCRIPTS), {"books": rows(**golds)}, tmp_path, scorer="triviaqa", progress=False)
+    silent = scores_of(tmp_path / "books")["Silent"]
+    assert (silent["em"], silent["triviaqa_em"]) == ("0.0", "1.0")
+    assert "search_r1_em" not in silent
+    assert "EM (TriviaQA)" in results_table({"scripted": results.summary()})
+
+
 def test_several_samples_give_means_and_pass_at_k(tmp_path, policy_dir, retriever, dataset):
     data = dataset.select(range(6))
     agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever, do_sample=True, batch_size=9, **LIMITS)

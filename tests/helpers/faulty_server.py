@@ -5,6 +5,7 @@ import asyncio
 
 import uvicorn
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 from tspo_trl import BM25Retriever, load_corpus
 from tspo_trl.retrieval.server import create_app
@@ -63,6 +64,21 @@ def main():
             return Response(
                 '{"result": [' + ", ".join(['[{"document": {"id": "1"}, "score": 1}]'] * queries) + "]}", 200
             )
+        if mode == "odd passage":  # one malformed passage for queries with the word "odd"
+            queries = (await request.json())["queries"]
+            odd = [{"document": {"id": "1", "text": None}, "score": 1}]
+            fine = [{"document": {"id": "1", "text": query}, "score": None} for query in queries]
+            return JSONResponse({"result": [odd if "odd" in q else [p] for q, p in zip(queries, fine, strict=True)]})
+        if mode in ("422 odd", "500 odd", "garbage odd", "drop odd"):  # trouble with queries with the word "odd"
+            queries = (await request.json())["queries"]
+            if mode == "drop odd":
+                return JSONResponse(
+                    {"result": [[{"id": "1", "text": query}] for query in queries if "odd" not in query]}
+                )
+            if any("odd" in query for query in queries):
+                return Response("an odd query", 200 if mode == "garbage odd" else int(mode.split()[0]))
+        if mode == "redirect":
+            return Response("", 307, headers={"location": "/login?from=retrieve"})
         if mode == "cut":
             return Response('{"result": [[', 200, headers={"content-length": "1000"})
         return await call_next(request)

@@ -40,7 +40,7 @@ def run_dir(tmp_path):
     ("text", "golds", "expected"),
     [
         ("In the U.S., and on a bus", ["US"], ["U.S"]),
-        ("The  Eiffel-Tower; eiffel   the tower", ["Eiffel Tower"], ["eiffel   the tower"]),
+        ("The  Eiffel-Tower; eiffel   the tower", ["Eiffel Tower"], ["Eiffel-Tower", "eiffel   the tower"]),
         ("Zoë 🙂 Oslo", ["oslo", "Zoë"], ["Zoë", "Oslo"]),
         ("New York City", ["New York", "York City"], ["New York City"]),
         ("İstanbul is big", ["is big"], ["is big"]),
@@ -93,6 +93,19 @@ def test_the_turn_that_found_the_answer_is_explained():
         "Turn 2 of all 2 rollouts that have one got 0.00, so there is nothing to compare → advantage 0.00, nothing is "
         "learned.",
     )
+
+
+def test_explanations_of_an_evaluation_do_not_speak_of_learning():
+    rescued, mixed = Group(0, rescued_group(), "eval"), Group(0, mixed_group(), "eval")
+    wrong = Group(0, [record([answer("Rome")], [0.0], [0.0]) for _ in range(2)], "eval")
+    unscored = Group(0, [record([answer("Rome")], [None], [0.0], outcome=None)], "eval")
+    texts = [
+        sentence
+        for group in (rescued, mixed, wrong, unscored)
+        for sentence in (explain_group(group, SETTINGS), *explain_turn(group, 0, 0, SETTINGS))
+    ]
+    assert not any("learned" in text or "likely" in text for text in texts)
+    assert "advantage −0.71, not used: this is an evaluation." in texts[2]
 
 
 def test_a_near_miss_among_correct_rollouts_is_explained():

@@ -41,13 +41,24 @@ def evil_group(step):
     ]
 
 
+LONG_ANSWERS = [f"the {'very ' * 14}long answer of rollout {number}" for number in range(1, 9)]
+
+
+def wide_group(step, group):
+    """Eight incorrect rollouts, whose long answers differ only at their ends."""
+    return [
+        record([search("her", "nothing"), answer(text)], [0.0, 0.0], [0.0, 0.0], place=(step, group, number))
+        for number, text in enumerate(LONG_ANSWERS)
+    ]
+
+
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect") / "run <b>&amp;"
     for step in range(6):
         groups = [*rescued_group(step), *mixed_group(step), *(evil_group(step) if step in (2, 4) else [])]
         append_rollouts(folder / "trajectories" / "train-rank000.jsonl", groups)
-    append_rollouts(folder / "trajectories" / "eval-rank000.jsonl", mixed_group(6, 0))
+    append_rollouts(folder / "trajectories" / "eval-rank000.jsonl", wide_group(6, 0))
     (folder / "trajectories" / "settings.json").write_text(json.dumps(SETTINGS))
     with (folder / "trajectories" / "train-rank000.jsonl").open("a") as log:
         log.write("half a line")
@@ -113,6 +124,33 @@ def test_a_turn_shows_the_reason_of_its_reward(open_page):
     assert len(set(colors)) == 2
     assert "partial reward α = 0.5" in page.locator("#settings").text_content()
     assert "half a line" in page.locator("#notes summary").text_content()
+
+
+def test_the_page_of_an_evaluation_does_not_speak_of_training(open_page):
+    page = open_page("eval/6/1/2")
+    text = page.locator("#rollout").text_content()
+    assert "3 tokens written, 5 read" in text
+    for word in ("trained", "masked", "learned", "more likely", "less likely"):
+        assert word not in page.locator("#group").text_content() + page.locator("#rollout").text_content()
+    assert "not used: this is an evaluation" in page.locator("#turn-0 .why").text_content()
+
+
+def test_rollouts_beyond_the_window_are_counted(open_page):
+    page = open_page("eval/6/1/1", size=(1280, 900))
+    assert page.locator(".beyond").text_content() == "2 more rollouts →"
+    page.locator(".beyond").click()
+    sync_api.expect(page.locator(".beyond")).to_contain_text("←")
+    page.set_viewport_size({"width": 1900, "height": 900})
+    sync_api.expect(page.locator(".beyond")).to_be_hidden()
+
+
+def test_different_answers_look_different(open_page):
+    page = open_page("eval/6/1/1")
+    shown = page.locator(".column em").all_text_contents()
+    assert len(set(shown)) == len(LONG_ANSWERS)
+    assert all(len(text) <= 60 for text in shown)
+    cut = page.locator(".column em").evaluate_all("all => all.filter((em) => em.scrollWidth > em.clientWidth).length")
+    assert cut == 0
 
 
 def test_foreign_text_is_shown_and_never_executed(open_page, page_file):

@@ -1,7 +1,12 @@
 """Errors of questions name file, row and column, and suggest a correction."""
 
+import ast
+import gzip
+import importlib
+import json
 import logging
 import re
+import shlex
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -9,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from helpers.paths import ROOT
 from helpers.question_files import GOOD, SQUAD, write_jsonl
 from tspo_trl import load_benchmark, load_questions
+from tspo_trl.questions.hints import in_flags
 
 
 @pytest.mark.parametrize(
@@ -31,15 +37,33 @@ def test_error_of_a_bad_value_names_line_and_column(tmp_path, bad, column, found
     assert f"found {found}" in str(error.value)
 
 
+def test_error_in_a_slice_of_a_file_names_the_row_of_the_slice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [GOOD, GOOD, {**GOOD, "golden_answers": []}])
+    with pytest.raises(ValueError, match=r"a\.jsonl \(train\[1:\]\), row 1 \(from 0\), column"):
+        load_questions("a.jsonl", split="train[1:]")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_error_of_a_list_or_objects_over_several_lines_names_the_row(tmp_path, name, indent):
+    rows = [GOOD, {**GOOD, "golden_answers": []}]
+    for text in (json.dumps(rows, indent=indent), "\n".join(json.dumps(row, indent=indent or 2) for row in rows)):
+        content = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        with pytest.raises(ValueError, match=rf"{name}, row 1 \(from 0\), column 'golden_answers'"):
+            load_questions(name)
+
+
 @pytest.mark.parametrize(
     ("bad", "column", "found"),
     [
-        ({"query": 5}, "query", "5"),
-        ({"answers": {"text": [1, 2]}}, "answers.text", r"\[1, 2\]"),
+        ({"query": ["q"]}, "query", r"\['q'\]"),
+        ({"query": {"text": "q"}}, "query", r"\{'text': 'q'\}"),
         ({"answers": {"text": [["a"], ["b"]]}}, "answers.text", r"\[\['a'\], \['b'\]\]"),
-        ({"qid": 1.5}, "qid", "1.5"),
-        ({"qid": True}, "qid", "True"),
-        ({"data_source": 3}, "data_source", "3"),
+        ({"answers": {"text": [float("nan")]}}, "answers.text", r"\[nan\]"),
+        ({"answers": {"text": [b"\xff"]}}, "answers.text", r"\[b'\\xff'\]"),
+        ({"qid": [1]}, "qid", r"\[1\]"),
+        ({"data_source": ["a"]}, "data_source", r"\['a'\]"),
     ],
 )
 def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
@@ -79,7 +103,7 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
         (
             "a.jsonl",
             '{"question": "q", "golden_answers": ["a"]}\n\n{"question": {"text": "q"}, "golden_answers": ["a"]}\n',
-            "a.jsonl, line 3, column 'question': found an object, but a string in line 1",
+            "a.jsonl, line 3, column 'question': expected a non-empty string, found {'text': 'q'}",
         ),
         (
             "a.csv",
@@ -91,8 +115,19 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
             "question,golden_answers\na,\"['b', 'c']\"\n",
             "a.csv, row 0 (from 0), column 'golden_answers'.*a list as JSON",
         ),
+        (
+            "a.json",
+            '{"question": {"0": "q"}, "golden_answers": {"0": "a"}}',
+            "line 1, column 'question': expected a non-",
+        ),
+        (
+            "a.json",
+            json.dumps({f"id {i}": {"question": "q", "answer": "a"} for i in range(1000)}),
+            "no column 'question'. Found the columns ['id 0', .*, 'id 29', and 970 more]. Map",
+        ),
+        ("a.jsonl.gz", "no", "a.jsonl.gz"),
         ("a.parquet", "no", "a.parquet cannot be read as parquet"),
-        ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .parquet"),
+        ("a.txt", "no", "a.txt: a file of questions ends in .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_error_of_an_unreadable_file_names_the_problem(tmp_path, name, content, message):
@@ -100,6 +135,13 @@ def test_error_of_an_unreadable_file_names_the_problem(tmp_path, name, content, 
     pattern = re.escape(message).replace(r"\.\*", ".*")
     with pytest.raises(ValueError, match=pattern):
         load_questions(name)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_error_of_an_incomplete_file_names_the_file(tmp_path, streaming):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 100)[:-20])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz.*end-of-stream"):
+        load_questions("a.jsonl.gz", streaming=streaming)
 
 
 def test_error_of_another_encoding_names_the_file(tmp_path):
@@ -113,20 +155,96 @@ def test_error_of_another_encoding_names_the_file(tmp_path):
     [
         (
             {},
-            r"`source` has no column 'question'.*\['qid', 'query', 'answers', 'all'\].*columns=\{'question': 'query'\}",
+            r"`source` has no column 'question'.*\['qid', 'query', 'answers', 'all'\].*"
+            r"Map yours with `columns=\{'question': 'query', 'golden_answers': 'answers.text'\}`",
         ),
-        ({"question": "query"}, r"no column 'golden_answers'.*columns=\{'golden_answers': 'answers.text'\}"),
+        (
+            {"id": "qid", "question": "query"},
+            r"no column 'golden_answers'.*"
+            r"columns=\{'id': 'qid', 'question': 'query', 'golden_answers': 'answers.text'\}",
+        ),
         ({"question": "quory"}, "no column 'quory', from which 'question' is to be read.*Did you mean 'query'"),
         ({"question": "query", "golden_answers": "answers.txt"}, "no field 'txt' in 'answers'.*Did you mean 'text'"),
         ({"question": "query", "golden_answers": "all.nam"}, "no field 'nam' in 'all'.*Did you mean 'name'"),
-        ({"query": "question"}, r"got the key 'query'. Swap key and value: \{'question': 'query'\}"),
-        ({"golden_answer": "answers.text"}, "got the key 'golden_answer'. Did you mean 'golden_answers'"),
+        ({"query": "question"}, r"got the key 'query'. Did you mean `columns=\{'question': 'query'\}`\?"),
+        (
+            {"question": "query", "golden_answer": "answers.text"},
+            r"got the key 'golden_answer'. Did you mean `columns=\{'question': 'query', 'golden_answers': 'answers.text'\}`",
+        ),
         ({"question": None}, r"`columns\['question'\]` must be the name of a column, got None"),
     ],
 )
 def test_error_of_an_unknown_column_suggests_the_nearest(columns, message):
     with pytest.raises(ValueError, match=message):
         load_questions(Dataset.from_list(SQUAD), columns=columns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "answers": {"answer_start": [1], "text": ["a"]}},
+        {"questions": "q", "answer": {"value": "a", "aliases": ["a", "b"]}},
+        {"problem": "q", "target": "a", "answers_id": 3},
+        {"input": "q", "answer": "a"},
+        {"qid": "x", "question": "q", "answers": [{"answer_id": 1, "text": "a"}]},
+    ],
+)
+@pytest.mark.parametrize("given", [{}, {"data_source": "kind"}])
+def test_suggested_mappings_work(row, given):
+    """The mapping in the message is complete and reads the data."""
+    row = {**row, "kind": "mine"}
+    for source in (Dataset.from_list([row]), IterableDataset.from_generator(lambda: iter([row]))):
+        with pytest.raises(ValueError, match=r"Map yours with `columns=\{.*\}`\.$") as error:
+            load_questions(source, columns=given)
+        columns = ast.literal_eval(re.search(r"`columns=(.*)`", str(error.value))[1])
+        (read,) = load_questions(source, columns=columns)
+        assert (read["question"], read["golden_answers"][0]) == ("q", "a")
+        assert (read["data_source"] == "mine") is bool(given)
+
+
+@pytest.mark.parametrize("row", [{"": "q", "x": "a"}, {"question": "q", "x": 1}, {"query": 5, "answers": ["a"]}])
+def test_a_mapping_that_would_not_work_is_not_suggested(row):
+    with pytest.raises(ValueError, match=r"Found the columns \[.*\]\. Map yours with `columns`\.$"):
+        load_questions(Dataset.from_list([row]))
+
+
+def test_hints_are_in_the_words_of_a_command():
+    flags = {"source": "--dataset", "columns": "--columns", "split": "--split", "load_benchmark": "--dataset"}
+    messages = {
+        "Map yours with `columns={'question': 'query', 'golden_answers': 'all answers.text'}`.": (
+            "Map yours with `--columns question=query 'golden_answers=all answers.text'`."
+        ),
+        "`columns` maps one of ['id']": "`--columns` maps one of ['id']",
+        "`columns['question']` must be the name": "`--columns` must be the name",
+        "`source[1]`: there is no file 'a.jsonl'.": "`--dataset`: there is no file 'a.jsonl'.",
+        "say which one with `split`, one of ['a']": "say which one with `--split`, one of ['a']",
+        "but `split` is 'test'": "but `--split` is 'test'",
+        "The benchmark is `load_benchmark('hotpotqa')`.": "The benchmark is `--dataset hotpotqa`.",
+        "`other` and `max_questions`": "`other` and `max_questions`",
+    }
+    assert {message: in_flags(message, flags) for message in messages} == messages
+    as_json = in_flags("`columns={'question': 'query'}`", {"columns": "--dataset_columns=JSON"})
+    assert as_json == """`--dataset_columns '{"question": "query"}'`"""
+
+
+@pytest.mark.parametrize("command", ["audit", "evaluate", "train"])
+def test_commands_suggest_flags_that_work(tmp_path, command):
+    write_jsonl(tmp_path / "a.jsonl", [{"query": "q", "answers": {"text": ["a"]}}])
+    module = importlib.import_module(f"tspo_trl.commands.{command}")
+
+    def load(*columns):
+        if command == "train":
+            options = ["--dataset_name", "a.jsonl", "--output_dir", "out", "--corpus", "none.jsonl", *columns]
+            return module.load_datasets(module.parse_arguments([*options, "--model_name_or_path", "none"])[0])
+        options = ["--dataset", "a.jsonl", "--corpus", "none.jsonl", *columns]
+        if command == "evaluate":
+            return module.load_datasets(module.parse_arguments([*options, "--model", "none"]))
+        return module.load_rows(module.parse_arguments(options))
+
+    with pytest.raises(ValueError, match="Map yours with `--") as error:
+        load()
+    columns = shlex.split(re.search(r"Map yours with `(.*)`", str(error.value))[1])
+    load(*columns)
 
 
 def test_warning_counts_golden_answers_that_normalise_to_the_empty_string(caplog):

@@ -3,11 +3,15 @@
 import csv
 import gzip
 import json
+import re
+import shlex
+import zipfile
 
 import pytest
 from datasets import Dataset, IterableDataset
 
-from helpers.question_files import GOOD, HOTPOT, OURS, SEARCH_R1, SQUAD, as_list, write_jsonl
+from helpers.paths import ROOT
+from helpers.question_files import GOOD, HOTPOT, MUSIQUE, OURS, POPQA, SEARCH_R1, SQUAD, as_list, verl_row, write_jsonl
 from tspo_trl import TagProtocol, load_questions
 from tspo_trl.demo import make_tokenizer
 from tspo_trl.training.datasets import prepare_dataset
@@ -146,3 +150,116 @@ def test_prompts_are_kept_if_mapped():
     for dataset in (rows, rows.to_iterable_dataset()):
         (row,) = load_questions(dataset, columns={"prompt": "prompt"})
         assert row["prompt"] == [{"role": "user", "content": "Who?"}]
+
+
+# Other published data sets
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_verl_data_is_loaded_unchanged(tmp_path, name, streaming):
+    """verl's preprocessing of Search-R1's data drops the columns `question` and `golden_answers`."""
+    rows = [verl_row(0), verl_row(1, ["1952-03-04"])]
+    if name.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(name)
+    else:
+        write_jsonl(tmp_path / name, rows)
+    dataset = load_questions(name, streaming=streaming)
+    assert as_list(dataset) == [
+        {
+            "id": str(i),
+            "question": f"question {i}?",
+            "golden_answers": row["reward_model"]["ground_truth"]["target"],
+            "data_source": "searchR1_nq",
+        }
+        for i, row in enumerate(rows)
+    ]
+    assert [row["extra_info"] for row in dataset] == [row["extra_info"] for row in rows]
+    assert "prompt" not in next(iter(dataset))
+
+
+def test_command_of_the_migration_page_loads_verl_data(tmp_path):
+    from tspo_trl.commands.train import load_datasets, parse_arguments
+
+    page = (ROOT / "docs" / "migration.md").read_text()
+    after = page[page.index("## From verl") :].split("After:")[1]
+    command = re.search(r"recipes/train\.py(.*?)```", after, re.DOTALL)[1].replace("\\\n", " ")
+    Dataset.from_list([verl_row(0)]).to_parquet("train.parquet")
+    train, evaluated = load_datasets(parse_arguments(shlex.split(command))[0])
+    assert train["question"][:] == ["question 0?"]
+    assert evaluated is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data", "data/train.zip"])
+def test_shards_and_archives_of_json_are_loaded(tmp_path, name, streaming):
+    rows = [{"id": f"{i}", "question": "q", "golden_answers": "1952-03-04"} for i in range(3)]
+    if name.endswith(".zip"):
+        (tmp_path / "data").mkdir()
+        with zipfile.ZipFile(name, "w") as archive:
+            archive.writestr("train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for i, row in enumerate(rows):
+            write_jsonl(tmp_path / "data" / f"train-0000{i}-of-00003.jsonl", [row])
+    dataset = load_questions("data", split="train", streaming=streaming)
+    assert [(row["id"], row["golden_answers"]) for row in dataset] == [(f"{i}", ["1952-03-04"]) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "answers"),
+    [
+        ({"reward_model": {"ground_truth": "72", "style": "rule"}}, ["72"]),
+        ({"reward_model": {"ground_truth": ["72", "73"], "style": "rule"}}, ["72", "73"]),
+        ({"extra_info": {"question": "q", "golden_answers": ["72"]}}, ["72"]),
+        ({"extra_info": {"question": "q", "answers": ["72"]}}, ["72"]),
+    ],
+)
+def test_answers_in_other_columns_of_verl_are_found(tmp_path, columns, answers):
+    row = {"prompt": "q", "extra_info": {"index": 0, "question": "q"}, **columns}
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    for source in ("a.jsonl", Dataset.from_list([row]), IterableDataset.from_generator(lambda: iter([row]))):
+        (read,) = load_questions(source)
+        assert (read["question"], read["golden_answers"]) == ("q", answers)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_and_aliases_of_musique_are_joined(tmp_path, streaming):
+    write_jsonl(tmp_path / "musique_ans_v1.0_dev.jsonl", MUSIQUE)
+    dataset = load_questions("musique_ans_v1.0_dev.jsonl", streaming=streaming)
+    assert [(row["id"], row["golden_answers"]) for row in dataset] == [
+        ("2hop__1", ["1969", "MCMLXIX"]),
+        ("3hop__2", ["Rome"]),
+    ]
+    assert [row["paragraphs"] for row in dataset] == [row["paragraphs"] for row in MUSIQUE]
+    chosen = load_questions(
+        "musique_ans_v1.0_dev.jsonl", columns={"golden_answers": "answer_aliases"}, split="train[:1]"
+    )
+    assert [(row["golden_answers"], row["answer"]) for row in chosen] == [(["MCMLXIX", "1969"], "1969")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["popQA.tsv", "popQA.tsv.gz"])
+def test_popqa_tsv_is_loaded_unchanged(tmp_path, name, streaming):
+    with (gzip.open if name.endswith(".gz") else open)(name, "wt", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, list(POPQA[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(POPQA)
+    dataset = load_questions(name, streaming=streaming)
+    assert as_list(dataset) == [
+        {
+            "id": str(row["id"]),
+            "question": row["question"],
+            "golden_answers": [row["obj"], "é"],
+            "data_source": "popQA",
+        }
+        for row in POPQA
+    ]
+    assert [row["s_pop"] for row in dataset] == [142, 100]
+
+
+def test_original_hotpotqa_needs_one_column(tmp_path):
+    (tmp_path / "dev.json").write_text(json.dumps([{"_id": "5a8b", "question": "Who?", "answer": "1952-03-04"}]))
+    with pytest.raises(ValueError, match=r"`columns=\{'golden_answers': 'answer'\}`"):
+        load_questions("dev.json")
+    (row,) = load_questions("dev.json", columns={"golden_answers": "answer"})
+    assert (row["id"], row["golden_answers"]) == ("5a8b", ["1952-03-04"])

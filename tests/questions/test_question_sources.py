@@ -84,6 +84,69 @@ print(json.dumps({
 """
 
 
+TEXT_ON_THE_HUB = """
+import json
+from tspo_trl import load_questions
+
+def read(*arguments, **options):
+    rows = load_questions(*arguments, **options)
+    return [[row["id"], row["question"], row["golden_answers"], row["more"]] for row in rows]
+
+sources = [("me/jsonl",), ("me/shards",), ("me/csv",), ("me/tsv",), ("me/configs", "one"), ("me/configs", "two")]
+print(json.dumps({
+    "read": [read(source[0], name=(source[1:] or (None,))[0], split="test", **options)
+             for source in sources for options in OPTIONS],
+    "mapped": [read("me/mapped", split="test", columns={"golden_answers": "all.name"}, **options)
+               for options in OPTIONS],
+}))
+"""
+
+
+def test_text_on_the_hub_stays_text(tmp_path):
+    """JSON and tables; streamed or not; from the cache if there is no connection."""
+    root = tmp_path / "hub" / "me"
+    rows = [
+        {"id": text, "question": text, "golden_answers": text, "more": 1}
+        for text in ("1952-03-04", "007", "true", "null", "1952-03-05")
+    ]
+    table = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    write_jsonl(root / "jsonl" / "test.jsonl", rows)
+    for i, row in enumerate(rows):
+        write_jsonl(root / "shards" / f"test-0000{i}-of-00005.jsonl", [row])
+    for folder, separator in (("csv", ","), ("tsv", "\t")):
+        (root / folder).mkdir()
+        (root / folder / f"test.{folder}").write_text("".join(separator.join(row) + "\n" for row in table))
+    write_jsonl(root / "configs" / "a" / "test.jsonl", rows)
+    card = "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: test\n    path: a/test.jsonl\n"
+        for config in ("one", "two")
+    )
+    (root / "configs" / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    nested = [{**row, "golden_answers": None, "all": [{"name": row["golden_answers"]}]} for row in rows]
+    write_jsonl(root / "mapped" / "test.jsonl", nested)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def run(options, offline):
+        code = f"OPTIONS = {options}\n{TEXT_ON_THE_HUB}"
+        with DatasetHub(tmp_path / "hub") as hub:
+            found = environment | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": str(int(offline))}
+            command = [sys.executable, "-c", code]
+            result = subprocess.run(command, env=found, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    expected = [[row["id"], row["question"], [row["golden_answers"]], row["more"]] for row in rows]
+    both = run([{}, {"streaming": True}], offline=False)
+    assert both["read"] == [expected] * 12
+    assert both["mapped"] == [expected] * 2
+    assert run([{}], offline=True) == {"read": [expected] * 6, "mapped": [expected]}
+
+
 def test_data_sets_on_the_hub_are_loaded(tmp_path):
     """Uses the real clients and a local server whose repositories have the real layout."""
     rows = [{"id": f"dev_{i}", **GOOD, "metadata": {"level": "easy"}} for i in range(3)]

@@ -9,6 +9,8 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -20,6 +22,7 @@ import uvicorn
 from helpers.paths import HELPERS, HOTPOTQA
 from helpers.servers import Server, free_port
 from tspo_trl import BM25Retriever, HTTPRetriever, Passage, RetrievalError, Retriever, load_corpus
+from tspo_trl.retrieval.results import search_each
 
 CORPUS = HOTPOTQA / "passages.jsonl"
 QUERIES = ["capital of France", "film director", "", "album by an American singer"]
@@ -74,13 +77,10 @@ FAILURES = [
     ("drip", "timeout", "no answer within"),
     ("500", "status", "HTTP 500"),
     ("429", "status", "HTTP 429"),
-    ("garbage", "reply", "does not match the request"),
-    ("not utf-8", "reply", "does not match the request"),
-    ("another object", "reply", "'results'"),
-    ("too few", "reply", "asked for 2 queries, got 0 results"),
-    ("not passages", "reply", '"contents"'),
+    ("garbage", "reply", "is not JSON"),
+    ("not utf-8", "reply", "is not JSON"),
+    ("too few", "reply", r"asked for \d queries, got 0 results"),
     ("not zipped", "reply", "DecodingError"),
-    ("huge score", "reply", "does not match the request"),
     ("cut", "connection", "RemoteProtocolError|ReadError"),
 ]
 
@@ -100,9 +100,78 @@ def test_error_of_a_lasting_failure_names_server_and_kind(server, misbehave, mod
     with pytest.raises(RetrievalError, match=message) as error:
         retriever.search(["film", "album"], 3)
     assert error.value.kind == kind
+    assert not error.value.permanent
     assert server.url in str(error.value)
     misbehave("ok")
     assert retriever.search(["film"], 1)  # works again
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("another object", "'results'"),
+        ("not passages", r"query 'film', passage 0: .* found the keys"),
+        ("huge score", "query 'film', passage 0: .* too large"),
+    ],
+)
+def test_a_malformed_reply_is_not_requested_again(server, misbehave, mode, message):
+    before = misbehave(mode)
+    retriever = HTTPRetriever(server.url)
+    with pytest.raises(RetrievalError, match=message) as error:
+        retriever.search(["film", "album"], 3)
+    assert (error.value.kind, error.value.permanent) == ("reply", True)
+    assert server.url in str(error.value)
+    assert misbehave("ok") - before == 1
+    assert retriever.retries == 0
+
+
+def test_one_odd_passage_fails_only_its_query(server, misbehave):
+    before = misbehave("odd passage")
+    queries = [f"film {i}" for i in range(130)]
+    queries[77] = "an odd film"
+    retriever = HTTPRetriever(server.url)
+    outcomes = search_each(retriever, queries, 3)
+    failed = outcomes.pop(77)
+    assert isinstance(failed, RetrievalError)
+    assert (failed.kind, failed.permanent) == ("reply", True)
+    assert "query 'an odd film', passage 0: expected a string under \"text\", found NoneType" in str(failed)
+    del queries[77]
+    assert outcomes == [[Passage("1", "", query)] for query in queries]
+    assert misbehave("ok") - before == 3  # batches
+    assert retriever.retries == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "message"),
+    [
+        ("422 odd", "status", "HTTP 422: an odd query"),
+        ("500 odd", "status", "HTTP 500: an odd query"),
+        ("garbage odd", "reply", "is not JSON"),
+        ("drop odd", "reply", "asked for 1 queries, got 0 results"),
+    ],
+)
+def test_a_query_that_the_server_cannot_answer_fails_alone(server, local, misbehave, mode, kind, message):
+    before = misbehave(mode)
+    queries = [f"film {i}" for i in range(16)]
+    queries[5] = "an odd film"
+    outcomes = search_each(HTTPRetriever(server.url), queries, 1)  # without waiting for the timeout of 120 s
+    failed = outcomes.pop(5)
+    assert isinstance(failed, RetrievalError)
+    assert failed.kind == kind
+    assert message in str(failed)
+    assert failed.permanent == (mode == "422 odd")
+    assert all(isinstance(outcome, list) for outcome in outcomes)
+    if mode == "422 odd":
+        del queries[5]
+        assert outcomes == local.search(queries, 1)
+        assert misbehave("ok") - before == 1 + 2 * 4
+
+
+def test_a_failed_batch_does_not_fail_the_others(server, local, misbehave):
+    misbehave("403", left=1)
+    outcomes = search_each(HTTPRetriever(server.url, batch_size=1, max_connections=1), ["film", "album"], 1)
+    assert "HTTP 403" in str(outcomes[0])
+    assert outcomes[1] == local.search(["album"], 1)[0]
 
 
 def test_refused_request_is_not_repeated(server, misbehave):
@@ -269,17 +338,66 @@ def test_k_below_one_is_an_error():
         HTTPRetriever("http://localhost").search(["a"], 0)
 
 
-def test_passages_of_other_servers_are_read():
-    """Search-R1's dense servers send `contents` only."""
-    from tspo_trl.retrieval.http import _read_reply
+@pytest.fixture
+def replying():
+    """A server that answers every request with `server.reply`, and its address."""
 
-    contents = {"id": 7, "contents": '"Paris"\nThe capital of France.'}
-    expected = Passage("7", "Paris", "The capital of France.", 0.5)
-    assert _read_reply({"result": [[{"document": contents, "score": 0.5}]]}, 1, 3) == [[expected]]
-    bare = {"title": "Paris", "text": "The capital of France.", "contents": "x"}
-    assert _read_reply({"result": [[bare]]}, 1, 3) == [[Passage("", "Paris", "The capital of France.", 0.0)]]
-    many = {"result": [[bare] * 5, []]}
-    assert [len(passages) for passages in _read_reply(many, 2, 3)] == [3, 0]
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(server.reply).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+CONTENTS = '"Paris"\nThe capital of France.'
+PARIS = Passage("7", "Paris", "The capital of France.", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"document": {"id": 7, "contents": CONTENTS}, "score": 0.5}, PARIS),
+        ({"document": {"id": 7, "contents": CONTENTS}, "score": None}, replace(PARIS, score=0.0)),
+        ({"document": {"_id": "7", "title": None, "text": "x"}}, Passage("7", "", "x")),
+        ({"document": CONTENTS, "score": 0.5}, replace(PARIS, id="")),
+        (CONTENTS, replace(PARIS, id="", score=0.0)),
+        ({"title": "Paris", "text": PARIS.text, "contents": "x"}, replace(PARIS, id="", score=0.0)),
+    ],
+)
+def test_replies_of_other_servers_are_read(replying, item, expected):
+    replying.reply = {"result": [[item] * 5, []]}
+    assert HTTPRetriever(replying.url).search(["a", "b"], 3) == [[expected] * 3, []]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"result": [None, [PARIS.text]]}, "query 'a': expected a list of passages, found None"),
+        ({"result": [[{"text": "x", "score": float("nan")}], []]}, 'a finite number under "score", found nan'),
+        ({"result": ["one", "two"]}, "a flat list of `str`"),
+        ({"result": [{"text": "x"}] * 3}, "a flat list of a dict with the keys"),
+        ({"result": None}, 'expected an object with a list under "result"'),
+        ([], 'expected an object with a list under "result"'),
+    ],
+)
+def test_error_of_another_reply(replying, reply, message):
+    replying.reply = reply
+    retriever = HTTPRetriever(replying.url)
+    with pytest.raises(RetrievalError, match=message) as error:
+        retriever.search(["a", "b"], 3)
+    assert (error.value.kind, error.value.permanent, retriever.retries) == ("reply", True, 0)
 
 
 # The server

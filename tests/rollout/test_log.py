@@ -186,6 +186,21 @@ def test_a_folder_is_read_in_order_of_its_file_names(tmp_path):
     assert [r["step"] for r in read_rollouts(str(tmp_path))] == [1, 10, 2, 20, 3, 30]
 
 
+def test_two_runs_in_one_folder_are_reported(tmp_path):
+    for rank in (0, 1):
+        append_rollouts(tmp_path / f"train-rank00{rank}.jsonl", [make_record(step=step) for step in (0, 1, 1, 2)])
+    append_rollouts(tmp_path / "train-rank001.jsonl", [make_record(step=step) for step in (0, 1)])
+    append_rollouts(tmp_path / "train-rank001.00001.jsonl", [make_record(step=step) for step in (2, 1)])
+    problems = []
+    assert len(list(read_rollouts(tmp_path, on_problem=problems.append))) == 12
+    assert [problem.partition(", line ")[2][:41] for problem in problems] == [
+        "5: another run begins here (step 0 after ",
+        "2: another run begins here (step 1 after ",
+    ]
+    with pytest.warns(UserWarning, match=r"train-rank001\.jsonl, line 5: another run begins here .*all runs are read"):
+        list(read_rollouts(tmp_path / "train-rank001.jsonl"))
+
+
 def test_a_bad_line_in_a_folder_is_reported_with_its_file(tmp_path):
     append_rollouts(tmp_path / "a.jsonl", [make_record()])
     (tmp_path / "b.jsonl").write_text("{}\n")

@@ -324,6 +324,46 @@ def test_a_failed_search_during_generation_fails_only_its_own_rollouts(tokenizer
     assert stats.failed_searches == {"timeout": 1}
 
 
+@pytest.mark.parametrize("in_rounds", [True, False])
+def test_malformed_passages_of_a_query_fail_only_its_rollouts(roll, tokenizer, in_rounds):
+    class Odd(RecordingRetriever):
+        def search(self, queries, k):
+            return [[{"text": None}] if query == "Golden Mirror" else [PASSAGE] for query in queries]
+
+    scripts = [
+        [SEARCHES[0], SEARCHES[2]],
+        ["<search> Golden Mirror</search>"],
+        [SEARCHES[1], "<search> Golden Mirror</search>"],
+    ]
+    if in_rounds:
+        trajectories, stats, *_ = roll(*scripts, retriever=Odd())
+    else:
+        trajectories, stats, _ = roll_streaming(tokenizer, scripts, Odd(), lambda engine, number: True)
+    assert [t.status for t in trajectories] == ["answered", "retrieval_failed", "retrieval_failed"]
+    assert [t.turns[-1].retrieval for t in trajectories] == [None, "error", "error"]
+    assert trajectories[1].turns[-1].observation_ids == trajectories[2].turns[-1].observation_ids == []
+    assert stats.failed_searches == {"reply": 2}
+    assert "query 'Golden Mirror', passage 0" in str(stats.error)
+
+
+def test_passages_may_be_dictionaries(roll):
+    class Plain(RecordingRetriever):
+        def search(self, queries, k):
+            return ([{"id": 7, "title": PASSAGE.title, "text": PASSAGE.text, "score": 1}] for _ in queries)
+
+    (t,), *_ = roll(["<search> Silent Harbor</search>", "<answer> Mira Talvek</answer>"], retriever=Plain())
+    assert t.status == "answered"
+    assert t.turns[0].passages == [PASSAGE]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_passages_with_scores_that_are_not_finite_are_not_trained_on(roll, score):
+    retriever = RecordingRetriever(passages=[Passage("7", "", "x", score)])
+    (t,), stats, *_ = roll(["<search> Silent Harbor</search>"], retriever=retriever)
+    assert t.status == "retrieval_failed"
+    assert stats.failed_searches == {"reply": 1}
+
+
 def test_an_error_that_must_stop_training_is_raised_from_the_search_thread(tokenizer):
     retriever = RecordingRetriever(error=RetrievalLogError("the log lacks a query"))
     with pytest.raises(RetrievalLogError, match="lacks a query"):

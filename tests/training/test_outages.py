@@ -158,7 +158,7 @@ def test_resuming_with_accumulated_generations(make_run, retriever, options):
 
         def search(self, queries, k):
             self.calls += 1
-            if self.down and self.calls > 5:
+            if self.down and self.calls > 6:
                 raise ConnectionError("down")
             return retriever.search(queries, k)
 
@@ -220,7 +220,7 @@ def test_a_repeated_run_repeats_failures(make_run, retriever, tmp_path):
 
         def search(self, queries, k):
             self.calls += 1
-            if self.calls in (3, 4, 8):
+            if self.calls in (4, 5, 9):
                 raise TimeoutError("busy")
             return retriever.search(queries, k)
 
@@ -240,7 +240,7 @@ def test_a_stopped_and_resumed_run_can_be_repeated(make_run, retriever, tmp_path
 
         def search(self, queries, k):
             self.calls += 1
-            if self.calls > 6:
+            if self.calls > 7:
                 raise ConnectionError("down")
             return retriever.search(queries, k)
 
@@ -283,11 +283,13 @@ def test_a_cache_changes_only_the_number_of_calls(make_run, undisturbed, retriev
     counting = Counting()
     options = {"retrieval_cache_size": 1000, "retrieval_cache_dir": str(tmp_path / "cache")}
     first = make_run("first", counting, **options)
+    counting.queries = 0  # without the trial search
     first.train()
     assert_same_run(first, undisturbed)
     asked = counting.queries
     assert asked == first.rollout_func.retrievers.cache.misses > 0
     second = make_run("second", counting, **options)
+    counting.queries = asked
     second.train()
     assert_same_run(second, undisturbed)
     assert counting.queries == asked
@@ -304,6 +306,8 @@ def test_retrieval_metrics_agree_with_the_rollouts(make_run, retriever):
 
     trainer = make_run("watched", Watching(), max_steps=2)
     assert isinstance(trainer.search_loop.retriever, CachedRetriever)
+    assert calls == [["test"]]  # the trial search
+    calls.clear()
     trainer.train()
     records = list(read_rollouts(Path(trainer.args.output_dir) / "trajectories"))
     for step in range(2):

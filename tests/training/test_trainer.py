@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from helpers.training import generation_batch, prepared, varied_reward
-from tspo_trl import RetrievalError, TSPOConfig, TSPOTrainer
+from tspo_trl import BM25Retriever, Passage, RetrievalError, TSPOConfig, TSPOTrainer
 from tspo_trl.engines.continuous import ContinuousBatchingEngine
 from tspo_trl.rewards import exact_match_reward, f1_reward, format_reward
 from tspo_trl.rollout.log import read_rollouts
@@ -439,7 +439,7 @@ class Flaky:
 
 def test_rollouts_with_a_failed_search_have_no_advantage_and_are_excluded_from_the_baseline(make_trainer, retriever):
     trainer = make_trainer(
-        retriever=Flaky(retriever, lambda call: call > 1),
+        retriever=Flaky(retriever, lambda call: call > 2),
         max_retrieval_failure_rate=1.0,
         advantage_level="turn",
         folr_alpha=0.0,
@@ -463,7 +463,7 @@ def test_rollouts_with_a_failed_search_have_no_advantage_and_are_excluded_from_t
 
 
 def test_too_many_failures_stop_the_run_with_a_checkpoint(make_trainer, retriever, tmp_path):
-    flaky = Flaky(retriever, lambda call: call > 6)
+    flaky = Flaky(retriever, lambda call: call > 7)
     trainer = make_trainer(retriever=flaky, max_steps=20, reward_funcs=varied_reward)
     with pytest.raises(RetrievalError, match=r"Flaky.*the index is missing.*resume_from_checkpoint"):
         trainer.train()
@@ -481,6 +481,48 @@ def test_a_failure_in_the_first_step_saves_no_checkpoint(make_trainer, retriever
     with pytest.raises(RetrievalError, match=r"the index is missing.*Start again"):
         trainer.train()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_trial_search_changes_no_metric_cache_or_log(make_trainer, retriever, tmp_path):
+    watching = Flaky(retriever, lambda call: False)
+    watching.fingerprint = retriever.fingerprint
+    folders = {"retrieval_cache_dir": str(tmp_path / "cache"), "retrieval_log": str(tmp_path / "log")}
+    trainer = make_trainer(retriever=watching, **folders)
+    assert watching.calls == 1
+    assert trainer.rollout_func.retrievers.counters() == (0, 0)
+    assert not any((tmp_path / "cache").iterdir())
+    assert [path.stat().st_size for path in (tmp_path / "log").iterdir()] == [0]
+
+
+class WrongResults:
+    """Returns what a function makes of the queries and `k`."""
+
+    def __init__(self, results):
+        self.results = results
+
+    def search(self, queries, k):
+        return self.results(queries)
+
+
+class OneQuery:
+    def search(self, query):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("retriever", "error", "message"),
+    [
+        (BM25Retriever, ValueError, "got the class `BM25Retriever` itself"),
+        (OneQuery(), ValueError, r"`OneQuery.search` has the arguments \(query\)"),
+        (WrongResults(lambda queries: None), RetrievalError, "`WrongResults.search` returned None"),
+        (WrongResults(lambda queries: [Passage("7", "", "x")]), RetrievalError, "a flat list of `Passage`"),
+        (WrongResults(lambda queries: [[{"id": 7}] for _ in queries]), RetrievalError, "found the keys"),
+        (WrongResults(lambda queries: [[Passage("7", "", None)]]), RetrievalError, "found NoneType"),
+    ],
+)
+def test_mistakes_of_a_retriever_are_reported_before_the_model_is_loaded(make_trainer, retriever, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(model="no/such-model", retriever=retriever)
 
 
 # Bad input

@@ -31,10 +31,12 @@ from rich.text import Text
 from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row, is_list_of_strings
+from ..questions.hints import hints_in_flags
 from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
 from .demo import DEMO, demo_retriever
 from .options import (
+    DATA_FLAGS,
     RETRIEVER_OPTIONS,
     add_columns_option,
     add_output_option,
@@ -93,13 +95,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--dataset_name demo brings its own passages, got {' and '.join(sources)} too")
     if args.dataset != DEMO and not sources:
         parser.error("nothing to search in: give --corpus, --index or --retriever_url")
-    check_output_dir(args.output_dir)
-    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
-    if args.dataset not in (DEMO, *BENCHMARKS):
-        check_question_files([args.dataset])
     return args
 
 
+@hints_in_flags(DATA_FLAGS)
 def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Passage]]:
     """The questions, and the passages that a data set brings along."""
     passages: list[Passage] = []
@@ -232,6 +231,10 @@ def short(text: str, width: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Audit the questions and the retriever of a command line."""
     args = parse_arguments(arguments)
+    check_output_dir(args.output_dir)
+    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    if args.dataset not in (DEMO, *BENCHMARKS):
+        check_question_files([args.dataset])
     rows, passages = load_rows(args)
     retriever: Retriever
     if args.dataset == DEMO:

@@ -29,10 +29,12 @@ from datasets.utils.logging import disable_progress_bar
 from ..evaluation.results import EvaluationResults, compare_results
 from ..evaluation.tables import comparison_table, results_table
 from ..questions import BENCHMARKS, load_benchmark, load_questions
+from ..questions.hints import hints_in_flags
 from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..support.paths import check_model_path
 from .options import (
+    DATA_FLAGS,
     add_columns_option,
     add_output_option,
     add_retriever_options,
@@ -131,7 +133,12 @@ def _add_rollout_options(group: Any) -> None:
 def _add_result_options(group: Any) -> None:
     """Add the options of scores and results."""
     add = group.add_argument
-    add("--scorer", default="tspo", choices=("tspo", "search_r1"), help="search_r1: also score as Search-R1 does")
+    add(
+        "--scorer",
+        default="tspo",
+        choices=("tspo", "search_r1", "triviaqa"),
+        help="also score as Search-R1 or TriviaQA does",
+    )
     add_output_option(group, "runs/evaluation")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two finished evaluations: folders of models in OUT")
 
@@ -159,6 +166,7 @@ def _named(spec: str) -> tuple[str, str]:
     return re.sub(r"[^\w.@+-]", "_", name).lstrip(".") or "model", where
 
 
+@hints_in_flags(DATA_FLAGS)
 def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], dict[str, str]]:
     """The data sets by name, the place of each in `--dataset`, and the note on each benchmark that has one."""
     specs = [name for spec in args.dataset for name in (BENCHMARKS if spec == ALL else [spec])]

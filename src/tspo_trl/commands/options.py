@@ -22,6 +22,13 @@ RETRIEVER_OPTIONS = {  # name of the option -> its text in `--help`
     "index": "saved BM25 index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
     "retriever_url": "address of a retrieval server, instead of a corpus or an index",
 }
+DATA_FLAGS = {  # argument of `load_questions` -> the flag of a command that names it in its errors
+    "source": "--dataset_name",
+    "load_benchmark": "--dataset_name",
+    "split": "--split",
+    "columns": "--dataset_columns",
+    "max_questions": "--max_questions",
+}
 
 
 class ShortErrors(argparse.ArgumentParser):

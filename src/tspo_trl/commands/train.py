@@ -36,6 +36,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ..demo import make_world
 from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
+from ..questions.hints import hints_in_flags
 from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..training.checkpoints import last_checkpoint
@@ -65,6 +66,18 @@ EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
 INPUTS = ("dataset_name", "eval_dataset_name", "model_name_or_path", "corpus", "index", "retriever_url")
 #: Tools of `report_to` whose package has the same name.
 REPORTERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml")
+EVAL_FLAGS = {  # argument of `load_questions` -> the flag that errors name
+    "source": "--eval_dataset_name",
+    "load_benchmark": "--eval_dataset_name",
+    "split": "--dataset_test_split",
+    "columns": "--dataset_columns",
+    "max_questions": "--max_eval_questions",
+}
+TRAIN_FLAGS = EVAL_FLAGS | {
+    "source": "--dataset_name",
+    "split": "--dataset_train_split",
+    "max_questions": "--max_train_questions",
+}
 
 
 @dataclass
@@ -147,19 +160,21 @@ class SearchArguments(ScriptArguments):
                 raise ValueError(f"`dataset_columns` must be {error}") from error
 
 
+@hints_in_flags(EVAL_FLAGS)
 def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQuestions]:
     """The training questions, and the evaluation questions: the test split of the same data, or data sets by name."""
     sources: Any
     sources, config, split = script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split
     options: dict[str, Any] = {"columns": script_args.dataset_columns, "streaming": script_args.dataset_streaming}
     count = script_args.max_eval_questions
-    train_dataset = load_questions(
-        sources,
-        name=config,
-        split=script_args.dataset_train_split,
-        max_questions=script_args.max_train_questions,
-        **options,
-    )
+    with hints_in_flags(TRAIN_FLAGS):
+        train_dataset = load_questions(
+            sources,
+            name=config,
+            split=script_args.dataset_train_split,
+            max_questions=script_args.max_train_questions,
+            **options,
+        )
     if script_args.eval_dataset_name is not None:
         evaluated: dict[str, Questions] = {}
         for source in script_args.eval_dataset_name:

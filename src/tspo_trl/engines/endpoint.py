@@ -8,8 +8,9 @@ from typing import Any
 import httpx2
 from transformers import PreTrainedTokenizerBase
 
+from ..support.http import describe_reply
 from .base import Generation
-from .requests import RequestEngine, describe_reply
+from .requests import RequestEngine
 
 # Extensions of OpenAI's API by vLLM and SGLang: replies contain closing tags and the sampled tokens, and parameters of the
 # model's generation_config.json do not apply
@@ -79,6 +80,7 @@ class EndpointEngine(RequestEngine):
 
     Raises:
         [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
+        `ValueError`: If the URL is not an HTTP URL, or if an environment variable names a proxy that cannot be used.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 
+from ..support.http import describe_reply, open_client
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import Generation
 
@@ -83,7 +84,9 @@ class RequestEngine(ABC):
     @contextmanager
     def _open_client(self) -> Iterator[None]:
         limits = httpx2.Limits(max_connections=self._max_requests)
-        with httpx2.Client(headers=self._headers, limits=limits, timeout=self._timeout) as self._client:
+        with open_client(
+            httpx2.Client, self.url, headers=self._headers, limits=limits, timeout=self._timeout
+        ) as self._client:
             yield
 
     def _request_turn(self, number: int, context: list[int], max_new_tokens: int) -> Generation:
@@ -132,8 +135,3 @@ class RequestEngine(ABC):
     @abstractmethod
     def _exhaustion(self, attempts: int, failure: str) -> Exception:
         """The error for a request that is not sent again."""
-
-
-def describe_reply(reply: Any) -> str:
-    """The status and the beginning of a reply, for messages."""
-    return f"HTTP {reply.status_code}: {reply.content[:300].decode(errors='replace')}"

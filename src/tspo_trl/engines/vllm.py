@@ -10,6 +10,7 @@ import torch
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
+from ..support.http import describe_reply
 from .base import BatchEngine, Engine, Generation
 from .requests import RequestEngine
 
@@ -240,6 +241,7 @@ class VLLMServerEngine(RequestEngine):
 
     Raises:
         `ConnectionError`: If the server does not answer.
+        `ValueError`: If an environment variable names a proxy that cannot be used.
     """
 
     _completions_path = "/v1/completions"
@@ -251,17 +253,25 @@ class VLLMServerEngine(RequestEngine):
         super().__init__(url, max_requests=max_requests, timeout=_TURN_SECONDS)
         self._sampling = sampling
         self._wait_for_everyone = wait_for_everyone
-        try:
-            reply = httpx2.get(f"{url}/v1/models", timeout=30.0)
-            reply.raise_for_status()
-            model = reply.json()["data"][0]
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise ConnectionError(
-                f"The vLLM server {url} does not answer on this machine: {error!r}. Every process asks it directly: set "
-                "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."
-            ) from error
+        with self._open_client():
+            model = self._find_model()
         self._model = model["id"]
         self.max_context_length = model.get("max_model_len")
+
+    def _find_model(self) -> Any:
+        """The entry of the model in the server's list of models."""
+        failure = None
+        try:
+            reply = self._client.get(f"{self.url}/v1/models", timeout=30.0)
+            if reply.status_code == 200:
+                return reply.json()["data"][0]
+            reason = describe_reply(reply)
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            reason, failure = repr(error), error
+        raise ConnectionError(
+            f"The vLLM server {self.url} does not answer on this machine: {reason}. Every process asks it directly: set "
+            "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."
+        ) from failure
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from math import nan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ from ..rollout.log import append_rollouts, rollout_record
 from ..rollout.loop import SearchLoop
 from ..rollout.tags import TagProtocol
 from ..rollout.trajectory import Trajectory
-from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match
+from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match, triviaqa_exact_match
 from .folder import REMEDY, TRAJECTORIES, check_settings, keep_batches, read_records
 from .intervals import pass_at_k
 from .results import METRICS, EvaluationResults, Scores
 
 logger = logging.getLogger(__name__)
-Scorer = Literal["tspo", "search_r1"]
+Scorer = Literal["tspo", "search_r1", "triviaqa"]
+_EXTRA_METRICS = {"search_r1": "search_r1_em", "triviaqa": "triviaqa_em"}  # of these scorers only
 _TOLERATED_FAILURES = 8  # in a batch of any size, so that a few bad questions do not stop an evaluation
 
 
@@ -81,7 +82,8 @@ def evaluate(
             Seed for sampling.
         scorer (`str`, *optional*, defaults to `"tspo"`):
             `"search_r1"` adds the exact match as Search-R1 computes it, see
-            [`~tspo_trl.scoring.search_r1_exact_match`].
+            [`~tspo_trl.scoring.search_r1_exact_match`]. `"triviaqa"` adds the exact match of the official evaluation of
+            TriviaQA, see [`~tspo_trl.scoring.triviaqa_exact_match`].
         max_failure_rate (`float`, *optional*, defaults to `0.5`):
             The evaluation stops if more than this share of the rollouts of a batch fails, and more than 8 of them.
         about (`Mapping[str, Any]`, *optional*):
@@ -155,8 +157,8 @@ def _check_arguments(datasets: Mapping[str, Dataset], num_samples: int, scorer: 
         raise ValueError("`datasets` is empty: give at least one data set.")
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
-    if scorer not in ("tspo", "search_r1"):
-        raise ValueError(f"`scorer` must be 'tspo' or 'search_r1', got {scorer!r}.")
+    if scorer not in get_args(Scorer):
+        raise ValueError(f"`scorer` must be 'tspo', 'search_r1' or 'triviaqa', got {scorer!r}.")
     if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
         raise ValueError("`scorer='search_r1'` reads answers between tags, so it needs the protocol 'tags'.")
     for name in datasets:
@@ -237,7 +239,8 @@ class _Evaluation:
         self.num_samples = num_samples
         self.seed = seed
         self.max_failure_rate = max_failure_rate
-        self.metrics = [name for name in METRICS if name != "search_r1_em" or scorer == "search_r1"]
+        others = {metric for name, metric in _EXTRA_METRICS.items() if name != scorer}
+        self.metrics = [name for name in METRICS if name not in others]
         size = max(1, agent.batch_size // num_samples)
         self.batches = [plan.order[i : i + size] for i in range(0, len(plan.order), size)]
         # Only these numbers of a rollout are kept in memory
@@ -328,6 +331,8 @@ class _Evaluation:
         if "search_r1_em" in self.metrics:
             text = self.loop.protocol.tokenizer.decode(trajectory.prompt_ids + trajectory.completion_ids)
             scores["search_r1_em"] = search_r1_exact_match(str(text), golds) if failure is None else 0.0
+        if "triviaqa_em" in self.metrics:
+            scores["triviaqa_em"] = triviaqa_exact_match(trajectory.answer, golds)
         none = [nan] * len(trajectory.turns)
         record = rollout_record(
             trajectory,

@@ -22,6 +22,7 @@ AVERAGE = "average"
 METRICS = {
     "em": 3,
     "search_r1_em": 3,
+    "triviaqa_em": 3,
     "f1": 3,
     "contains": 3,
     "hit": 3,
@@ -34,7 +35,9 @@ METRICS = {
     "tokens": 1,
     "observation_tokens": 1,
 }
-_COMPARED = ("em", "search_r1_em", "f1", "contains", "hit", "near_miss", "searches", "tokens")
+#: Metrics that are 0 or 1 for a rollout.
+EXACT_MATCHES = ("em", "search_r1_em", "triviaqa_em")
+_COMPARED = ("em", "search_r1_em", "triviaqa_em", "f1", "contains", "hit", "near_miss", "searches", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +307,7 @@ def _keys(ids: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _significance(metric: str, first: Floats, second: Floats, seed: int) -> tuple[str, float]:
-    if metric in ("em", "search_r1_em") and np.isin([first, second], (0.0, 1.0)).all():
+    if metric in EXACT_MATCHES and np.isin([first, second], (0.0, 1.0)).all():
         return "McNemar, exact", mcnemar_test(int((first > second).sum()), int((second > first).sum()))
     return "permutation", permutation_test(second - first, seed=seed)
 

@@ -7,13 +7,14 @@ from ..support.markdown import markdown_table
 from .results import AVERAGE, METRICS
 
 _TABLES = {
-    "Answers": ("em", "search_r1_em", "f1", "contains"),
+    "Answers": ("em", "search_r1_em", "triviaqa_em", "f1", "contains"),
     "Searches": ("hit", "near_miss", "searches", "retrieval_failed"),
     "Turns": ("invalid", "truncated", "tokens", "generation_failed"),
 }
 _TITLES = {
     "em": "EM",
     "search_r1_em": "EM (Search-R1)",
+    "triviaqa_em": "EM (TriviaQA)",
     "f1": "F1",
     "contains": "contained",
     "hit": "hit",

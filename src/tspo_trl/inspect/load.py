@@ -27,10 +27,13 @@ class Group:
             Number of optimizer steps before the rollouts were sampled.
         rollouts (`list[dict]`):
             The records of the rollouts, see [`~tspo_trl.rollout.log.rollout_record`], in their order in the group.
+        mode (`str`, *optional*, defaults to `"train"`):
+            `"train"` or `"eval"`. Nothing is learned from the rollouts of an evaluation.
     """
 
     step: int
     rollouts: list[dict[str, Any]]
+    mode: str = "train"
 
     @property
     def question(self) -> str:
@@ -161,7 +164,7 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
         there = sorted({line.step for found in lines.values() for line in found})
         raise ValueError(f"There are no rollouts of these `steps`; there are {there[0]} to {there[-1]}.")
     for mode in sorted(chosen, reverse=True):  # train, then eval
-        if groups := _read_groups(chosen[mode], problems):
+        if groups := _read_groups(chosen[mode], mode, problems):
             run.modes[mode] = groups
     if not run.modes:
         raise ValueError(f"No line that was chosen can be shown. The first: {problems[0]}")
@@ -235,7 +238,7 @@ def _spread(lines: list[_Line], most: int) -> list[_Line]:
     return [line for line in last if (line.batch, line.group) in groups]
 
 
-def _read_groups(lines: list[_Line], problems: list[str]) -> list[Group]:
+def _read_groups(lines: list[_Line], mode: str, problems: list[str]) -> list[Group]:
     groups: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     by_file: dict[Path, list[_Line]] = {}
     for line in lines:
@@ -252,7 +255,7 @@ def _read_groups(lines: list[_Line], problems: list[str]) -> list[Group]:
                     continue
                 groups.setdefault((line.step, line.batch, line.group), []).append(record)
     return [
-        Group(step, sorted(rollouts, key=lambda record: record["rollout"]))
+        Group(step, sorted(rollouts, key=lambda record: record["rollout"]), mode)
         for (step, _, _), rollouts in sorted(groups.items())
     ]
 

@@ -4,16 +4,19 @@ import re
 import string
 from collections.abc import Sequence
 
-from ..scoring import normalize_answer
+import regex
+
+from ..scoring import fold, searched_answer
 
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_CHARACTERS = regex.compile(r"\X")  # with their accents
 
 
 def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, int]]:
     """
-    Find the places where a golden answer occurs in a text after normalisation, as whole words. These are the occurrences
-    that [`~tspo_trl.scoring.contains_answer`] detects.
+    Find the places where a golden answer occurs in a text. These are the occurrences that
+    [`~tspo_trl.scoring.contains_answer`] detects, by either of its rules.
 
     Args:
         text (`str`):
@@ -31,23 +34,27 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
     [(7, 10)]
     ```
     """
-    lower = text.lower()
-    # A few letters become two in lower case, so map each letter of `lower` to its letter of `text`
-    origin = [i for i, letter in enumerate(text) for _ in letter.lower()]
-    places = [i for i, letter in enumerate(lower) if letter not in _PUNCTUATION]
-    plain = _ARTICLES.sub(lambda match: " " * len(match[0]), "".join(lower[i] for i in places))
-    words = [(match[0], match.start(), match.end() - 1) for match in re.finditer(r"\S+", plain)]
+    answers = [searched_answer(gold) for gold in golden_answers]
     found = []
-    for gold in golden_answers:
-        target = normalize_answer(gold).split()
-        if target:
-            for first in range(len(words) - len(target) + 1):
-                if [word for word, _, _ in words[first : first + len(target)]] == target:
-                    begin, end = words[first][1], words[first + len(target) - 1][2]
-                    found.append((origin[places[begin]], origin[places[end]] + 1))
-        elif raw := gold.strip().lower():
-            for match in re.finditer(rf"(?<!\w){re.escape(raw)}(?!\w)", lower):
-                found.append((origin[match.start()], origin[match.end() - 1] + 1))
+    # Separated words: patterns in the folded text
+    folded, places = _fold_with_places(text)
+    for answer in answers:
+        if answer.pattern is not None and not answer.joined:
+            found += [match.span() for match in answer.pattern.finditer(text)]
+        elif answer.pattern is not None and answer.key in folded:
+            for match in answer.pattern.finditer(folded):
+                found.append((places[match.start()][0], places[match.end() - 1][1]))
+    # Joined words: the words of the text without punctuation and articles
+    lower = text.lower()
+    origin = [i for i, letter in enumerate(text) for _ in letter.lower()]  # a few letters become two in lower case
+    kept = [i for i, letter in enumerate(lower) if letter not in _PUNCTUATION]
+    plain = _ARTICLES.sub(lambda match: " " * len(match[0]), "".join(lower[i] for i in kept))
+    words = [(match[0], match.start(), match.end() - 1) for match in re.finditer(r"\S+", plain)]
+    for target in filter(None, (answer.joined.split() for answer in answers)):
+        for first in range(len(words) - len(target) + 1):
+            if [word for word, _, _ in words[first : first + len(target)]] == target:
+                begin, end = words[first][1], words[first + len(target) - 1][2]
+                found.append((origin[kept[begin]], origin[kept[end]] + 1))
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(found):
         if merged and begin < merged[-1][1]:
@@ -55,6 +62,18 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
         else:
             merged.append((begin, end))
     return merged
+
+
+def _fold_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The folded text, and for each of its letters the start and the end of the character of `text` that it is from."""
+    if text.isascii():
+        return fold(text), [(i, i + 1) for i in range(len(text))]
+    visible = [i for i, letter in enumerate(text) if fold(letter)]
+    folded, places = [], []
+    for character in _CHARACTERS.finditer("".join(text[i] for i in visible)):
+        folded.append(fold(character[0]))
+        places += [(visible[character.start()], visible[character.end() - 1] + 1)] * len(folded[-1])
+    return "".join(folded), places
 
 
 def in_utf16(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -106,7 +106,11 @@ def print_group(group: Group, settings: Mapping[str, Any], console: Console) -> 
     console.print(Text(f"Golden answers: {' · '.join(group.golden_answers)}", style="dim"))
     console.print(Text(explain_group(group, settings)))
     console.print(
-        Text("● correct  ◐ near miss: found a golden answer, answered wrong  ○ wrong  │ read, not trained", style="dim")
+        Text(
+            "● correct  ◐ near miss: found a golden answer, answered wrong  ○ wrong  │ "
+            + ("read" if group.mode == "eval" else "read, not trained"),
+            style="dim",
+        )
     )
     for place, record in enumerate(group.rollouts):
         parts: list[Any] = []

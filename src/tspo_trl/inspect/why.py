@@ -66,26 +66,27 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
     Returns:
         `str`: One or two sentences.
     """
-    size = len(group.rollouts)
+    size, evaluated = len(group.rollouts), group.mode == "eval"
     scored = [record for record in group.rollouts if record["outcome"] is not None]
     correct = sum(is_correct(record, settings) for record in scored)
     lost = f" {size - len(scored)} could not be scored and are excluded from all means." if len(scored) < size else ""
     if not scored:
-        return "No rollout could be scored: nothing is learned from this group."
+        return "No rollout could be scored" + ("." if evaluated else ": nothing is learned from this group.")
     outcomes = {record["outcome"] for record in scored}
     rollouts = f"{correct} of {len(scored)} rollouts {'is' if correct == 1 else 'are'} correct"
     if not by_turn(group, settings):
         if len(outcomes) == 1:
+            learned = "" if evaluated else ": nothing is learned"
             return (
-                f"The outcome of all rollouts is {show(scored[0]['outcome'])}, so none has an advantage: nothing is "
-                f"learned.{lost}"
+                f"The outcome of all rollouts is {show(scored[0]['outcome'])}, so none has an advantage{learned}.{lost}"
             )
         return (
             f"{rollouts}, so a rollout is compared with the others as a whole: all its turns share one advantage.{lost}"
         )
     why = "No rollout is correct" if not correct else f"{rollouts}, but the advantage level is “turn”"
     if composition(group, settings) == "all_wrong":
-        return f"{why}, and no turn differs from the same turn of the others: nothing is learned.{lost}"
+        learned = "" if evaluated else ": nothing is learned"
+        return f"{why}, and no turn differs from the same turn of the others{learned}.{lost}"
     found = sum(record["credited_turn"] is not None and not is_correct(record, settings) for record in scored)
     if not found:
         return f"{why}, so turns are compared with each other.{lost}"
@@ -118,7 +119,8 @@ def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, A
         why = "a search of it failed" if failed else "no reward function gave a value"
         return (
             f"No reward: {why}.",
-            "Advantage 0: the rollout is excluded from all means, and nothing is learned from it.",
+            "Advantage 0: the rollout is excluded from all means"
+            + ("." if group.mode == "eval" else ", and nothing is learned from it."),
         )
     return _explain_reward(group, record, turn, settings), _explain_advantage(group, record, turn, settings)
 
@@ -176,7 +178,9 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
         values = [r for other in scored for r in other["turn_rewards"][turn : turn + 1] if r is not None]
 
     effect = "made more likely" if advantage > 0 else "made less likely" if advantage < 0 else "nothing is learned"
-    if advantage and settings.get("mask_truncated_completions") and record["trajectory"].status == "truncated":
+    if group.mode == "eval":
+        effect = "not used: this is an evaluation"
+    elif advantage and settings.get("mask_truncated_completions") and record["trajectory"].status == "truncated":
         effect = "but truncated rollouts are left out of the loss"
     result = f"advantage {show(advantage, sign=True)}, {effect}."
     expected = _expected(value, values, settings)

@@ -5,6 +5,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .rows import load_call
+
+_AS_TEXT = "`load_questions(dataset)` reads numbers, dates and single answers as text."
+
 
 def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
     """
@@ -30,11 +34,12 @@ def check_columns(dataset: Dataset | IterableDataset, name: str = "train_dataset
     if "golden_answers" not in columns:
         raise ValueError(
             f"`{name}` has no column 'golden_answers' (a list of strings a row). Found the columns: {sorted(columns)}. "
-            "Say where yours are: `load_questions(dataset, columns={'golden_answers': ...})`."
+            f"Load it with `{load_call(dataset)}`."
         )
     if "question" not in columns and "prompt" not in columns:
         raise ValueError(
-            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}."
+            f"`{name}` has neither a column 'question' nor a column 'prompt'. Found the columns: {sorted(columns)}. "
+            f"Load it with `{load_call(dataset)}`."
         )
 
 
@@ -55,12 +60,14 @@ def check_row(row: Mapping[str, Any], where: str, *, needs_question: bool = True
     """
     golds, question = row.get("golden_answers"), row.get("question")
     if not is_list_of_strings(golds) or not golds:
-        raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.")
+        hint = f" {_AS_TEXT}" if golds else ""
+        raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.{hint}")
     if question is None and not needs_question:
         return
     if not isinstance(question, str) or (needs_question and not question.strip()):
         expected = "a non-empty string" if needs_question else "a string"
-        raise ValueError(f"{where}: 'question' must be {expected}, found {question!r}.")
+        hint = f" {_AS_TEXT}" if question is not None and not isinstance(question, str) else ""
+        raise ValueError(f"{where}: 'question' must be {expected}, found {question!r}.{hint}")
 
 
 def is_list_of_strings(value: Any) -> bool:

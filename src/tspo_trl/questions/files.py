@@ -1,15 +1,12 @@
 """Files of questions: their formats, and the place of an error in a file."""
 
-import gzip
-import json
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+
+from .json_files import read_json
 
 #: The ending of a file and the loader of `datasets` that reads it.
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-_KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def file_format(file: str | Path) -> str | None:
@@ -41,9 +38,9 @@ def row_of_file(file: str, index: int) -> str:
     """
     if index < 0:
         return file
-    if file.removesuffix(".gz").endswith(".jsonl") and Path(file).is_file():
-        filled = (number for number, line in _lines(file) if line.strip())
-        return f"{file}, line {next(number for i, number in enumerate(filled) if i == index)}"
+    if file_format(file) == "json" and Path(file).is_file():
+        place, _ = next(islice(read_json(file, file), index, None))
+        return f"{file}, {place}"
     return f"{file}, row {index} (from 0)"
 
 
@@ -64,58 +61,23 @@ def explain_file(file: str, kind: str, error: BaseException) -> str:
     """
     if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
         return f"{file} has no rows."
-    reason: BaseException = error
-    while reason.__cause__ is not None or reason.__context__ is not None:
-        reason = reason.__cause__ or reason.__context__  # type: ignore[assignment]
-    found = _json_fault(file) if kind == "json" and Path(file).is_file() else None
-    return found or f"{file} cannot be read as {kind}: {str(reason).strip() or repr(reason)}"
+    reason = root_cause(error)
+    if str(reason).startswith(file):
+        return str(reason)
+    return f"{file} cannot be read as {kind}: {str(reason).strip() or repr(reason)}"
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
-        yield from enumerate(lines, start=1)
+def root_cause(error: BaseException) -> BaseException:
+    """
+    The first of a chain of exceptions.
 
+    Args:
+        error (`BaseException`):
+            The last of them.
 
-def _json_fault(file: str) -> str | None:
-    """The first row of a JSON file that is not an object, or in which the type of a column changes."""
-    expected = 'expected an object such as {"question": "...", "golden_answers": ["..."]}'
-    try:
-        rows: Iterator[tuple[str, Any]]
-        if next((line.strip() for _, line in _lines(file) if line.strip()), "").startswith("["):
-            whole = json.loads("".join(line for _, line in _lines(file)))
-            rows = ((f"row {index} (from 0)", row) for index, row in enumerate(whole))
-        else:
-            rows = ((f"line {number}", _parse(line, number)) for number, line in _lines(file) if line.strip())
-        seen: dict[str, tuple[str, str]] = {}
-        for where, row in rows:
-            if not isinstance(row, dict):
-                return f"{file}, {where}: {expected}, found {row!r:.200}."
-            for column, kind in _kinds(row):
-                before, first = seen.setdefault(column, (kind, where))
-                if kind != before:
-                    return f"{file}, {where}, column {column!r}: found {kind}, but {before} in {first}."
-    except json.JSONDecodeError as error:
-        return f"{file}, line {error.lineno}: not valid JSON ({error.msg}, character {error.colno})."
-    except UnicodeDecodeError as error:
-        return f"{file}: not UTF-8 text ({error.reason} at byte {error.start})."
-    return None
-
-
-def _parse(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        error.lineno = number
-        raise
-
-
-def _kinds(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The paths of the values in a row, and their types."""
-    if path and value is not None:
-        yield path, _KINDS[type(value)]
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _kinds(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _kinds(item, f"{path}[]")
+    Returns:
+        `BaseException`: The exception from which it came.
+    """
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    return error

@@ -6,26 +6,35 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pandas as pd
+import pyarrow as pa
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     IterableDataset,
     IterableDatasetDict,
     get_dataset_split_names,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from .files import FORMATS, explain_file, file_format, row_of_file
+from .files import FORMATS, explain_file, file_format, root_cause, row_of_file
+from .json_files import JsonFiles, code_hash, read_json_files
 from .mix import draw, mix
-from .rows import FEATURES, AnyDataset, check_mapping, to_questions
+from .rows import READ_COLUMNS, AnyDataset, check_mapping, to_questions
 
 Source: TypeAlias = str | Path | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+Opened: TypeAlias = tuple[AnyDataset, Callable[[int], str], Features | None]
 
 
 def load_questions(
@@ -39,8 +48,8 @@ def load_questions(
     seed: int = 0,
 ) -> AnyDataset:
     """
-    Load questions and their golden answers: Search-R1 and FlashRAG data as they are on the Hub, JSONL, JSON, CSV and
-    parquet files, and any other data set with a column mapping.
+    Load questions and their golden answers: the data of Search-R1, FlashRAG, verl, MuSiQue and PopQA as they are
+    published, JSONL, JSON, CSV, TSV and parquet files, and any other data set with a column mapping.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of splits, or a list of these):
@@ -62,6 +71,9 @@ def load_questions(
             are taken. Defaults to all.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
+
+    Questions, golden answers and ids are text, also if they look like numbers, booleans or dates. Numbers, booleans and
+    dates become text.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The columns `id` (a string; by default
@@ -97,9 +109,9 @@ def load_questions(
     for i, (one, label, data_source) in enumerate(zip(sources, labels, data_sources, strict=True)):
         if data_source in repeated:
             data_source = str(one) if isinstance(one, (str, Path)) else f"{data_source}[{i}]"
-        dataset, where = _open(one, label, name, split, columns or {}, streaming)
+        dataset, where, features = _open(one, label, name, split, columns or {}, streaming)
         try:
-            parts.append(to_questions(dataset, where, columns or {}, data_source))
+            parts.append(to_questions(dataset, where, columns or {}, data_source, features))
         except UnicodeDecodeError as error:  # Arrow reads any bytes as text, and decodes them late
             raise ValueError(f"{where(-1)}: not UTF-8 text ({error.reason}).") from error
     dataset = parts[0] if len(parts) == 1 else mix(parts)
@@ -157,8 +169,8 @@ def source_name(source: Source, name: str | None = None) -> str:
 
 def _open(
     source: Source, label: str, name: str | None, split: str | None, columns: Mapping[str, str], streaming: bool
-) -> tuple[AnyDataset, Callable[[int], str]]:
-    """The unchanged data set, and a function that names a row in error messages."""
+) -> Opened:
+    """The unchanged data set, a function that names a row in error messages, and types that the data set lacks."""
     dataset: Any
     in_memory = (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
     if isinstance(source, in_memory):
@@ -178,31 +190,22 @@ def _open(
             dataset, where = load_from_disk(folder), partial(_row, str(source))
         elif files := _files_of_folder(folder, name):
             part, bracket, rows = (split or "").partition("[")
-            if split is None and len(files) == 1:
-                part = next(iter(files))
-            if part not in files:
-                raise ValueError(_no_split(str(folder / (name or "")), split, list(files)))
+            part = _check_split(str(folder / (name or "")), part or None, list(files))
             return _open_file(label, str(files[part]), f"train{bracket}{rows}", columns, streaming)
         else:
-            dataset, where = _load_hub(str(source), name, split, streaming), partial(_row, str(source))
+            return _open_hub(str(source), name, split, columns, streaming)
     else:
-        dataset, where = _load_hub(str(source), name, split, streaming), partial(_row, _hub_label(str(source), name))
+        return _open_hub(str(source), name, split, columns, streaming)
     if isinstance(dataset, dict):
-        if split is None and len(dataset) == 1:
-            split = next(iter(dataset))
-        if split not in dataset:
-            raise ValueError(_no_split(where(-1), split, list(dataset)))
-        dataset = dataset[split]
+        dataset = dataset[_check_split(where(-1), split, list(dataset))]
     elif isinstance(source, (Dataset, IterableDataset)) and split not in (None, *question_splits(source)):
         raise ValueError(f"{label} is a single split, {question_splits(source)[0]!r}, but `split` is {split!r}.")
     if streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset()
-    return dataset.with_format(None), where
+    return dataset.with_format(None), where, None
 
 
-def _open_file(
-    label: str, file: str, split: str | None, columns: Mapping[str, str], streaming: bool
-) -> tuple[AnyDataset, Callable[[int], str]]:
+def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, str], streaming: bool) -> Opened:
     kind = file_format(file)
     assert kind is not None
     if "://" not in file:
@@ -212,31 +215,95 @@ def _open_file(
             raise ValueError(f"{file}: the file is empty.")
     if split is not None and not re.match(r"train(\[|$)", split):
         raise ValueError(f"{file}: a file is the split 'train', but `split` is {split!r}.")
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # Answers are not converted: "1952" is not a number, and "NA" is not a missing value
-        text = {column.split(".")[0] for column in (*FEATURES, *columns.values())}
-        options = {"keep_default_na": False, "converters": dict.fromkeys(sorted(text), str)}
+    data_files = file if "://" in file else escape(file)  # the name of a file is not a pattern
+    # The rows of a slice are not counted as in the file
+    where = partial(_row, f"{file} ({split})") if split and "[" in split else partial(row_of_file, file)
     try:
-        dataset = load_dataset(kind, data_files=file, split=split or "train", streaming=streaming, **options)
-    except (DatasetGenerationError, ValueError, StopIteration) as error:
+        if kind == "json":
+            names = {"train": [file]}
+            builder = JsonFiles(
+                data_files=data_files, labels=names, columns=columns, dataset_name="json", hash=code_hash()
+            )
+            dataset, features = read_json_files(builder, split or "train", streaming)
+            return dataset, where, features
+        options = _csv_options(columns) if kind == "csv" else {}
+        if file.removesuffix(".gz").lower().endswith(".tsv"):
+            options["sep"] = "\t"
+        load = partial(load_dataset, kind, data_files=data_files, split=split or "train", streaming=streaming)
+        try:
+            dataset = load(**options)
+        except DatasetGenerationError as error:
+            if not isinstance(root_cause(error), pa.ArrowInvalid):
+                raise
+            # A late word in a column of numbers that is not one of ours: without types, all columns are text
+            header = pd.read_csv(file, sep=options.get("sep", ","), nrows=0, dtype=str)
+            dataset = load(**{**options, "converters": dict.fromkeys(header, str)})
+    except ImportError as error:  # `datasets` installs no client for URLs
+        raise ImportError(f"{file}: {error}. Run `pip install requests aiohttp`, or download the file.") from error
+    except (DatasetGenerationError, ValueError, EOFError, StopIteration) as error:
         raise ValueError(explain_file(file, kind, error)) from error
-    return dataset, partial(row_of_file, file)
+    return dataset, where, None
 
 
-def _load_hub(source: str, name: str | None, split: str | None, streaming: bool) -> Any:
+def _csv_options(columns: Mapping[str, str]) -> dict[str, Any]:
+    """Options with which answers are not converted: "1952" is not a number, and "NA" is not a missing value."""
+    text = {path.split(".")[0] for path in (*READ_COLUMNS, *columns.values())} | set(columns.values())
+    return {"keep_default_na": False, "converters": dict.fromkeys(sorted(text), str)}
+
+
+def _open_hub(source: str, name: str | None, split: str | None, columns: Mapping[str, str], streaming: bool) -> Opened:
     from .catalogue import BENCHMARKS
 
+    label = f"{source} ({name})" if name else source
+    where = partial(_row, label)
+    features = None
     try:
-        return load_dataset(source, name, split=split, streaming=streaming)
+        builder = load_dataset_builder(source, name)
+        files = builder.config.data_files
+        if split is None and files is not None and len(files) > 1:
+            _check_split(label, split, list(files))  # before anything is downloaded
+        options: dict[str, Any] = {
+            "dataset_name": builder.dataset_name,
+            "config_name": builder.config.name,
+            "base_path": builder.base_path,
+            "repo_id": builder.repo_id,
+            "hash": code_hash(builder.hash, dict(columns)),
+        }
+        if isinstance(builder, Json) and builder.config.field is None:
+            # With the name of the configuration as id, `datasets` finds the cached tables again without a connection
+            builder = JsonFiles(data_files=files, columns=columns, config_id=builder.config.name, **options)
+            dataset, features = read_json_files(builder, split, streaming)
+        else:
+            if isinstance(builder, Csv):
+                builder = type(builder)(**options)
+                vars(builder.config).update(_csv_options(columns))
+            if not streaming:
+                builder.download_and_prepare()
+            dataset = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split)
     except (DatasetNotFoundError, RepositoryNotFoundError, ConnectionError) as error:
         near = get_close_matches(source.lower(), BENCHMARKS, n=1)
         hint = f" The benchmark is `load_benchmark({near[0]!r})`." if near else ""
         raise FileNotFoundError(
             f"{source!r} is neither a file nor a folder here, and was not found on the Hub: {error}{hint}"
         ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{label} cannot be read: {root_cause(error)}") from error
     except ValueError as error:  # an unknown configuration or split: the message lists the known ones
-        raise ValueError(f"{_hub_label(source, name)}: {error}") from error
+        raise ValueError(f"{label}: {error}") from error
+    if isinstance(dataset, dict):
+        dataset = dataset[_check_split(label, split, list(dataset))]
+    return dataset.with_format(None), where, features
+
+
+def _check_split(label: str, split: str | None, splits: list[str]) -> str:
+    """The split, or the only one; an error if there is no such split."""
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split is None:
+        raise ValueError(f"{label} has several splits: say which one with `split`, one of {splits}.")
+    if split not in splits:
+        raise ValueError(f"{label} has no split {split!r}, only {splits}.")
+    return split
 
 
 def _files_of_folder(folder: Path, name: str | None) -> dict[str, Path]:
@@ -244,16 +311,6 @@ def _files_of_folder(folder: Path, name: str | None) -> dict[str, Path]:
     files = sorted((folder / (name or "")).glob("*.*")) if folder.is_dir() else []
     named = {path.name.split(".")[0]: path for path in files if file_format(path)}
     return {split: path for split, path in named.items() if split.isidentifier()}  # no train-00000-of-00002
-
-
-def _hub_label(source: str, name: str | None) -> str:
-    return f"{source} ({name})" if name else source
-
-
-def _no_split(label: str, split: str | None, splits: list[str]) -> str:
-    if split is None:
-        return f"{label} has several splits: say which one with `split`, one of {splits}."
-    return f"{label} has no split {split!r}, only {splits}."
 
 
 def _row(label: str, index: int) -> str:

@@ -2,20 +2,25 @@
 
 import json
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
 from ..scoring import normalize_answer
 
 logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+Keys: TypeAlias = tuple[str, ...]  # the keys that lead to a value
 
 #: The columns of questions.
 FEATURES = Features(
@@ -26,7 +31,25 @@ FEATURES = Features(
         "data_source": Value("string"),
     }
 )
-_SEARCH_R1_ANSWERS = "reward_model.ground_truth.target"
+#: The columns of published data sets, in order of preference. The answers of several columns are joined.
+FORMS: dict[str, list[list[str]]] = {
+    "id": [["id"], ["_id"]],
+    "question": [["question"], ["extra_info.question"]],
+    "golden_answers": [
+        ["golden_answers"],
+        ["reward_model.ground_truth.target"],
+        ["reward_model.ground_truth"],
+        ["extra_info.golden_answers"],
+        ["extra_info.answers"],
+        ["answer", "answer_aliases"],
+        ["possible_answers"],
+    ],
+    "data_source": [["data_source"]],
+}
+READ_COLUMNS = [path for forms in FORMS.values() for form in forms for path in form]
+
+_SYNONYMS = {"question": ["query", "problem", "input"], "golden_answers": ["answers", "answer", "target"]}
+_TEXT_FIELDS = ["text", "aliases", "value", "answer", "name"]  # fields of structs of answers, in order of preference
 
 
 def check_mapping(columns: Mapping[str, str]) -> None:
@@ -45,72 +68,159 @@ def check_mapping(columns: Mapping[str, str]) -> None:
         if ours not in known:
             near = get_close_matches(ours, known, n=1)
             turned = theirs in known
-            hint = (
-                f" Swap key and value: {{{theirs!r}: {ours!r}}}."
-                if turned
-                else f" Did you mean {near[0]!r}?"
-                if near
-                else ""
-            )
+            meant = {theirs: ours} if turned else {near[0]: theirs} if near else {}
+            rest = {other: path for other, path in columns.items() if other != ours}
+            hint = f" Did you mean `columns={ {**rest, **meant}!r}`?" if meant else ""
             raise ValueError(f"`columns` maps one of {known} to a column of the source, got the key {ours!r}.{hint}")
         if not isinstance(theirs, str) or not theirs:
             raise ValueError(f"`columns[{ours!r}]` must be the name of a column, got {theirs!r}.")
 
 
-def _find_columns(
-    label: str, names: list[str], features: Features | None, columns: Mapping[str, str]
-) -> dict[str, str]:
-    """The column of the source for each of our columns, as names joined by dots."""
-    found = dict(columns)
-    for ours in FEATURES:
-        if ours not in found and ours in names:
-            found[ours] = ours
-    if "golden_answers" not in found and "reward_model" in names:
-        found["golden_answers"] = _SEARCH_R1_ANSWERS
-    for ours, path in found.items():
-        if path in names:
-            continue  # a name with a dot in it
-        level: Any = features if features is not None else dict.fromkeys(names)
-        for i, key in enumerate(path.split(".")):
-            while isinstance(level, (List, LargeList, list)):
-                level = level[0] if isinstance(level, list) else level.feature
-            if not isinstance(level, dict):
-                break  # its fields are not known before it is read
-            if key not in level:
-                near = _nearest(key, list(level))
-                missing = f"column {key!r}" if i == 0 else f"field {key!r} in {'.'.join(path.split('.')[:i])!r}"
-                raise ValueError(
-                    f"{label} has no {missing}, from which {ours!r} is to be read. Found {list(level)}."
-                    + (f" Did you mean {near!r}?" if near else "")
-                )
-            level = level[key]
-    for ours in ("question", "golden_answers"):
-        if ours not in found:
-            raise ValueError(
-                f"{label} has no column {ours!r}. Found the columns {names}. "
-                f"Map yours with `columns={{{ours!r}: {_suggest(ours, names, features)!r}}}`."
-            )
+def choose_columns(names: Sequence[str], structure: Any, columns: Mapping[str, str]) -> dict[str, list[Keys]]:
+    """
+    Choose the columns of a source that are read.
+
+    Args:
+        names (`list[str]`):
+            The columns of the source.
+        structure (`Features`, or `list` of rows):
+            Their types or some of their values, in which the fields of structs are looked for.
+        columns (`dict[str, str]`):
+            The mapping of columns, see `load_questions`.
+
+    Returns:
+        `dict`: For each of our columns that was found, the keys that lead to its values. Several are joined.
+    """
+    found = {ours: [_keys(path, names)] for ours, path in columns.items()}
+    for ours, forms in FORMS.items():
+        if ours in found:
+            continue
+        for form in forms:
+            paths = [_keys(path, names) for path in form]
+            if (form == [ours] and ours in names) or all(k[0] in names and _leads(structure, k) for k in paths):
+                found[ours] = paths
+                break
     return found
 
 
-def _suggest(ours: str, names: list[str], features: Features | None) -> str:
-    near = _nearest(ours, names)
-    feature = features[near] if features is not None and near is not None else None
-    while isinstance(feature, (List, LargeList)):
-        feature = feature.feature
-    return f"{near}.{next(iter(feature))}" if isinstance(feature, dict) and feature else near or "..."
+def _keys(path: str, names: Sequence[str]) -> Keys:
+    return (path,) if path in names else tuple(path.split("."))  # a name may have a dot in it
 
 
-def _nearest(name: str, names: list[str]) -> str | None:
-    synonyms = {"question": ["query", "problem", "input"], "golden_answers": ["answers", "answer", "target"]}
-    for candidate in [name, *synonyms.get(name, [])]:
+def _leads(level: Any, keys: Keys) -> bool:
+    """Whether keys lead to something other than a struct, in the types or in one of the values."""
+    if isinstance(level, (List, LargeList)):
+        return _leads(level.feature, keys)
+    if isinstance(level, list) and level:
+        return any(_leads(item, keys) for item in level)
+    if not keys:
+        return not isinstance(level, Mapping)
+    if isinstance(level, Mapping):
+        return keys[0] in level and _leads(level[keys[0]], keys[1:])
+    return type(level).__name__ == "Json"  # its fields are not known before it is read
+
+
+def _check_fields(label: str, found: Mapping[str, list[Keys]], names: list[str], features: Features | None) -> None:
+    """Check that the columns and fields of a mapping are there."""
+    for ours, paths in found.items():
+        for keys in paths:
+            level: Any = features if features is not None else dict.fromkeys(names)
+            for i, key in enumerate(keys):
+                while isinstance(level, (List, LargeList)):
+                    level = level.feature
+                if not isinstance(level, dict):
+                    break  # its fields are not known before it is read
+                if key not in level:
+                    near = _nearest(key, list(level))
+                    missing = f"column {key!r}" if i == 0 else f"field {key!r} in {'.'.join(keys[:i])!r}"
+                    raise ValueError(
+                        f"{label} has no {missing}, from which {ours!r} is to be read. Found {_list(list(level))}."
+                        + (f" Did you mean {near!r}?" if near else "")
+                    )
+                level = level[key]
+
+
+def _find_columns(
+    label: str, names: list[str], features: Features | None, first: Mapping[str, Any], columns: Mapping[str, str]
+) -> dict[str, list[Keys]]:
+    """The keys that lead to the values of each of our columns."""
+    found = choose_columns(names, [first] if features is None else features, columns)
+    _check_fields(label, found, names, features)
+    missing = [ours for ours in ("question", "golden_answers") if ours not in found]
+    if missing:
+        mapping = _suggest(first if features is None else features, found, columns)
+        hint = "Map yours with " + ("`columns`." if mapping is None else f"`columns={mapping!r}`.")
+        raise ValueError(f"{label} has no column {missing[0]!r}. Found the columns {_list(names)}. {hint}")
+    return found
+
+
+def _list(names: list[str]) -> str:
+    shown = repr(names[:30])
+    return shown if len(names) <= 30 else f"{shown[:-1]}, and {len(names) - 30} more]"
+
+
+def load_call(dataset: AnyDataset) -> str:
+    """
+    The call that reads a data set whose columns have other names.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set.
+
+    Returns:
+        `str`: A call of [`load_questions`], with a mapping of the columns if it needs one and one can be suggested.
+    """
+    source: Mapping[str, Any] = next(iter(dataset), {}) if dataset.features is None else dataset.features
+    found = choose_columns(list(source), [source] if dataset.features is None else source, {})
+    mapping = _suggest(source, found, {}) or {}
+    return f"load_questions(dataset, columns={mapping!r})" if mapping else "load_questions(dataset)"
+
+
+def _suggest(
+    source: Mapping[str, Any], found: Mapping[str, list[Keys]], columns: Mapping[str, str]
+) -> dict[str, str] | None:
+    """A mapping with the columns that are missing, according to the types of a source or a row of it."""
+    mapping = dict(columns)
+    used = {keys[0] for paths in found.values() for keys in paths}
+    for ours in ("question", "golden_answers"):
+        if ours in found:
+            continue
+        free = [name for name in source if name not in used and _text_field(source[name], ours) is not None]
+        near = _nearest(ours, free)
+        if near is None:
+            return None
+        mapping[ours] = near + (_text_field(source[near], ours) or "")
+    return mapping
+
+
+def _text_field(level: Any, ours: str, depth: int = 0) -> str | None:
+    """The field of a column in which there is text: the empty string for the column itself, `None` if there is none."""
+    if isinstance(level, (List, LargeList, list)):
+        if ours == "question" or not level:
+            return None
+        return _text_field(level[0] if isinstance(level, list) else level.feature, ours, depth)
+    if isinstance(level, Mapping):
+        fields = sorted(level, key=lambda field: _TEXT_FIELDS.index(field) if field in _TEXT_FIELDS else 9)
+        found = (field for field in fields if depth == 0 and _text_field(level[field], ours, 1) is not None)
+        return next((f".{field}" for field in found), None)
+    if isinstance(level, Value):
+        return "" if "string" in level.dtype else None
+    return "" if isinstance(level, str) or type(level).__name__ == "Json" else None
+
+
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    for candidate in [name, *_SYNONYMS.get(name, [])]:
         if near := get_close_matches(candidate, names, n=1, cutoff=0.7):
             return near[0]
     return None
 
 
 def to_questions(
-    dataset: AnyDataset, where: Callable[[int], str], columns: Mapping[str, str], data_source: str
+    dataset: AnyDataset,
+    where: Callable[[int], str],
+    columns: Mapping[str, str],
+    data_source: str,
+    features: Features | None = None,
 ) -> AnyDataset:
     """
     Read the rows of a data set as questions.
@@ -124,6 +234,8 @@ def to_questions(
             Columns of the source with other names.
         data_source (`str`):
             The `data_source` of rows that have none.
+        features ([`~datasets.Features`], *optional*):
+            The types of the columns of a stream that does not know them.
 
     Returns:
         The same kind of data set, see [`load_questions`].
@@ -132,31 +244,32 @@ def to_questions(
         `ValueError`: If there are no rows, a column is missing, or a value is not as described.
     """
     label = where(-1)
-    names = dataset.column_names
-    if names is None:  # a stream without known features
-        names = list(next(iter(dataset), {}))
+    source = dataset.features if features is None else features
+    first: Mapping[str, Any] = next(iter(dataset), {}) if source is None else {}
+    names = list(first if source is None else source)
     if not names or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"{label} has no rows.")
-    found = _find_columns(label, names, dataset.features, columns)
-    paths = {ours: (path,) if path in names else tuple(path.split(".")) for ours, path in found.items()}
-    read = partial(_read_rows, paths=paths, where=where, data_source=data_source)
-    used = list(dict.fromkeys(path[0] for path in paths.values()))
+    paths = _find_columns(label, names, source, first, columns)
+    names_of_classes = {ours: _class_names(source or {}, several[0]) for ours, several in paths.items()}
+    read = partial(_read_rows, paths=paths, where=where, data_source=data_source, classes=names_of_classes)
+    every = [keys for several in paths.values() for keys in several]
+    used = list(dict.fromkeys(keys[0] for keys in every))
     # A column that is read whole is renamed, other columns stay. Prompts of the source are dropped.
-    dropped = {*FEATURES, "prompt", *(path[0] for path in paths.values() if len(path) == 1)}
+    dropped = {*FEATURES, "prompt", *(keys[0] for keys in every if len(keys) == 1)}
     rest = [column for column in names if column not in dropped]
-    features = Features(FEATURES)
-    if "prompt" in paths and len(paths["prompt"]) == 1 and dataset.features is not None:
-        features["prompt"] = dataset.features[paths["prompt"][0]]
+    ours = Features(FEATURES)
+    if "prompt" in paths and len(paths["prompt"][0]) == 1 and source is not None:
+        ours["prompt"] = source[paths["prompt"][0][0]]
+    complete = "prompt" not in paths or "prompt" in ours
 
     if isinstance(dataset, Dataset):
-        known = None if "prompt" in paths and "prompt" not in features else features
         # Decode only the columns that are read: passages and other metadata may be large
         questions = dataset.select_columns(used).map(
             read,
             batched=True,
             with_indices=True,
             remove_columns=used,
-            features=known,
+            features=ours if complete else None,
             desc=f"Reading {label}",
         )
         _warn_of_degenerate(questions, where)
@@ -165,8 +278,8 @@ def to_questions(
         return concatenate_datasets([questions, dataset.select_columns(rest)], axis=1)
 
     known = None
-    if dataset.features is not None and ("prompt" not in paths or "prompt" in features):
-        known = Features({**features, **{column: dataset.features[column] for column in rest}})
+    if source is not None and complete:
+        known = Features({**ours, **{column: source[column] for column in rest}})
     stream = dataset.map(
         read,
         batched=True,
@@ -184,26 +297,44 @@ def _read_rows(
     batch: Mapping[str, list[Any]],
     indices: Sequence[int],
     *,
-    paths: Mapping[str, tuple[str, ...]],
+    paths: Mapping[str, list[Keys]],
     where: Callable[[int], str],
     data_source: str,
+    classes: Mapping[str, Sequence[str] | None],
 ) -> dict[str, list[Any]]:
     """Read a batch of rows into our columns."""
     columns: dict[str, list[Any]] = defaultdict(list)
     for position, index in enumerate(indices):
         for ours in (*FEATURES, *(["prompt"] if "prompt" in paths else [])):
-            value = None
-            if ours in paths:
-                first, *keys = paths[ours]
-                value = _follow(batch[first][position], keys)
+            chosen = paths.get(ours, [(ours,)])
+            values = [_follow(batch[keys[0]][position], keys[1:]) if ours in paths else None for keys in chosen]
+            value = values[0]
+            if names := classes.get(ours):
+                value = _name_classes(value, names)
             try:
+                if len(values) > 1:
+                    value = _join(values)
                 columns[ours].append(_READERS[ours](value, index, data_source))
             except ValueError as error:
-                column = ".".join(paths.get(ours, (ours,)))
-                raise ValueError(
-                    f"{where(index)}, column {column!r}: expected {error}, found {_short(value)}."
-                ) from None
+                column = " and ".join(repr(".".join(keys)) for keys in chosen)
+                raise ValueError(f"{where(index)}, column {column}: expected {error}, found {_short(value)}.") from None
     return columns
+
+
+def _class_names(features: Any, keys: Keys) -> Sequence[str] | None:
+    """The names of the classes, if the values are numbers of classes."""
+    for key in (*keys, None):
+        while isinstance(features, (List, LargeList)):
+            features = features.feature
+        if key is not None:
+            features = features.get(key) if isinstance(features, dict) else None
+    return features.names if isinstance(features, ClassLabel) else None
+
+
+def _name_classes(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_name_classes(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _follow(value: Any, keys: Sequence[str]) -> Any:
@@ -214,31 +345,73 @@ def _follow(value: Any, keys: Sequence[str]) -> Any:
     return value
 
 
-def _read_id(value: Any, index: int, *_: Any) -> str:
-    if value is None or value == "":
-        return str(index)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("a string or an integer")
-    return str(value)
+def _join(values: Sequence[Any]) -> list[Any]:
+    """The answers of several columns, each once."""
+    joined = []
+    for value in values:
+        value = _to_python(value)
+        joined += value if isinstance(value, list) else [] if value is None else [value]
+    return [value for i, value in enumerate(joined) if value not in joined[:i]]
 
 
-def _read_question(value: Any, *_: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a non-empty string")
-    return value
-
-
-def _read_answers(value: Any, *_: Any) -> list[str]:
+def _to_python(value: Any) -> Any:
+    """Values of arrays and of cells with JSON as Python objects."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
     if isinstance(value, str) and value.strip().startswith("["):
         # A list in a cell of a table. Lists written by pandas or numpy cannot be distinguished from text with certainty
         try:
-            value = json.loads(value)
+            return json.loads(value, parse_int=str, parse_float=str)
         except json.JSONDecodeError:
             if re.match(r"\s*\[\s*['\"]", value):
                 raise ValueError('one answer, or a list as JSON such as ["Paris", "Paris, France"]') from None
-    answers = [value] if isinstance(value, str) else value
-    if not isinstance(answers, (list, tuple)) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("a string or a list of strings")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Any, expected: str) -> str:
+    """A value as text. Readers of files turn text into numbers, dates and so on: here is the way back."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # the numbers of a table become floats if one of them is missing
+    if isinstance(value, datetime) and value.tzinfo is None and value.time() == time():
+        return value.date().isoformat()
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(expected) from None
+    if isinstance(value, (int, Decimal)) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if not isinstance(value, str) or _SURROGATES.search(value):
+        raise ValueError(expected)
+    return value
+
+
+def _read_id(value: Any, index: int, *_: Any) -> str:
+    return str(index) if _is_missing(value) else _text(value, "a text")
+
+
+def _read_question(value: Any, *_: Any) -> str:
+    text = _text(value, "a non-empty string")
+    if not text.strip():
+        raise ValueError("a non-empty string")
+    return text
+
+
+def _read_answers(value: Any, *_: Any) -> list[str]:
+    value = _to_python(value)
+    answers = [
+        _text(answer, "a string or a list of strings") for answer in (value if isinstance(value, list) else [value])
+    ]
     answers = [answer for answer in answers if answer.strip()]
     if not answers:
         raise ValueError("at least one answer that is not blank")
@@ -246,11 +419,7 @@ def _read_answers(value: Any, *_: Any) -> list[str]:
 
 
 def _read_data_source(value: Any, _: int, data_source: str) -> str:
-    if value is None or value == "":
-        return data_source
-    if not isinstance(value, str):
-        raise ValueError("a string")
-    return value
+    return data_source if _is_missing(value) else _text(value, "a text")
 
 
 _READERS: dict[str, Callable[..., Any]] = {
@@ -260,6 +429,7 @@ _READERS: dict[str, Callable[..., Any]] = {
     "data_source": _read_data_source,
     "prompt": lambda value, *_: value,  # checked by the trainer, which knows the protocol
 }
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def _short(value: Any) -> str:

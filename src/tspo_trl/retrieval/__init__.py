@@ -8,6 +8,7 @@ from .http import HTTPRetriever
 from .log import LoggedRetriever
 from .lucene import LuceneRetriever, index_corpus
 from .open import open_retriever
+from .passages import read_passage
 
 __all__ = [
     "BM25Retriever",
@@ -22,4 +23,5 @@ __all__ = [
     "iter_corpus",
     "load_corpus",
     "open_retriever",
+    "read_passage",
 ]

@@ -41,11 +41,14 @@ class RetrievalError(RuntimeError):
         kind (`str`, *optional*, defaults to `"other"`):
             `"timeout"`, `"connection"` (refused, reset, unknown host), `"status"` (an HTTP error), `"reply"` (malformed,
             or the wrong number of results) or `"other"`.
+        permanent (`bool`, *optional*, defaults to `False`):
+            Whether the same search would fail again, for instance because the server has no such address.
     """
 
-    def __init__(self, message: str, kind: FailureKind = "other"):
+    def __init__(self, message: str, kind: FailureKind = "other", *, permanent: bool = False):
         super().__init__(message)
         self.kind: FailureKind = kind
+        self.permanent = permanent
 
 
 class RetrievalLogError(RuntimeError):
@@ -85,11 +88,7 @@ class Retriever(Protocol):
 
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first. An empty list means no passage was found.
+                See [`~retrieval.read_passage`] for other forms of passages, such as dictionaries. If the passages of a
+                query are malformed, only this search fails.
         """
         ...
-
-
-def check_k(k: int) -> None:
-    """Raise a `ValueError` if `k` is less than 1."""
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")

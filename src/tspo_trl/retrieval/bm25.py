@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import re
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,39 +12,46 @@ from typing import Any, Literal
 
 import bm25s
 import numpy as np
-import Stemmer
 from rank_bm25 import BM25Okapi
 
-from .base import Passage, check_k
+from .base import Passage
 from .corpus import PassageFile, corpus_fingerprint, iter_corpus
+from .passages import read_passages
+from .results import read_arguments
+from .words import WORDS_VERSION, check_language, index_words, split_words
 
 BM25Backend = Literal["bm25s", "rank_bm25"]
-_FORMAT = 1
-_WORD = re.compile(r"\w+")
+_FORMAT = 2
+logger = logging.getLogger(__name__)
 
 
 class BM25Retriever:
     """
     Okapi BM25 over passages held in memory, by `bm25s` (default) or by `rank_bm25`.
 
-    A document is the title followed by the text. `bm25s` removes English stop words, stems words (Snowball), and uses the
-    inverse document frequency of Lucene. `rank_bm25` lower-cases words, and gives a word in more than half of the
-    documents a positive weight by its `epsilon`. It is slower by orders of magnitude and finds a little less; it is
-    there for comparison with projects that use it.
+    A document is the title followed by the text. Words of one character count ("Apollo 9", "the language R"). Text of
+    scripts without spaces between words (Chinese, Japanese, Thai) is split into pairs of characters. `bm25s` removes the
+    stop words of `language`, stems words (Snowball), and uses the inverse document frequency of Lucene. `rank_bm25`
+    lower-cases words, and gives a word in more than half of the documents a positive weight by its `epsilon`. It is
+    slower by orders of magnitude and finds a little less; it is there for comparison with projects that use it.
 
     Args:
         passages (`Iterable[Passage]`):
-            Passages of the corpus.
+            Passages of the corpus. See [`~retrieval.read_passage`] for other forms, such as dictionaries.
         backend (`str`, *optional*, defaults to `"bm25s"`):
             `"bm25s"` or `"rank_bm25"`.
         k1 (`float`, *optional*, defaults to `1.5`):
             Saturation of the term frequency.
         b (`float`, *optional*, defaults to `0.75`):
             Strength of the length normalisation.
+        language (`str` or `None`, *optional*, defaults to `"english"`):
+            Language of the stop words and the stemmer, for instance `"german"`. `None` keeps all words as they are. Not
+            used by `rank_bm25`.
 
     Raises:
-        `ValueError`: If there are no passages, two passages share an id, no passage has any text, or the backend is
-            unknown.
+        `TypeError`: If `passages` is not a collection of passages.
+        `ValueError`: If there are no passages, one is malformed, two share an id, none has any text, or the backend or the
+            language is unknown.
 
     Example:
 
@@ -59,6 +66,8 @@ class BM25Retriever:
     ```
     """
 
+    _warned = False  # of a query that finds nothing
+
     def __init__(
         self,
         passages: Iterable[Passage],
@@ -66,9 +75,16 @@ class BM25Retriever:
         *,
         k1: float = 1.5,
         b: float = 0.75,
+        language: str | None = "english",
     ):
-        self.passages: Sequence[Passage] = [p if isinstance(p, Passage) else Passage(**p) for p in passages]
-        self.backend, self.k1, self.b = backend, k1, b
+        check_language(language)
+        if isinstance(passages, (str, Path)):
+            raise TypeError(
+                f"`passages` must be a list of passages, got {str(passages)!r}. To index a file, use "
+                f"`BM25Retriever.from_jsonl({str(passages)!r})`."
+            )
+        self.passages: Sequence[Passage] = list(read_passages(passages, "passages"))
+        self.backend, self.k1, self.b, self.language = backend, k1, b, language
         if not self.passages:
             raise ValueError("`passages` is empty: BM25Retriever needs at least one passage to search in.")
         seen: set[str] = set()
@@ -84,7 +100,7 @@ class BM25Retriever:
             self._set_index(index)
             index.index(self._require_words(self._tokenize(documents)), show_progress=False)
         elif backend == "rank_bm25":
-            tokens = self._require_words([_WORD.findall(document.lower()) for document in documents])
+            tokens = self._require_words([split_words(document.lower()) for document in documents])
             self._okapi = BM25Okapi(tokens, k1=k1, b=b)
             self._score = self._score_okapi
         else:
@@ -93,11 +109,11 @@ class BM25Retriever:
     @classmethod
     def from_jsonl(cls, path: str | Path, **kwargs: Any) -> "BM25Retriever":
         """
-        Index a JSONL corpus.
+        Index a corpus file.
 
         Args:
             path (`str` or `Path`):
-                The corpus file. See [`~retrieval.iter_corpus`] for its format.
+                The corpus file. See [`~retrieval.iter_corpus`] for its forms.
             **kwargs:
                 Passed to the constructor.
         """
@@ -131,7 +147,8 @@ class BM25Retriever:
             unfinished.mkdir()
             self._index.save(unfinished, show_progress=False)
             PassageFile.write(unfinished, self.passages)
-            about: dict[str, Any] = {"format": _FORMAT, "k1": self.k1, "b": self.b, "passages": len(self.passages)}
+            about: dict[str, Any] = {"format": _FORMAT, "k1": self.k1, "b": self.b, "language": self.language}
+            about["passages"] = len(self.passages)
             about |= {"corpus": self._corpus_fingerprint, "files": _hashes(unfinished)}
             (unfinished / "index.json").write_text(json.dumps(about, indent=1))
             if folder.exists():
@@ -163,8 +180,11 @@ class BM25Retriever:
         try:
             about = json.loads((folder / "index.json").read_text())
             if about["format"] != _FORMAT:
-                raise ValueError(f"its format is {about['format']!r}, this version reads {_FORMAT}")
-            self.k1, self.b, self._corpus_fingerprint = about["k1"], about["b"], about["corpus"]
+                raise ValueError(
+                    f"its format is {about['format']!r}, this version reads {_FORMAT}. Index the corpus again"
+                )
+            self.k1, self.b, self.language = about["k1"], about["b"], about["language"]
+            self._corpus_fingerprint = about["corpus"]
             self.passages = PassageFile(folder)
             index = bm25s.BM25.load(folder, mmap=True)
             sizes = {about["passages"], len(self.passages), index.scores["num_docs"]}
@@ -195,7 +215,8 @@ class BM25Retriever:
     @property
     def fingerprint(self) -> str:
         """A string that changes with the corpus, the backend and its parameters."""
-        return f"bm25 {self.backend} k1={self.k1} b={self.b} {self._corpus_fingerprint}"
+        words = f"language={self.language} words={WORDS_VERSION}"
+        return f"bm25 {self.backend} k1={self.k1} b={self.b} {words} {self._corpus_fingerprint}"
 
     def __repr__(self) -> str:
         return f"BM25Retriever({len(self.passages)} passages, backend={self.backend!r})"
@@ -204,8 +225,8 @@ class BM25Retriever:
         """
         Search for all queries at once.
 
-        Passages that share no term with the query are never returned, so a list may be shorter than `k` or empty.
-        Equal scores are ordered as in the corpus.
+        Passages that share no word with the query are never returned, so a list may be shorter than `k` or empty. The
+        first empty list is reported by a warning. Equal scores are ordered as in the corpus.
 
         Args:
             queries (`Sequence[str]`):
@@ -216,27 +237,46 @@ class BM25Retriever:
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
-        check_k(k)
-        if not queries:
-            return []
-        return [
+        queries, k = read_arguments(queries, k)
+        results = [
             [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
             for scores, matches in map(self._score, queries)
         ]
+        if not self._warned and not all(results):
+            self._warned = True
+            self._warn_of_empty(queries[results.index([])])
+        return results
+
+    def _warn_of_empty(self, query: str) -> None:
+        """Tell why a query finds nothing: all queries of a language may be concerned."""
+        words = self._tokenize([query])[0] if self.backend == "bm25s" else split_words(query)
+        if words:
+            reason = f"none of its words {words[:8]} is in the corpus"
+        elif split_words(query):
+            reason = f"all its words are stop words of the language {self.language!r}"
+        else:
+            reason = "it has no letters or digits"
+        logger.warning("The query %.200r finds no passage: %s. Further such queries are not reported.", query, reason)
 
     def _set_index(self, index: bm25s.BM25) -> None:
         self._index = index
-        self._stemmer = Stemmer.Stemmer("english")
         self._score = self._score_bm25s
 
-    @staticmethod
-    def _require_words(documents: list[list[str]]) -> list[list[str]]:
+    def _require_words(self, documents: list[list[str]]) -> list[list[str]]:
         if not any(documents):
             raise ValueError("`passages` has no passage with any word to search for in its title or text.")
+        empty = [number for number, words in enumerate(documents) if not words]
+        if empty:
+            logger.warning(
+                "%d of %d passages have no words, so they are never found. The first is %r.",
+                len(empty),
+                len(documents),
+                self.passages[empty[0]].id,
+            )
         return documents
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False)
+        return index_words(texts, self.language)
 
     def _score_bm25s(self, query: str) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._tokenize([query])[0]
@@ -244,7 +284,7 @@ class BM25Retriever:
         return scores, scores > 0
 
     def _score_okapi(self, query: str) -> tuple[np.ndarray, np.ndarray]:
-        words = _WORD.findall(query.lower())
+        words = split_words(query.lower())
         # Okapi's idf is zero or negative for a word in half of the documents, so a match is not a positive score
         matches = np.array([any(word in counts for word in words) for counts in self._okapi.doc_freqs])
         return np.asarray(self._okapi.get_scores(words)), matches

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..support.files import replace_file
-from .base import Passage, RetrievalError, Retriever, check_k
-from .corpus import parse_passage
+from .base import Passage, Retriever
+from .passages import read_passage
+from .results import Outcome, all_results, read_arguments, search_each
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
@@ -78,21 +79,25 @@ class CachedRetriever:
         Returns:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
-        check_k(k)
-        known = {query: self._find(query, k) for query in dict.fromkeys(queries)}
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int) -> list[Outcome]:
+        known: dict[str, list[Passage] | None] = {query: self._find(query, k) for query in dict.fromkeys(queries)}
         unknown = [query for query, passages in known.items() if passages is None]
         self.hits += len(known) - len(unknown)
+        self.misses += len(unknown)
+        failed: dict[str, Exception] = {}
         if unknown:
-            self.misses += len(unknown)
-            results = self.retriever.search(unknown, k)
-            if len(results) != len(unknown):  # a cached error would stay
-                raise RetrievalError(f"asked for {len(unknown)} queries, got {len(results)} results", "reply")
-            for query, found in zip(unknown, results, strict=True):
-                known[query] = found
-                self._keep_on_disk(query, k, found)
+            for query, outcome in zip(unknown, search_each(self.retriever, unknown, k), strict=True):
+                if isinstance(outcome, Exception):  # a cached failure would stay
+                    failed[query] = outcome
+                else:
+                    known[query] = outcome
+                    self._keep_on_disk(query, k, outcome)
         for query, passages in known.items():
-            self._keep_in_memory(query, k, passages or [])
-        return [list(known[query] or []) for query in queries]
+            if passages is not None:
+                self._keep_in_memory(query, k, passages)
+        return [failed[query] if query in failed else list(known[query] or []) for query in queries]
 
     def _find(self, query: str, k: int) -> list[Passage] | None:
         passages = self._memory.get((query, k))
@@ -102,9 +107,7 @@ class CachedRetriever:
             record = json.loads(self._file(query, k).read_bytes())
             if record["query"] != query or not isinstance(record["passages"], list):
                 raise ValueError("its content is not that of a cached query")
-            return [
-                parse_passage(passage, "a passage", score=float(passage["score"])) for passage in record["passages"]
-            ]
+            return [read_passage(passage, "a passage") for passage in record["passages"]]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:

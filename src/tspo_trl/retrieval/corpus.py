@@ -1,21 +1,43 @@
-"""Corpora: JSONL files of passages, read into memory or mapped into it."""
+"""Corpora: files of passages, read into memory or mapped into it."""
 
+import csv
+import gzip
 import hashlib
 import json
 import mmap
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, cast, overload
 
 import numpy as np
 
 from .base import Passage
+from .passages import TEXT_KEYS, read_passage
+
+_OTHER_FORMATS = {
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ",
+    "Zstandard": b"(\xb5/\xfd",
+    "zip": b"PK\x03\x04",
+    "Parquet": b"PAR1",
+}
 
 
 def iter_corpus(path: str | Path) -> Iterator[Passage]:
     """
-    Read a JSONL corpus, one passage a line: `{"id", "title", "text"}`, or `{"id", "contents"}` with the title on the
-    first line of `contents` (quotes around it are removed), as in the corpora of FlashRAG and Search-R1.
+    Read a corpus file in one of its published forms, plain or compressed with gzip.
+
+    - JSONL: one passage a line, for instance `{"id", "title", "text"}`, `{"_id", "title", "text"}` (BEIR) or `{"id",
+      "contents"}` with the title on the first line of `contents`, as in the corpora of FlashRAG and Search-R1. See
+      [`read_passage`] for all names.
+    - JSON: a list of such objects.
+    - TSV or CSV with the names of the columns on the first line, for instance `id`, `text` and `title`, as in the corpus
+      of DPR. Texts with quotes are quoted.
+
+    A passage without an id gets the number of its line or item, from 0.
 
     Args:
         path (`str` or `Path`):
@@ -26,60 +48,123 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
 
     Raises:
         `FileNotFoundError`: If there is no such file.
-        `ValueError`: If a line is not such a JSON object (the message names file, line and what was found), or if the
-            file has no passages at all.
+        `ValueError`: If a line is not a passage (the message names file, line and the type found), or if the file has no
+            passages, is damaged or has another form.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"The corpus file {str(path)!r} does not exist.")
+        raise FileNotFoundError(
+            f"The corpus {str(path)!r} is a folder: name a file in it."
+            if path.is_dir()
+            else f"The corpus file {str(path)!r} does not exist."
+        )
     empty = True
-    with path.open("rb") as file:  # decoded line by line, so that an error can name its line
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _parse_line(line, f"{path}, line {number}", default_id=str(number - 1))
+    try:
+        with _open_corpus(path) as file:
+            for record, where, default_id in _read_records(file, path):
+                yield read_passage(record, where, default_id=default_id, score=0.0)
                 empty = False
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"The corpus file {str(path)!r} is damaged or incomplete: {error}") from error
     if empty:
         raise ValueError(f"The corpus file {str(path)!r} has no passages.")
 
 
 def load_corpus(path: str | Path) -> list[Passage]:
-    """Read a whole JSONL corpus into memory. See [`iter_corpus`] for the format and the errors."""
+    """Read a whole corpus file into memory. See [`iter_corpus`] for its forms and the errors."""
     return list(iter_corpus(path))
 
 
-def parse_passage(record: Any, where: str, *, default_id: str = "", score: float = 0.0) -> Passage:
-    """
-    Read a passage in one of the formats of [`iter_corpus`].
+@contextmanager
+def _open_corpus(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a corpus file, decompressed."""
+    with path.open("rb") as file:
+        start = file.peek(8)
+        for name, magic in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise ValueError(
+                    f"The corpus file {str(path)!r} is in the format {name}, which cannot be read: convert it to JSONL."
+                )
+        if start.startswith(b"\x1f\x8b"):
+            with gzip.open(file) as content:
+                yield cast(IO[bytes], content)
+        else:
+            yield file
 
-    Args:
-        record (`dict`):
-            The decoded JSON.
-        where (`str`):
-            Name of its place in error messages.
-        default_id (`str`, *optional*, defaults to `""`):
-            Id of a passage that has none.
-        score (`float`, *optional*, defaults to `0.0`):
-            Score of the passage.
 
-    Raises:
-        `ValueError`: If the record is not a passage.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}.")
-    if isinstance(record.get("text"), str):
-        title, text = record.get("title", ""), record["text"]
-    elif isinstance(record.get("contents"), str):
-        title, _, text = record["contents"].partition("\n")
-        title = title.strip().strip('"')
+def _read_records(file: IO[bytes], path: Path) -> Iterator[tuple[Any, str, str]]:
+    """The records of a corpus, the names of their places, and their default ids."""
+    number, first = 0, b""
+    while not first.strip():  # the first line with content tells the form
+        number, first = number + 1, file.readline()
+        if not first:
+            return
+        first = first.removeprefix(b"\xef\xbb\xbf") if number == 1 else first
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if first.lstrip().startswith(b"["):
+        yield from _read_json(b"\n" * (number - 1) + first + file.read(), path)
+    elif not first.lstrip().startswith(b"{") and (suffix in (".tsv", ".csv") or b"\t" in first):
+        yield from _read_table(_decode(chain([first], file), path, number), path, number, suffix)
     else:
+        for i, line in enumerate(chain([first], file), start=number):
+            if line.strip():
+                where = f"{path}, line {i}"
+                yield _parse_line(line, where), where, str(i - 1)
+
+
+def _parse_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = line.strip()[:80].decode("utf-8", errors="replace")
+        raise ValueError(f"{where}: not valid JSON ({error}). Found: {found!r}") from error
+
+
+def _read_json(content: bytes, path: Path) -> Iterator[tuple[Any, str, str]]:
+    """The records of a JSON list."""
+    try:
+        records = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not valid JSON ({error}).") from error
+    for number, record in enumerate(records):
+        yield record, f"{path}, item {number}", str(number)
+
+
+def _decode(lines: Iterable[bytes], path: Path, first: int) -> Iterator[str]:
+    for number, line in enumerate(lines, start=first):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 ({error}).") from error
+
+
+def _read_table(lines: Iterator[str], path: Path, first: int, suffix: str) -> Iterator[tuple[Any, str, str]]:
+    """The records of a table, whose first line has the names of the columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a text may be long
+    reader = csv.reader(lines, delimiter="," if suffix == ".csv" else "\t", strict=True)
+    header: list[str] = []
+    count = 0
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num + first - 1}"
+            if not header:
+                header = [name.strip().lower() for name in row]
+                if not set(header) & set(TEXT_KEYS):
+                    raise ValueError(
+                        f'{where}: expected JSON, or the names of columns such as "id", "text" and "title". '
+                        f"Found: {str(row)[:200]}"
+                    )
+            elif row:
+                if len(row) != len(header):
+                    raise ValueError(f"{where}: expected {len(header)} columns {header}, found {len(row)}.")
+                yield dict(zip(header, row, strict=True)), where, str(count)
+                count += 1
+    except csv.Error as error:
         raise ValueError(
-            f'{where}: expected a string under "text" (with "title") or under "contents", found the keys '
-            f"{sorted(record)}."
-        )
-    if not isinstance(title, str):
-        raise ValueError(f'{where}: expected a string under "title", found {type(title).__name__}.')
-    identifier = default_id if record.get("id") is None else str(record["id"])
-    return Passage(id=identifier, title=title, text=text, score=score)
+            f"{path}, line {reader.line_num + first - 1}: not a valid table ({error}). A text that contains quotes must "
+            "be quoted, with its quotes doubled."
+        ) from error
 
 
 def corpus_fingerprint(passages: Iterable[Passage]) -> str:
@@ -153,12 +238,3 @@ class PassageFile(Sequence[Passage]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
         return Passage(**json.loads(self._texts[self._offsets[i] : self._offsets[i + 1]]))
-
-
-def _parse_line(line: bytes, where: str, default_id: str) -> Passage:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        found = line.strip()[:80].decode("utf-8", errors="replace")
-        raise ValueError(f"{where}: not valid JSON ({error}). Found: {found!r}") from error
-    return parse_passage(record, where, default_id=default_id)

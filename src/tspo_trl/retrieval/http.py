@@ -7,17 +7,18 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
-from typing import Any
 
 import httpx2
 
+from ..support.http import check_proxies, describe_reply, open_client
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
-from .base import FailureKind, Passage, RetrievalError, check_k
-from .corpus import parse_passage
+from .base import FailureKind, Passage, RetrievalError
+from .results import Outcome, all_results, read_arguments, read_results
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
+_REFUSED_CONTENT = frozenset({400, 413, 422})  # statuses that may be the fault of one of several queries
+_STUBBORN = 5  # attempts after which a query that fails on a server that answers others is given up
 
 
 class HTTPRetriever:
@@ -29,8 +30,12 @@ class HTTPRetriever:
     A request is sent again after temporary failures: a timeout, a refused or broken connection, an HTTP status 408, 425,
     429 or 5xx, and a reply that is not JSON or has the wrong number of results. Delays between requests double up to 5
     seconds and are drawn at random; the server can ask for longer ones with a `Retry-After` header. When `total_timeout`
-    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error is
-    raised at once. Idle connections are kept for the next call.
+    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error and
+    a reply without passages are permanent failures, which are not repeated. Idle connections are kept for the next call.
+
+    In training, a malformed passage only fails the search that found it. If the server refuses the content of a request
+    (400, 413 or 422), or answers it several times with 500 or a wrong reply, its queries are sent in smaller requests. So
+    only the queries which cause the failure fail, and not all of a batch.
 
     Args:
         url (`str`):
@@ -51,7 +56,8 @@ class HTTPRetriever:
         retries (`int`): Number of requests sent again so far.
 
     Raises:
-        `ValueError`: If an argument is out of range, or if the URL is not an HTTP URL.
+        `ValueError`: If an argument is out of range, if the URL is not an HTTP URL, or if an environment variable names a
+            proxy that cannot be used.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class HTTPRetriever:
                 raise ValueError(f"`headers`: the value of {name!r} must be printable ASCII, without a line feed.")
         self._address = parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
         self.url = str(self._address.copy_with(username=None, password=None))  # messages must not show the password
+        check_proxies(self.url)
         self.timeout = timeout
         self.total_timeout = total_timeout
         self.batch_size = batch_size
@@ -114,11 +121,13 @@ class HTTPRetriever:
         Raises:
             [`RetrievalError`]: If the server did not answer within `total_timeout`, or if it refused the request.
         """
-        check_k(k)
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int, total_timeout: float | None = None) -> list[Outcome]:
         if not queries:
             return []
         loop = self._event_loop()
-        call = asyncio.run_coroutine_threadsafe(self._search(list(queries), k), loop)
+        call = asyncio.run_coroutine_threadsafe(self._search(queries, k, total_timeout or self.total_timeout), loop)
         try:
             return call.result()
         finally:
@@ -128,12 +137,14 @@ class HTTPRetriever:
         """An event loop in a separate thread, because notebooks already run a loop in theirs."""
         with self._opening:
             if self._process != os.getpid():  # threads and connections do not survive a fork
-                self._client = httpx2.AsyncClient(
+                self._client = open_client(
+                    httpx2.AsyncClient,
+                    self.url,
                     headers=self.headers,
                     timeout=None,  # a timeout per read or write does not limit the whole request
                     limits=httpx2.Limits(max_connections=self.max_connections, keepalive_expiry=60.0),
-                    trust_env=not _is_loopback(self._address.host),  # a proxy cannot reach this machine's loopback
                 )
+                self._last_success = -float("inf")
                 self._slots = asyncio.Semaphore(self.max_connections)
                 self._loop = loop = asyncio.new_event_loop()
                 threading.Thread(target=loop.run_forever, name=repr(self), daemon=True).start()
@@ -141,27 +152,38 @@ class HTTPRetriever:
                 self._process = os.getpid()
             return self._loop
 
-    async def _search(self, queries: list[str], k: int) -> list[list[Passage]]:
+    async def _search(self, queries: list[str], k: int, total_timeout: float) -> list[Outcome]:
         """Search in batches that are requested concurrently."""
-        deadline = self._loop.time() + self.total_timeout
+        deadline = self._loop.time() + total_timeout
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
-        tasks = [asyncio.ensure_future(self._search_batch(batch, k, deadline)) for batch in batches]
-        try:
-            return [passages for results in await asyncio.gather(*tasks) for passages in results]
-        finally:
-            for task in tasks:  # the first failure ends the call
-                task.cancel()
+        return await self._search_batches(batches, k, deadline)
 
-    async def _search_batch(self, queries: list[str], k: int, deadline: float) -> list[list[Passage]]:
-        """Send a request until it succeeds, fails permanently, or the deadline passes."""
-        attempt = 0
+    async def _search_batches(self, batches: list[list[str]], k: int, deadline: float) -> list[Outcome]:
+        results = await asyncio.gather(*(self._search_batch(batch, k, deadline) for batch in batches))
+        return [outcome for outcomes in results for outcome in outcomes]
+
+    async def _search_halves(self, queries: list[str], k: int, deadline: float) -> list[Outcome]:
+        """Search for the two halves of a batch, of which only one may contain the cause of a failure."""
+        middle = len(queries) // 2
+        halves = (queries[:middle], queries[middle:])
+        results = await asyncio.gather(*(self._search_batch(half, k, deadline, attempts=2) for half in halves))
+        return [outcome for outcomes in results for outcome in outcomes]
+
+    async def _search_batch(self, queries: list[str], k: int, deadline: float, *, attempts: int = 3) -> list[Outcome]:
+        """
+        Send a request until it succeeds, fails permanently, or the deadline passes. After this number of attempts, a
+        failure that may be the fault of one query is searched for in each half of the batch.
+        """
+        attempt, start = 0, self._loop.time()
         failure: _Failure | None = None
         while True:
             attempt += 1
             async with self._slots:
                 left = max(deadline - self._loop.time(), 0.0)
                 try:
-                    return await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
+                    outcomes = await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
+                    self._last_success = self._loop.time()
+                    return outcomes
                 except (TimeoutError, asyncio.TimeoutError):
                     # If the request had less time than `timeout`, the failure before it says more
                     if failure is None or left >= self.timeout:
@@ -174,17 +196,21 @@ class HTTPRetriever:
                     failure = error
             delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
             now = self._loop.time()
-            if failure.final or now + delay >= deadline:
+            ended = failure.final or now + delay >= deadline
+            # A failed program of the server (500) or a wrong reply may be the fault of one query
+            suspicious = not ended and (failure.kind == "reply" or failure.status == 500)
+            if len(queries) > 1 and (failure.status in _REFUSED_CONTENT or (suspicious and attempt >= attempts)):
+                return await self._search_halves(queries, k, deadline)
+            if ended or (suspicious and attempt >= _STUBBORN and self._last_success > start):
                 times = "once" if attempt == 1 else f"{attempt} times"
-                raise RetrievalError(
-                    f"A request to the retrieval server {self.url} failed {times}. {failure}", failure.kind
-                ) from failure
+                message = f"A request to the retrieval server {self.url} failed {times}. {failure}"
+                return [RetrievalError(message, failure.kind, permanent=failure.final)] * len(queries)
             if attempt == 1:
                 logger.warning("%r failed, trying again for up to %.0f s: %s", self, deadline - now, failure)
             self.retries += 1
             await asyncio.sleep(delay)
 
-    async def _request(self, queries: list[str], k: int) -> list[list[Passage]]:
+    async def _request(self, queries: list[str], k: int) -> list[Outcome]:
         """Send one request and read its reply."""
         body = {"queries": queries, "topk": k, "return_scores": True}
         content = json.dumps(body).encode()  # escapes lone surrogates, which UTF-8 cannot encode
@@ -193,47 +219,40 @@ class HTTPRetriever:
             status = response.status_code
             raise _Failure(
                 "status",
-                f"HTTP {status} {response.reason_phrase}: {response.content[:300].decode(errors='replace')}",
+                describe_reply(response),
+                status=status,
                 final=not is_temporary(status),
                 retry_after=retry_after_seconds(response.headers.get("retry-after")),
             )
         try:
-            return _read_reply(response.json(), len(queries), k)
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise _Failure("reply", f"Its reply does not match the request: {error}") from error
+            reply = response.json()
+        except (ValueError, RecursionError) as error:  # for instance a page of a proxy
+            raise _Failure("reply", f"Its reply is not JSON: {error}") from error
+        results = reply.get("result") if isinstance(reply, dict) else None
+        if not isinstance(results, list):
+            message = (
+                f'Its reply does not match: expected an object with a list under "result", found {str(reply)[:200]!r}'
+            )
+            raise _Failure("reply", message, final=True)
+        try:
+            return read_results(results, queries, k, f"The retrieval server {self.url}")
+        except RetrievalError as error:
+            # Too few or too many lists may be temporary: a server that is still loading may have no results yet
+            final = not all(isinstance(result, list) for result in results)
+            raise _Failure("reply", str(error), final=final) from error
 
 
 class _Failure(Exception):
-    """A failed request: its kind, whether the failure is final, and the seconds that the server asks to wait."""
+    """A failed request: its kind and status, whether it is final, and the seconds that the server asks to wait."""
 
-    def __init__(self, kind: FailureKind, message: str, *, final: bool = False, retry_after: float = 0.0):
+    def __init__(
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        status: int | None = None,
+        final: bool = False,
+        retry_after: float = 0.0,
+    ):
         super().__init__(message)
-        self.kind, self.final, self.retry_after = kind, final, retry_after
-
-
-def _read_reply(reply: Any, num_queries: int, k: int) -> list[list[Passage]]:
-    """The passages for each query. Raises `ValueError` if the reply has another form."""
-    results = reply.get("result") if isinstance(reply, dict) else None
-    if not isinstance(results, list):
-        raise ValueError(f'expected an object with a list under "result", found {str(reply)[:200]!r}')
-    if len(results) != num_queries:
-        raise ValueError(f"asked for {num_queries} queries, got {len(results)} results")
-    if not all(isinstance(items, list) for items in results):
-        raise ValueError("expected a list of passages for each query")
-    return [[_read_passage(item) for item in items[:k]] for items in results]
-
-
-def _read_passage(item: Any) -> Passage:
-    """A passage in the form of Search-R1 (with a score), or without a score."""
-    scored = isinstance(item, dict) and "document" in item
-    score = item.get("score", 0.0) if scored else 0.0
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise ValueError(f'expected a number under "score", found {type(score).__name__}')
-    return parse_passage(item["document"] if scored else item, "a passage of the reply", score=float(score))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        self.kind, self.status, self.final, self.retry_after = kind, status, final, retry_after

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .base import FAILURE_KINDS, Passage, RetrievalError, RetrievalLogError, Retriever, check_k, failure_kind
+from .base import FAILURE_KINDS, Passage, RetrievalError, RetrievalLogError, Retriever, failure_kind
+from .results import Outcome, all_results, read_arguments, search_each
 
 
 class LoggedRetriever:
@@ -61,6 +62,11 @@ class LoggedRetriever:
     def __repr__(self) -> str:
         return f"LoggedRetriever({str(self.folder)!r})" if self.retriever is None else repr(self.retriever)
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the log has the passages of any query."""
+        return bool(self._found)
+
     def begin(self, phase: str) -> None:
         """
         Start a phase of the run. Calls are counted from the start of a phase, so that a failure is repeated at the same
@@ -90,44 +96,57 @@ class LoggedRetriever:
             [`RetrievalError`]: Without a retriever, if a query failed in this call of the logged run.
             [`RetrievalLogError`]: Without a retriever, if a query is not in the log.
         """
-        check_k(k)
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int) -> list[Outcome]:
         if self.retriever is None:
-            self._fail_as_logged(queries, k)
-        elif unknown := [query for query in dict.fromkeys(queries) if (query, k) not in self._found]:
-            self._search_and_log(self.retriever, unknown, k)
+            failed = self._find_failures(queries, k)
+        else:
+            self._replace_failures(queries, k)
+            unknown = [query for query in dict.fromkeys(queries) if (query, k) not in self._found]
+            failed = self._search_and_log(self.retriever, unknown, k) if unknown else {}
         self._calls += 1
-        return [self._read_passages(query, k) for query in queries]
+        return [failed[query] if query in failed else self._read_passages(query, k) for query in queries]
 
     def _read_passages(self, query: str, k: int) -> list[Passage]:
         file, offset = self._found[query, k]
         file.seek(offset)
         return [Passage(**passage) for passage in json.loads(file.readline())["passages"]]
 
-    def _fail_as_logged(self, queries: Sequence[str], k: int) -> None:
+    def _find_failures(self, queries: Sequence[str], k: int) -> dict[str, Exception]:
+        """The queries that failed in this call of the logged run."""
+        failed: dict[str, Exception] = {}
         for query in queries:
             if error := self._failed.get((self._phase, self._calls, query, k)):
-                self._calls += 1
-                raise error
-            if (query, k) not in self._found:
+                failed[query] = error
+            elif (query, k) not in self._found:
                 raise RetrievalLogError(
                     f"The query {query!r} (k={k}) is not in the retrieval log {str(self.folder)!r}: this run differs from "
                     "the logged one, or is longer. Repeat it with the same configuration, seed and software, or give a "
                     "retriever."
                 )
+        return failed
 
-    def _search_and_log(self, retriever: Retriever, queries: list[str], k: int) -> None:
-        try:
-            results = retriever.search(queries, k)
-            if len(results) != len(queries):
-                raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results", "reply")
-        except Exception as error:
-            for query in queries:
-                self._append(query, k, {"failure": failure_kind(error), "message": str(error)})
-            self._calls += 1
-            raise
-        for query, passages in zip(queries, results, strict=True):
-            offset = self._append(query, k, {"passages": [asdict(passage) for passage in passages]})
-            self._found[query, k] = (self._reader, offset)
+    def _replace_failures(self, queries: Sequence[str], k: int) -> None:
+        """Log known queries again that failed in this call before a restart. A repeated run must not fail there."""
+        for query in queries:
+            place = (self._phase, self._calls, query, k)
+            if (query, k) in self._found and place in self._failed:
+                del self._failed[place]
+                passages = self._read_passages(query, k)
+                self._append(query, k, {"passages": [asdict(passage) for passage in passages]})
+
+    def _search_and_log(self, retriever: Retriever, queries: list[str], k: int) -> dict[str, Exception]:
+        """Search for queries that are not in the log, and add them to it. Returns the failed ones."""
+        failed: dict[str, Exception] = {}
+        for query, outcome in zip(queries, search_each(retriever, queries, k), strict=True):
+            if isinstance(outcome, Exception):
+                failed[query] = outcome
+                self._append(query, k, {"failure": failure_kind(outcome), "message": str(outcome)})
+            else:
+                offset = self._append(query, k, {"passages": [asdict(passage) for passage in outcome]})
+                self._found[query, k] = (self._reader, offset)
+        return failed
 
     def _append(self, query: str, k: int, outcome: dict[str, Any]) -> int:
         """Append a line to the log, and return its offset in bytes."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from .base import Passage, RetrievalError, check_k
-from .corpus import iter_corpus, parse_passage
+from .base import Passage, RetrievalError
+from .corpus import iter_corpus
+from .passages import read_passage, read_passages
+from .results import Outcome, all_results, read_arguments
 
 T = TypeVar("T")
 
@@ -91,9 +93,11 @@ class LuceneRetriever:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
 
         Raises:
-            [`RetrievalError`]: If Java fails.
+            [`RetrievalError`]: If Java fails, or if a document of the index is malformed.
         """
-        check_k(k)
+        return all_results(self._search_each(*read_arguments(queries, k)))
+
+    def _search_each(self, queries: list[str], k: int) -> list[Outcome]:
         return _in_java(self._search, queries, k) if queries else []
 
     def _open(self) -> None:
@@ -114,7 +118,7 @@ class LuceneRetriever:
             raise ValueError(f"The Lucene index in {str(folder)!r} has no documents.")
         self._passage(self._searcher.doc(0), 0.0)  # an index without texts is an error now, not in a rollout
 
-    def _search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
+    def _search(self, queries: Sequence[str], k: int) -> list[Outcome]:
         array_list = _start_java()("java.util.ArrayList")
         texts, names = array_list(), array_list()
         for number, query in enumerate(queries):
@@ -125,7 +129,14 @@ class LuceneRetriever:
             hits = [results.get(str(number)) for number in range(len(queries))]
         except Exception as error:
             raise RetrievalError(f"{self!r} could not search: {getattr(error, 'innermessage', error)}") from error
-        return [[self._passage(hit.lucene_document, hit.score) for hit in found] for found in hits]
+        return [self._read_hits(found) for found in hits]
+
+    def _read_hits(self, hits: Any) -> Outcome:
+        """The passages of one query, or why they cannot be read."""
+        try:
+            return [self._passage(hit.lucene_document, hit.score) for hit in hits]
+        except ValueError as error:
+            return RetrievalError(str(error), "reply", permanent=True)
 
     def _passage(self, document: Any, score: float) -> Passage:
         docid, raw = document.get("id"), document.get("raw")
@@ -140,7 +151,7 @@ class LuceneRetriever:
             record = None
         if not isinstance(record, dict):  # a collection of plain text
             return Passage(id=docid, title="", text=raw, score=score)
-        return parse_passage(record, f"{self!r}, document {docid!r}", default_id=docid, score=score)
+        return read_passage(record, f"{self!r}, document {docid!r}", default_id=docid, score=score)
 
 
 def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, threads: int = 1) -> None:
@@ -167,7 +178,7 @@ def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, 
         raise ValueError(f"`threads` must be at least 1, got {threads}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"`folder` must be a new or empty folder, {str(folder)!r} is not.")
-    documents = _documents(iter_corpus(corpus) if isinstance(corpus, str | Path) else corpus)
+    documents = _documents(iter_corpus(corpus) if isinstance(corpus, str | Path) else read_passages(corpus, "corpus"))
     failure = f"Lucene cannot write an index for {str(folder)!r}: a full disk, or an id of more than 32766 bytes?"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:

@@ -14,7 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, StrictStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .base import Passage, RetrievalError, Retriever
+from .base import Passage, Retriever, failure_kind
+from .results import search_queries
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def create_app(
 
     A bad request is answered with 422 (400 for an empty `query` of `/search`, 413 for a body that is too large) and one
     sentence in `detail`. While the retriever is being opened, every search is answered with 503; if it cannot be opened
-    or a search fails, with 500.
+    or a search fails, with 500. If the retriever returns malformed passages for some queries of `/retrieve`, their results
+    are `null`.
 
     Args:
         open_retriever (`Callable[[], Retriever]`):
@@ -114,7 +116,11 @@ def create_app(
         queries = body.queries or [] if body.query is None else [body.query]
         encode = _documents_with_scores if body.return_scores else _documents
         return await service.search(
-            http, queries, body.topk, lambda results: {"result": [encode(found) for found in results]}
+            http,
+            queries,
+            body.topk,
+            lambda results: {"result": [None if found is None else encode(found) for found in results]},
+            partial=True,
         )
 
     @app.post("/search")
@@ -200,19 +206,32 @@ class _Service:
         return self._opening.result()
 
     async def search(
-        self, http: Request, queries: Sequence[str], k: int | None, encode: Callable[[list[list[Passage]]], Any]
+        self,
+        http: Request,
+        queries: Sequence[str],
+        k: int | None,
+        encode: Callable[[list[Any]], Any],
+        *,
+        partial: bool = False,
     ) -> Response:
-        """Search for the queries of a request, and encode the passages as its dialect does."""
+        """
+        Search for the queries of a request, and encode the passages as its dialect does. With `partial`, `None` stands for
+        malformed passages of a query.
+        """
         k = self._topk if k is None else k
         check_request(queries, k, self._limits)
         retriever = self.retriever()
 
         def answer() -> str:
-            results = retriever.search(queries, k)
-            if len(results) != len(queries):
-                raise RetrievalError(f"asked for {len(queries)} queries, got {len(results)} results")
+            results: list[Any] = search_queries(retriever, queries, k)
+            failed = [outcome for outcome in results if isinstance(outcome, Exception)]
+            if failed and partial and all(failure_kind(error) == "reply" for error in failed):
+                logger.error("The retriever failed for %d of %d queries: %s", len(failed), len(queries), failed[0])
+                results = [None if isinstance(outcome, Exception) else outcome for outcome in results]
+            elif failed:
+                raise failed[0]
             # `json.dumps` escapes lone surrogates, which a corpus may contain and UTF-8 cannot encode
-            return json.dumps(encode(results), default=float)
+            return json.dumps(encode(results))
 
         async with self._turn:
             if await http.is_disconnected():  # the client has already repeated its request

@@ -8,7 +8,7 @@ from dataclasses import fields
 from math import isnan
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .._version import __version__
 from ..support.files import replace_file
@@ -265,14 +265,15 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """
-    Read rollouts. Lines that are not rollouts are skipped and reported.
+    Read rollouts. Lines that are not rollouts are skipped and reported. If the folder was used by several runs, all are
+    read, and the beginning of each later run is reported.
 
     Args:
         path (`str` or `Path`):
             A file that [`append_rollouts`] wrote, the folder `trajectories` of a run, or the folder of the run.
         on_problem (`Callable[[str], None]`, *optional*):
-            Called for each line that cannot be read, with a message that has file, line number and reason. By default, a
-            warning is issued.
+            Called with a message that has file, line number and reason: for each line that cannot be read, and for the
+            first line of another run. By default, a warning is issued.
 
     Yields:
         `dict`: The records, with a [`Trajectory`] under `"trajectory"`.
@@ -282,17 +283,24 @@ def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None 
     """
     path = Path(path)
     report = on_problem or (lambda message: warnings.warn(message, stacklevel=3))
+    last_steps: dict[Path, int] = {}  # by log: a folder has one for each process
     for file_path in find_logs(path) if path.is_dir() else [path]:
         with file_path.open("rb") as file:
-            yield from _read_lines(file, str(file_path), report)
-
-
-def _read_lines(file: BinaryIO, name: str, report: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        try:
-            yield parse_rollout(line)
-        except ValueError as error:
-            report(f"{name}, line {number}: {error}")
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = parse_rollout(line)
+                except ValueError as error:
+                    report(f"{file_path}, line {number}: {error}")
+                    continue
+                step, log = record.get("step"), _first_file(file_path)
+                if isinstance(step, int):
+                    if step < last_steps.get(log, step):
+                        report(
+                            f"{file_path}, line {number}: another run begins here (step {step} after step "
+                            f"{last_steps[log]}). The folder was used twice; all runs are read."
+                        )
+                    last_steps[log] = step
+                yield record
 
 
 def parse_rollout(line: bytes) -> dict[str, Any]:

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..engines.base import Engine
-from ..retrieval.base import Passage, RetrievalError, RetrievalLogError, Retriever, failure_kind
+from ..retrieval.base import Passage, Retriever, failure_kind
+from ..retrieval.results import Outcome, search_each
 from .limits import SearchLimits
 from .protocol import SearchProtocol
 from .stats import RolloutStats
@@ -39,8 +40,7 @@ class _OpenRollout:
 class _SearchReply:
     """The result of a call of the retriever."""
 
-    results: list[list[Passage]]
-    error: Exception | None
+    outcomes: list[Outcome]  # of each query
     seconds: float
 
 
@@ -239,38 +239,33 @@ class SearchLoop:
 
     def _retrieve(self, queries: list[str]) -> _SearchReply:
         start = time.perf_counter()
-        results: list[list[Passage]] = []
-        failure: Exception | None = None
-        try:
-            found = self.retriever.search(queries, self.limits.num_passages)
-            if len(found) != len(queries):
-                raise RetrievalError(f"asked for {len(queries)} queries, got {len(found)} results", "reply")
-            # Scores of NumPy would have another type after they are logged and read
-            results = [
-                [replace(p, score=float(p.score)) for p in passages[: self.limits.num_passages]] for passages in found
-            ]
-        except RetrievalLogError:
-            raise
-        except Exception as error:  # an error of a retriever must not lose the rollouts of this step
-            failure = error
-            logger.warning("%r failed to search: %r", self.retriever, error)
-        return _SearchReply(results, failure, time.perf_counter() - start)
+        outcomes = search_each(self.retriever, queries, self.limits.num_passages)
+        if failures := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            count = f" for {len(failures)} of {len(queries)} queries" if len(failures) < len(queries) else ""
+            logger.warning("%r failed to search%s: %r", self.retriever, count, failures[0])
+        return _SearchReply(outcomes, time.perf_counter() - start)
 
     def _finish(self, search: _Search, found: dict[str, list[Passage]], stats: RolloutStats) -> list[_OpenRollout]:
         """Wait for a search and keep the passages found; return the rollouts that continue."""
         reply = search.reply.result()
         stats.latencies.append(reply.seconds)
         stats.queries += len(search.queries)
-        if reply.error is None:
-            found.update(zip(search.queries, reply.results, strict=True))
-            return search.items
-        stats.error = reply.error
-        failure = failure_kind(reply.error)
-        stats.failed_searches[failure] += len(search.items)
+        failed: dict[str, Exception] = {}
+        for query, outcome in zip(search.queries, reply.outcomes, strict=True):
+            if isinstance(outcome, Exception):  # a failed search must not lose the other rollouts
+                failed[query] = stats.error = outcome
+            else:
+                found[query] = outcome
+        items = []
         for item in search.items:
+            if item.query not in failed:
+                items.append(item)
+                continue
+            failure = failure_kind(failed[item.query])
+            stats.failed_searches[failure] += 1
             item.trajectory.turns[-1].retrieval = "timeout" if failure == "timeout" else "error"
             item.trajectory.status = "retrieval_failed"
-        return []
+        return items
 
     def _observe(self, item: _OpenRollout, passages: list[Passage]) -> None:
         turn = item.trajectory.turns[-1]

@@ -20,6 +20,8 @@ from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, tu
 from ..engines.vllm import check_vllm
 from ..questions.check import check_columns
 from ..retrieval import Retriever
+from ..retrieval.probe import try_retriever
+from ..retrieval.results import check_retriever
 from ..rewards import exact_match_reward
 from ..rollout.facts import RolloutFacts, rollout_facts
 from ..rollout.limits import SearchLimits
@@ -84,8 +86,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. If `None`, the model is not wrapped.
         retriever ([`Retriever`], *optional*):
-            Retriever that executes the searches, for instance a [`BM25Retriever`]. It can be `None` only if the run is
-            repeated from its `retrieval_log`.
+            Retriever that executes the searches, for instance a [`BM25Retriever`]. One query is searched when the trainer
+            is created, so that mistakes are reported before training. It can be `None` only if the run is repeated from
+            its `retrieval_log`.
 
     Example:
 
@@ -157,6 +160,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         check_batches(args, train_dataset, eval_dataset)
         report_left_out(args, train_dataset)
         retrievers = RetrieverStack.build(retriever, args)
+        try_retriever(retrievers.retriever, args.num_passages)
 
         super().__init__(
             model=model,
@@ -454,11 +458,13 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
     """
     if not isinstance(args, TSPOConfig):
         raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
-    if not isinstance(retriever, Retriever) and (retriever is not None or args.retrieval_log is None):
+    if retriever is not None:
+        check_retriever(retriever)
+    elif args.retrieval_log is None:
         raise ValueError(
             "`retriever` must be an object with a method `search(queries, k)`, for instance "
-            f"`BM25Retriever.from_jsonl('corpus.jsonl')`, got {retriever!r}. Only a run that is repeated from its "
-            "`retrieval_log` needs none."
+            "`BM25Retriever.from_jsonl('corpus.jsonl')`, got None. Only a run that is repeated from its `retrieval_log` "
+            "needs none."
         )
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")

@@ -35,6 +35,14 @@ function number(value, digits = 2, sign = false) {
   return (value < 0 ? "−" : sign ? "+" : "") + text;
 }
 
+// A text of which the beginning and the end are kept, so that different answers look different
+function short(text, most = 60) {
+  const letters = [...text];
+  if (letters.length <= most) return text;
+  const end = Math.floor(most / 3);
+  return `${letters.slice(0, most - end - 1).join("")}…${letters.slice(-end).join("")}`;
+}
+
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
 // The colour of an advantage: how strong, and of which sign
@@ -95,6 +103,7 @@ const steps = () => index.modes[at.mode];
 const groups = () => steps()[at.step].groups;
 const group = () => groups()[at.group];
 const groupTexts = () => texts.modes[at.mode][at.step][at.group];
+const evaluated = () => at.mode === "eval"; // nothing is learned from these rollouts
 const bit = (name) => 1 << index.flags.indexOf(name);
 const dotClass = ([flags, outcome]) =>
   outcome === null ? "is-unscored" : flags & bit("correct") ? "is-correct" : flags & bit("near_miss") ? "is-near" : "";

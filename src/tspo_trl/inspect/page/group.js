@@ -58,6 +58,18 @@ function drawGroup() {
   );
   const sheet = el("div", { class: "sheet", tabindex: "-1" }, el("table", {}, el("thead", {}, head), el("tbody", {}, rows)));
   sheet.firstChild.style.setProperty("--columns", detail.rollouts.length);
+  // Rollouts that do not fit into the window, on the right or else on the left
+  const beyond = el("button", { class: "beyond", onclick: () => sheet.scrollBy({ left: Number(beyond.dataset.way) * sheet.clientWidth, behavior: "smooth" }) });
+  const tellBeyond = () => {
+    const [labels, ...columns] = sheet.querySelectorAll("thead th");
+    const [begin, end] = [sheet.scrollLeft + labels.offsetWidth, sheet.scrollLeft + sheet.clientWidth];
+    const right = columns.filter((th) => th.offsetLeft + th.offsetWidth - 8 > end).length;
+    const left = columns.filter((th) => th.offsetLeft + 8 < begin).length;
+    beyond.hidden = !right && !left;
+    beyond.dataset.way = right ? 1 : -1;
+    beyond.textContent = right ? `${plural(right, "more rollout")} →` : `← ${plural(left, "more rollout")}`;
+  };
+  sheet.addEventListener("scroll", tellBeyond);
   const scrolled = $("group").querySelector(".sheet")?.scrollLeft ?? 0;
   const same = $("group").dataset.key === `${at.mode} ${at.step} ${at.group}`;
   $("group").dataset.key = `${at.mode} ${at.step} ${at.group}`;
@@ -65,6 +77,7 @@ function drawGroup() {
     el("h2", {}, overview.question),
     golds,
     el("div", { class: "verdict" }, el("span", { class: `kind ${overview.kind}` }, KINDS[overview.kind]), el("p", {}, detail.why)),
+    beyond,
     sheet,
     legend(),
   );
@@ -75,6 +88,8 @@ function drawGroup() {
     if (left < sheet.scrollLeft) sheet.scrollLeft = left;
     if (right > sheet.scrollLeft + sheet.clientWidth) sheet.scrollLeft = right - sheet.clientWidth;
   }
+  tellBeyond();
+  new ResizeObserver(tellBeyond).observe(sheet);
 }
 
 function column([flags, outcome], rollout, r) {
@@ -82,7 +97,7 @@ function column([flags, outcome], rollout, r) {
     "button",
     { class: `column${matches(at.step, at.group, r) ? "" : " is-out"}`, "aria-current": String(r === at.rollout), onclick: () => go({ rollout: r }), title: rollout.answer ?? "no answer" },
     el("span", {}, dot([flags, outcome]), `${r + 1} · ${dotName([flags, outcome])}${Number.isInteger(outcome ?? 0) ? "" : ` ${number(outcome)}`}`),
-    el("em", {}, rollout.answer ?? rollout.status.replace("_", " ")),
+    el("em", {}, short(rollout.answer ?? rollout.status.replace("_", " "))),
   );
 }
 
@@ -95,7 +110,7 @@ function cell(rollout, r, k) {
     "button",
     { class: `cell${matches(at.step, at.group, r) ? "" : " is-out"}${r === at.rollout ? " is-here" : ""}`, title: turn.why.join("\n"), onclick: () => go({ rollout: r }, k) },
     el("i", {}, VERBS[turn.action] ?? turn.action),
-    el("em", {}, turn.content.trim() || turn.text.trim().slice(0, 60) || "–"),
+    el("em", {}, short(turn.content.trim() || turn.text.trim() || "–")),
     el("div", {}, el("span", { class: star ? "star" : null }, `r ${number(turn.reward)}`), el("b", {}, `A ${number(turn.advantage, 2, true)}`)),
   );
   return tint(node, turn.advantage);

@@ -15,7 +15,7 @@ function drawRollout() {
     el("h2", {}, `Rollout ${at.rollout + 1}`),
     el("span", { class: `badge ${dotClass(overview)}` }, name),
     STATUS[rollout.status] ? el("span", { class: "badge is-trouble" }, STATUS[rollout.status]) : null,
-    el("span", { class: "facts" }, `${rewards.join(" · ")} · ${plural(tokens[0], "token")} trained, ${tokens[1].toLocaleString("en")} only read`),
+    el("span", { class: "facts" }, `${rewards.join(" · ")} · ${plural(tokens[0], "token")} ${evaluated() ? "written" : "trained"}, ${tokens[1].toLocaleString("en")} ${evaluated() ? "read" : "only read"}`),
   );
   const prompt = detail.prompt ? el("details", { class: "prompt" }, el("summary", {}, "Prompt"), el("pre", {}, detail.prompt)) : "";
   $("rollout").replaceChildren(header, prompt, ...rollout.turns.map((turn, k) => drawTurn(detail, rollout, turn, k)));
@@ -64,7 +64,7 @@ function observation(detail, rollout, turn, k) {
     rollout.first === k || rollout.credited === k
       ? el("span", { class: "first" }, `golden answer first found here${rollout.credited === k && paid > 1e-6 ? `: ${number(paid, 2, true)}` : ""}`)
       : null;
-  const head = el("header", {}, el("b", {}, turn.passages ? "Passages" : "Hint"), first, el("span", {}, `read, not trained: ${plural(turn.tokens[1], "token")} masked`));
+  const head = el("header", {}, el("b", {}, turn.passages ? "Passages" : "Hint"), first, el("span", {}, evaluated() ? plural(turn.tokens[1], "token") : `read, not trained: ${plural(turn.tokens[1], "token")} masked`));
   const content = turn.passages
     ? turn.passages.map((passage, i) => {
         const [title, text] = texts.passages[passage];

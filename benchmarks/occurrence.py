@@ -1,0 +1,74 @@
+"""How long does it take to find golden answers in the passages of a training step? Prints a Markdown table. Needs no network.
+
+    python -m benchmarks.occurrence
+    python -m benchmarks.occurrence --rollouts 1024 --turns 4 --golds 8
+
+The passages are made of real sentences (the HotpotQA sample of the tests), and all of them differ. `first_occurrence` is called
+once per rollout, as in training. Answers are drawn from the same sample: in a hit, the last turn contains one of them.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+
+from tspo_trl.credit import first_occurrence
+from tspo_trl.retrieval.corpus import iter_corpus
+
+DATA = Path(__file__).parents[1] / "tests" / "data" / "hotpotqa"
+
+
+def make_rollouts(
+    rollouts: int, turns: int, passages: int, words: int, golds: int, hits: float, seed: int
+) -> list[tuple[list[str], list[str]]]:
+    """The passage texts of the turns of each rollout, and its golden answers."""
+    rng = random.Random(seed)
+    vocabulary = " ".join(passage.text for passage in iter_corpus(DATA / "passages.jsonl")).split()
+    lines = (DATA / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = sorted({answer for line in lines for answer in json.loads(line)["golden_answers"] if len(answer) > 3})
+
+    def text() -> str:
+        starts = [rng.randrange(len(vocabulary) - words) for _ in range(passages)]
+        return "\n".join(" ".join(vocabulary[start : start + words]) for start in starts)
+
+    made = []
+    for _ in range(rollouts):
+        texts, gold = [text() for _ in range(turns)], rng.sample(answers, golds)
+        if rng.random() < hits:
+            texts[-1] = f"{texts[-1]} {gold[-1]}."
+        made.append((texts, gold))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.occurrence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rollouts", type=int, default=512, help="rollouts of a step (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=4, help="turns with passages (default: %(default)s)")
+    parser.add_argument("--passages", type=int, default=3, help="passages of a turn (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=100, help="words of a passage (default: %(default)s)")
+    parser.add_argument("--golds", type=int, default=5, help="golden answers of a question (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("| rollouts with a hit | found | seconds per step |")
+    print("|---|---|---|")
+    for hits in (0.0, 0.5, 1.0):
+        seconds, found = [], 0
+        for repeat in range(args.repeats + 1):
+            rollouts = make_rollouts(
+                args.rollouts, args.turns, args.passages, args.words, args.golds, hits, args.seed + repeat
+            )
+            start = time.perf_counter()
+            found = sum(first_occurrence(texts, golds) is not None for texts, golds in rollouts)
+            seconds.append(time.perf_counter() - start)
+        print(f"| {hits:.0%} | {found / args.rollouts:.0%} | {statistics.median(seconds[1:]):.3f} |")
+
+
+if __name__ == "__main__":
+    main()

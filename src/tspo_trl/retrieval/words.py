@@ -1,0 +1,105 @@
+"""The words of passages and queries, by which BM25 finds passages."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import bm25s
+import regex
+import Stemmer
+from bm25s import stopwords
+
+from ..support.scripts import SPACELESS
+
+#: Changes whenever the same text gets other words, so that indexes and caches of an older version are not used.
+WORDS_VERSION = 2
+#: The languages that have a stemmer.
+LANGUAGES = tuple(name for name in Stemmer.algorithms() if name not in {"porter", "dutch_porter"})
+_STOP_WORDS: dict[str, Sequence[str]] = {
+    "english": stopwords.STOPWORDS_EN,
+    **{
+        name.removeprefix("STOPWORDS_").lower(): getattr(stopwords, name)
+        for name in dir(stopwords)
+        if name.startswith("STOPWORDS_") and name not in {"STOPWORDS_EN", "STOPWORDS_EN_PLUS"}
+    },
+}
+# A single letter after an apostrophe ("Austen's", "don't") is not a word; any other is ("R", "Apollo 9")
+_WORD = re.compile(r"\w\w+|(?<!')\w")
+_WORD_WITH_MARKS = regex.compile(r"[\w\p{M}]{2,}|(?<!['’])\w")
+_RUN = regex.compile(rf"[{SPACELESS}\p{{M}}]+|[^{SPACELESS}]+")
+_SPACELESS_CHARACTER = regex.compile(rf"[{SPACELESS}]")
+
+
+def check_language(language: Any) -> None:
+    """
+    Check the language of an index.
+
+    Args:
+        language (`str` or `None`):
+            The language.
+
+    Raises:
+        `ValueError`: If there is no stemmer for it.
+    """
+    if language is not None and language not in LANGUAGES:
+        raise ValueError(
+            f"`language` must be None (no stop words, no stemmer) or one of {', '.join(LANGUAGES)}; got {language!r}. "
+            "Chinese, Japanese, Thai and other scripts without spaces are indexed with every language."
+        )
+
+
+def split_words(text: str) -> list[str]:
+    """
+    Split a text into words. Scripts without spaces between words are split into pairs of characters, as in Lucene.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `list[str]`: The words as they are written.
+
+    Example:
+
+    ```python
+    >>> split_words("Jane Austen's R, 北京大学")
+    ['Jane', 'Austen', 'R', '北京', '京大', '大学']
+    ```
+    """
+    if text.isascii():
+        return _WORD.findall(text)
+    words: list[str] = []
+    for word in _WORD_WITH_MARKS.findall(unicodedata.normalize("NFKC", text)):
+        if not _SPACELESS_CHARACTER.search(word):
+            words.append(word)
+            continue
+        for run in _RUN.findall(word):
+            if len(run) > 1 and _SPACELESS_CHARACTER.search(run):
+                words += [run[i : i + 2] for i in range(len(run) - 1)]
+            else:
+                words.append(run)
+    return words
+
+
+def index_words(texts: Sequence[str], language: str | None) -> list[list[str]]:
+    """
+    The words of texts in lower case, without stop words, and stemmed.
+
+    Args:
+        texts (`Sequence[str]`):
+            N texts.
+        language (`str` or `None`):
+            The language of stop words and stemmer; `None` for neither.
+
+    Returns:
+        `list[list[str]]`: N lists of words.
+    """
+    return bm25s.tokenize(
+        [" ".join(split_words(text)) for text in texts],
+        token_pattern=r"\S+",
+        stopwords=list(_STOP_WORDS.get(language or "", ())),
+        stemmer=None if language is None else Stemmer.Stemmer(language),
+        return_ids=False,
+        show_progress=False,
+    )

@@ -1,0 +1,112 @@
+"""The words by which BM25 finds passages: one character, languages, scripts without spaces."""
+
+import logging
+import re
+
+import pytest
+
+from tspo_trl import BM25Retriever, Passage
+from tspo_trl.retrieval.words import index_words, split_words
+
+
+def passages(**texts):
+    return [Passage(id=name, title="", text=text) for name, text in texts.items()]
+
+
+def best(retriever, query):
+    (found,) = retriever.search([query], 1)
+    return found[0].id if found else None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("R is a language.", ["R", "is", "a", "language"]),
+        ("Apollo 9, not 8", ["Apollo", "9", "not", "8"]),
+        ("Austen's novel; don't, O'Brien", ["Austen", "novel", "don", "O", "Brien"]),
+        ("Austen’s café", ["Austen", "café"]),
+        ("cafe\u0301 ＰＡＲＩＳ", ["café", "PARIS"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("北京大学", ["北京", "京大", "大学"]),
+        ("日", ["日"]),
+        ("東京2008年に", ["東京", "2008", "年に"]),
+        ("서울은 수도", ["서울은", "수도"]),
+        ("", []),
+        ("!?", []),
+    ],
+)
+def test_words_of_a_text(text, words):
+    assert split_words(text) == words
+
+
+@pytest.mark.parametrize("backend", ["bm25s", "rank_bm25"])
+def test_words_of_one_character_are_searched(backend):
+    languages = passages(c="The C programming language", r="The R programming language", j="The J programming language")
+    missions = passages(a8="Apollo 8 went to the moon", a9="Apollo 9 stayed near the earth", a7="Apollo 7 flew")
+    assert [best(BM25Retriever(languages, backend), f"{name} programming language") for name in "CRJ"] == [
+        "c",
+        "r",
+        "j",
+    ]
+    assert [best(BM25Retriever(missions, backend), f"Apollo {number}") for number in "789"] == ["a7", "a8", "a9"]
+
+
+@pytest.mark.parametrize("backend", ["bm25s", "rank_bm25"])
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [("北京的大学", "zh"), ("東京タワー", "ja"), ("กรุงเทพอยู่ที่ไหน", "th"), ("capital of France", "en")],
+)
+def test_scripts_without_spaces_are_searched(backend, query, found):
+    corpus = passages(
+        zh="北京大学位于北京市海淀区。",
+        ja="東京タワーは東京都港区にある。",
+        th="กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย",
+        en="Paris is the capital of France.",
+    )
+    assert best(BM25Retriever(corpus, backend), query) == found
+
+
+def test_the_language_selects_stop_words_and_stemmer():
+    corpus = passages(a="Die Häuser der Stadt", b="Die Katzen und der Hund", c="Die Bücher")
+    assert best(BM25Retriever(corpus, language="german"), "Katze") == "b"
+    assert best(BM25Retriever(corpus, language="english"), "Katze") is None
+    assert index_words(["Die Katzen und der Hund"], "german") == [["katz", "hund"]]
+    assert index_words(["Running and the cats"], None) == [["running", "and", "the", "cats"]]
+    assert BM25Retriever(corpus).fingerprint != BM25Retriever(corpus, language=None).fingerprint
+
+
+def test_a_saved_index_keeps_its_language(tmp_path):
+    corpus = passages(a="Die Häuser der Stadt", b="Die Katzen und der Hund")
+    retriever = BM25Retriever(corpus, language="german")
+    retriever.save(tmp_path / "index")
+    loaded = BM25Retriever.load(tmp_path / "index")
+    assert (loaded.language, loaded.fingerprint) == ("german", retriever.fingerprint)
+    assert best(loaded, "Katze") == "b"
+
+
+def test_an_unknown_language_is_refused():
+    with pytest.raises(ValueError, match=r"`language` must be None .*german.*got 'klingon'"):
+        BM25Retriever(passages(a="text"), language="klingon")
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("that is it", "all its words are stop words of the language 'english'"),
+        ("unknown words", r"none of its words \['unknown', 'word'\] is in the corpus"),
+        ("?!", "it has no letters or digits"),
+    ],
+)
+def test_the_first_query_that_finds_nothing_is_reported(caplog, query, reason):
+    retriever = BM25Retriever(passages(a="Emma is a novel"))
+    with caplog.at_level(logging.WARNING):
+        assert retriever.search(["Emma", query, query], 1)[1:] == [[], []]
+        retriever.search([query], 1)
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert record.getMessage().startswith(f"The query {query!r} finds no passage: ")
+    assert re.search(reason, record.getMessage())
+
+
+def test_passages_without_words_are_reported(caplog):
+    BM25Retriever(passages(a="Emma", b="the", c="…"))
+    assert "2 of 3 passages have no words, so they are never found. The first is 'b'." in caplog.text
