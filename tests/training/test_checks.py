@@ -5,6 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
+from tspo_trl import TSPOTrainer
 from tspo_trl.demo import make_tokenizer
 from tspo_trl.support.paths import check_model_path, suggest_path
 
@@ -97,6 +98,11 @@ def test_a_missing_model_is_named(make_trainer, unloaded, tmp_path, model, error
     (tmp_path / "file").write_text("")
     with pytest.raises(error, match=message):
         make_trainer(model=model and model.replace("FOLDER", str(tmp_path)))
+
+
+def test_a_model_is_required_without_a_configuration_too(dataset, retriever):
+    with pytest.raises(ValueError, match="`model` is required"):
+        TSPOTrainer(model=None, train_dataset=dataset, retriever=retriever)
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -118,11 +118,9 @@ def check_model(model: Any, processing_class: Any, args: TSPOConfig) -> None:
             The configuration.
 
     Raises:
-        `ValueError`: If there is no model, or the tokenizer has no end-of-sequence token.
+        `ValueError`: If the tokenizer has no end-of-sequence token.
         `FileNotFoundError`: If the path of the model does not exist, or a name was not found on the Hub.
     """
-    if model is None:
-        raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
     if isinstance(model, str):
         check_model_path(model)
         if processing_class is None:

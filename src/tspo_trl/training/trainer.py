@@ -151,6 +151,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         peft_config: "PeftConfig | None" = None,
         retriever: Retriever | None = None,
     ):
+        if model is None:
+            raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
