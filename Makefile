@@ -16,12 +16,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: install
-	$(BIN)/accelerate launch recipes/train.py $(ARGS)
+	$(BIN)/accelerate launch --quiet recipes/train.py $(ARGS)
 
 # The demo before and after `make train`, on its held-out questions and on a sample of HotpotQA
 evaluate: install
 	$(BIN)/python recipes/evaluate.py --model base=runs/demo/warm_start trained=runs/demo \
-		--dataset runs/demo/heldout.jsonl hotpotqa=tests/data/hotpotqa/questions.jsonl \
+		--dataset_name runs/demo/heldout.jsonl hotpotqa=tests/data/hotpotqa/questions.jsonl \
 		--corpus runs/demo/passages.jsonl tests/data/hotpotqa/passages.jsonl \
 		--output_dir runs/demo/evaluation $(ARGS)
 

@@ -1,8 +1,8 @@
 """Evaluate models on questions with golden answers: exact match, F1 and retrieval, with confidence intervals.
 
-    python recipes/evaluate.py --model my-search-agent --dataset benchmarks --retriever_url http://localhost:8000
-    python recipes/evaluate.py --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset questions.jsonl --corpus passages.jsonl
-    python recipes/evaluate.py --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset hotpotqa ...
+    python recipes/evaluate.py --model my-search-agent --dataset_name benchmarks --retriever_url http://localhost:8000
+    python recipes/evaluate.py --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset_name questions.jsonl --corpus passages.jsonl
+    python recipes/evaluate.py --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset_name hotpotqa ...
     python recipes/evaluate.py --compare runs/evaluation/base runs/evaluation/trained
 
 A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with the OpenAI
@@ -12,7 +12,8 @@ the Hub. NAME=MODEL and NAME=DATASET name them in the results. An evaluation can
 resumes it.
 """
 
+from tspo_trl.commands.errors import run_command
 from tspo_trl.commands.evaluate import main
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

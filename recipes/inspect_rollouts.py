@@ -7,7 +7,8 @@
 The page opens from the disk, contains its data and needs no network. The same as `tspo inspect`.
 """
 
+from tspo_trl.commands.errors import run_command
 from tspo_trl.commands.inspect import main
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

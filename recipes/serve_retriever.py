@@ -11,7 +11,8 @@ interfaces of Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall 
 `GET /health` answers 200 when the index is loaded. Requires `pip install "tspo-trl[server]"`.
 """
 
+from tspo_trl.commands.errors import run_command
 from tspo_trl.commands.serve import main
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,6 @@
 """Train a search agent.
 
-Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+Without questions, model and passages, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
 few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
@@ -17,9 +17,10 @@ few minutes on two CPU cores and without a network.
 Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
+from tspo_trl.commands.errors import run_command
 from tspo_trl.commands.train import SearchArguments, main
 
 __all__ = ["SearchArguments", "main"]
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -318,7 +318,7 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
     [
         (["--corpus", "CORPUS"], "--dataset"),
         (["--dataset", "QUESTIONS"], "give --corpus, --index or --retriever_url"),
-        (["--dataset", "demo", "--corpus", "CORPUS"], "--dataset demo brings its own passages, got --corpus"),
+        (["--dataset", "demo", "--corpus", "CORPUS"], "--dataset_name demo brings its own passages, got --corpus"),
         (
             ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--backend", "grep"],
             "argument --retriever_backend/--backend: invalid choice: 'grep'",

@@ -77,6 +77,53 @@ def test_the_example_of_the_readme_runs(tmp_path):
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "quickstart.md"], ids=lambda page: page.name)
+def test_what_can_be_copied_fits_80_columns(page):
+    text = page.read_text()
+    fenced = re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += re.findall(r"^    (?=\S).*$", rest, re.MULTILINE)
+    assert len(lines) > 20
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def blocks_of(page):
+    """The Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def test_the_retriever_of_the_page_on_custom_code_works():
+    names = {}
+    for block in blocks_of("custom.md"):
+        if "SQLiteRetriever" in block:
+            exec(block, names)  # its asserts too
+    assert names["retriever"].search(["novel by Jane Austen", "Hampshire"], 5)[0][0].title == "Emma (novel)"
+
+
+@pytest.mark.slow
+def test_the_program_of_the_page_on_custom_code_runs(tmp_path):
+    program = "\n".join(blocks_of("custom.md"))
+    (name,) = re.findall(r'model="([^"]+)"', program)
+    make_qwen(tmp_path / name)
+    small = "max_steps=1, max_turn_tokens=16, max_completion_length=128, max_observation_tokens=64, logging_steps=1,"
+    program = (
+        program.replace("max_steps=2,", small) + "\nprint([e for e in trainer.state.log_history if 'reward' in e])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for function in ("exact_match_reward", "format_reward", "few_searches_reward", "judge_reward"):
+        assert f"rewards/{function}/mean" in result.stdout
+    assert "'extra_searches'" in result.stdout
+
+
 def test_the_quick_start_contains_the_example_of_the_readme():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert example in (DOCS / "quickstart.md").read_text()

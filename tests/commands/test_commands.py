@@ -1,12 +1,17 @@
 """The command `tspo` and its subcommands."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
 from importlib import import_module
 
+import httpx2
 import pytest
 
+from helpers.paths import ROOT
+from tspo_trl.commands.errors import keeping_tracebacks, run_command
 from tspo_trl.commands.main import COMMANDS, main
 
 RETRIEVER = ["--corpus", "--index", "--retriever_backend"]
@@ -47,7 +52,13 @@ def test_an_unknown_command_names_the_nearest(capsys):
 @pytest.mark.parametrize("command", ["evaluate", "audit"])
 def test_columns_are_given_in_the_same_way(command, capsys):
     parse = import_module(f"tspo_trl.commands.{command}").parse_arguments
-    options = ["--dataset", "x", "--corpus", "x", *(["--model", "m"] if command == "evaluate" else [])]
+    options = [
+        "--dataset",
+        "x",
+        "--corpus",
+        str(ROOT / "README.md"),
+        *(["--model", "m"] if command == "evaluate" else []),
+    ]
     expected = {"question": "query", "golden_answers": "answers.text"}
     assert parse(options).columns is None
     assert parse([*options, "--columns", "question=query", "golden_answers=answers.text"]).columns == expected
@@ -56,6 +67,70 @@ def test_columns_are_given_in_the_same_way(command, capsys):
         with pytest.raises(SystemExit):
             parse([*options, "--columns", wrong])
         assert f"got {wrong!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit"])
+@pytest.mark.parametrize("dash", [False, True])
+def test_the_same_thing_has_the_same_flag(command, dash):
+    parse = import_module(f"tspo_trl.commands.{command}").parse_arguments
+    corpus = ["--corpus", str(ROOT / "tests" / "data" / "hotpotqa" / "passages.jsonl")]
+    model = [] if command == "audit" else ["--model_name_or_path", "m"]
+    for names in (("dataset_name", "retriever_backend", "dataset_columns"), ("dataset", "backend", "columns")):
+        values = zip(names, ("nq", "rank_bm25", "question=query"), strict=True)
+        flags = [item for name, value in values for item in (f"--{name.replace('_', '-' if dash else '_')}", value)]
+        args = parse([*flags, *corpus, *model])
+        assert args.dataset in ("nq", ["nq"])
+        assert (args.retriever_backend, args.columns) == ("rank_bm25", {"question": "query"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("audit --dataset_name nowhere.jsonl --retriever_url http://127.0.0.1:9", "there is no file 'nowhere.jsonl'"),
+        ("audit --dataset_name nq --corpus nowhere.jsonl", "--corpus: 'nowhere.jsonl' does not exist"),
+        ("evaluate --model a --dataset_name nowhere.jsonl --corpus x", "there is no file 'nowhere.jsonl'"),
+        ("evaluate --model runs/a/b --dataset_name nq --corpus tests/data", "--model: there is no folder 'runs/a/b'"),
+        ("evaluate --compare nowhere elsewhere", "nowhere"),
+        ("inspect nowhere", "nowhere"),
+        ("serve --corpus nowhere.jsonl", "--corpus: 'nowhere.jsonl' does not exist"),
+        ("serve --corpus demo --port 70000", "--port must be from 0 to 65535, got 70000"),
+        ("serve --corpus demo --backend lucene", "needs an index"),
+        ("serve --corpus demo --topk 0", "--topk must be at least 1, got 0"),
+        ("memory --config nowhere.yaml", "nowhere.yaml"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_line(capfd, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code not in (0, None)
+    shown = capfd.readouterr().err
+    if isinstance(stopped.value.code, str):
+        shown += stopped.value.code
+    assert message in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_a_fault_of_the_code_keeps_its_traceback():
+    def fail(_):
+        with keeping_tracebacks():
+            raise ValueError("during training")
+
+    with pytest.raises(ValueError, match="during training"):
+        run_command(fail)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_extra_is_named(capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("tspo_trl.commands.serve", "tspo_trl.retrieval.server"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--corpus", "nowhere.jsonl"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "pip install 'tspo-trl[server]'" in line
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["serve", "--help"]])
@@ -71,3 +146,22 @@ finally:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout
     assert shown.startswith("usage: tspo")
     assert shown.endswith("False\n")
+
+
+def test_the_server_prints_its_address():
+    command = [sys.executable, "-m", "tspo_trl", "serve", "--corpus", "demo", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stderr if " is ready" in line)
+            (url,) = re.findall(r" is ready at (http://127\.0\.0\.1:[1-9]\d+)$", line.strip())
+            assert httpx2.get(f"{url}/health", timeout=30).status_code == 200
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:1"), ("::1", "http://[::1]:1"), ("0.0.0.0", f"http://{socket.gethostname()}:1")],
+)
+def test_the_address_is_one_that_clients_reach(host, url):
+    assert import_module("tspo_trl.commands.serve").address(host, 1) == url

@@ -109,14 +109,14 @@ def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
     ("arguments", "message"),
     [
         (["--dataset", "x.jsonl"], "--model is required"),
-        (["--model", "m"], "--dataset is required"),
+        (["--model", "m"], "--dataset_name is required"),
         (["--model", "m", "--dataset", "x.jsonl", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (
             ["--model", "m", "--dataset", "x", "--num_samples", "2", "--temperature", "0"],
             "would be the same rollout each time",
         ),
         (["--model", "m", "--dataset", "x", "--temperature", "-1"], "--temperature must not be negative"),
-        (["--model", "m", "--dataset", "x", "--columns", "a"], "--columns must be like OURS=THEIRS, got 'a'"),
+        (["--model", "m", "--dataset", "x", "--columns", "a"], "--dataset_columns must be like OURS=THEIRS, got 'a'"),
         (["--compare", "a", "b", "--model", "m"], "goes without --model"),
     ],
 )
@@ -134,12 +134,25 @@ def test_bad_options_are_named(recipe, arguments, message, capsys):
         (["--dataset", "OTHER"], "Nothing to search in: give --corpus, --index or --retriever_url"),
         (["--dataset", "OTHER", "x=OTHER", "y=OTHER", "--corpus", "CORPUS", "CORPUS"], "one for each of the 3, got 2"),
         (["--dataset", "OTHER", "OTHER", "--corpus", "CORPUS"], "two are called 'other'"),
+        (["--dataset", "nowhere.jsonl", "--retriever_url", "http://127.0.0.1:9"], "there is no file 'nowhere.jsonl'"),
+        (["--dataset", "OTHER", "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
+        (["--dataset-name", "OTHER", "--corpus", "CORPUS", "--model", "./no"], "--model: there is no folder './no'"),
+        (["--dataset_name", "OTHER", "--corpus", "CORPUS", "--output_dir", "OTHER"], "other.jsonl' is a file"),
     ],
 )
 def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, files, arguments, message):
     known = {"CORPUS": files["corpus"], "OTHER": files["other"]}
     for name, path in known.items():
         arguments = [a.replace(name, path) for a in arguments]
-    options = ["--model", "nowhere", *arguments, "--output_dir", str(tmp_path / "out")]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    options = ["--model", "nowhere", "--output_dir", str(tmp_path / "out"), *arguments]
+    with pytest.raises((ValueError, OSError), match=message):
         recipe.main(options)
+
+
+def test_a_question_that_is_too_long_is_named_before_the_first_rollout(recipe, tmp_path, policy_dir, files):
+    rows = [{"question": "Who wrote it? " * n, "golden_answers": ["x"]} for n in (1, 1, 3000)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", policy_dir, "--dataset_name", str(tmp_path / "long.jsonl"), "--corpus", files["corpus"]]
+    with pytest.raises(ValueError, match=r"long, row 2: the prompt has .* tokens"):
+        recipe.main([*options, "--output_dir", str(tmp_path / "out"), *SETTINGS, *PROMPT])
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.paths import ROOT
 from helpers.servers import Server
 from tspo_trl import read_rollouts
+from tspo_trl.commands.errors import run_command
 from tspo_trl.demo.warmup import LIMITS
 from tspo_trl.rollout.limits import SearchLimits
 from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
@@ -88,6 +88,8 @@ def test_real_questions_and_passages(tmp_path):
 @pytest.mark.slow
 def test_the_recipe_with_a_server_gives_the_rollouts_of_the_embedded_retriever(tmp_path, policy_dir):
     options = [
+        "--config",
+        ROOT / "recipes" / "configs" / "demo.yaml",
         "--model_name_or_path",
         policy_dir,
         "--max_steps",
@@ -116,12 +118,6 @@ def recipe():
 
 def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
     """TRL logs None where there is nothing to average."""
-    shown = {}
-    progress = recipe.ShortProgress()
-    progress.training_bar = SimpleNamespace(set_postfix=shown.update)
-    logs = {"reward": None, "search/hit": 0.25}
-    progress.on_log(None, SimpleNamespace(is_world_process_zero=True), None, logs=logs)
-    assert shown == {"EM": "-", "hit": "0.25", "all wrong": "-"}
     recipe.report({"eval_reward": None}, {"eval_reward": 0.5}, "Held-out questions")
     assert re.search(r"Exact match +│ +- │ +0.500 │", capsys.readouterr().out)
 
@@ -133,6 +129,40 @@ def parse(recipe, *arguments):
 
     parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
     return parser.parse_args_and_config([*map(str, arguments), "--use_cpu", "true", "--bf16", "false"])[0]
+
+
+@pytest.mark.parametrize("option", ["--dataset_name", "--dataset-name", "--dataset", "--dataset_nam", "="])
+def test_the_settings_of_the_demo_are_for_the_demo_alone(recipe, option):
+    common = ["--use_cpu", "true", "--bf16", "false"]
+    script_args, training_args, model_args = recipe.parse_arguments(common)
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("demo", "demo")
+    assert training_args.learning_rate == 5e-4
+    given = ["--dataset-name=mine.jsonl"] if option == "=" else [option, "mine.jsonl"]
+    script_args, training_args, model_args = recipe.parse_arguments([*given, *common])
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("mine.jsonl", None)
+    assert training_args.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["eval_dataset_name", "model_name_or_path", "model", "corpus", "index", "retriever_url"]
+)
+def test_a_part_of_the_inputs_is_not_the_demo(recipe, name):
+    script_args, _, _ = recipe.parse_arguments([f"--{name}", "x", "--use_cpu", "true", "--bf16", "false"])
+    assert script_args.dataset_name is None
+
+
+def test_other_spellings_are_read_from_a_file_too(recipe, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "dataset: a.jsonl\nbackend: rank_bm25\nmodel: tiny\nmax-searches: 2\nuse_cpu: true\nbf16: false\n"
+    )
+    for option in (["--config", str(config)], [f"--config={config}"]):
+        script_args, training_args, model_args = recipe.parse_arguments(option)
+        assert (script_args.dataset_name, script_args.retriever_backend) == ("a.jsonl", "rank_bm25")
+        assert (training_args.max_searches, model_args.model_name_or_path) == (2, "tiny")
+    config.write_text("dataset: a.jsonl\ndataset_name: b.jsonl\n")
+    with pytest.raises(ValueError, match="`dataset` and `dataset_name` are the same option"):
+        recipe.parse_arguments(["--config", str(config)])
 
 
 def write_questions(path, count, **more):
@@ -152,8 +182,13 @@ def test_one_or_several_data_sets_can_be_named(recipe, tmp_path):
     script_args = parse(recipe, "--config", config, "--dataset_name", "c.jsonl", "--dataset_columns", '{"id": "n"}')
     assert script_args.dataset_name == "c.jsonl"
     assert script_args.dataset_columns == {"id": "n"}
-    with pytest.raises(ValueError, match="`dataset_columns` must be a JSON object, got 'question=query'"):
-        parse(recipe, "--dataset_columns", "question=query")
+    common = ["--use_cpu", "true", "--bf16", "false"]
+    for flag in ("--dataset_columns", "--columns", "--dataset-columns"):
+        script_args, _, _ = recipe.parse_arguments([flag, "question=query", "golden_answers=answers.text", *common])
+        assert script_args.dataset_columns == {"question": "query", "golden_answers": "answers.text"}
+    for wrong in ("question", "{question}"):
+        with pytest.raises(ValueError, match=f"`dataset_columns` must be .*like OURS=THEIRS, got '{wrong}'"):
+            parse(recipe, "--dataset_columns", wrong)
 
 
 def test_data_sets_to_train_and_evaluate_on(recipe, tmp_path):
@@ -254,22 +289,67 @@ def test_the_paper_configurations_are_valid(recipe):
             assert 5 <= training_args.num_generations <= 8
 
 
+MODEL = ["--model_name_or_path", "demo"]
+DATA = ["--dataset_name", "QUESTIONS", *MODEL]
+CORPUS = ["--corpus", "CORPUS"]
+DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minutes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl", "--corpus", "CORPUS"], "there is no file 'nowhere.jsonl'"),
-        (["--dataset_name", "QUESTIONS"], "Passages are required: `corpus`, a saved `index`, or `retriever_url`"),
+        ([*MODEL, "--dataset_name", "nowhere.jsonl", *CORPUS], "there is no file 'nowhere.jsonl'"),
+        ([*MODEL, "--dataset_name", "nowhere.jsonl", *DEAD], "there is no file 'nowhere.jsonl'"),
+        ([*DATA, "--eval_dataset_name", "nowhere.csv", *DEAD], "--eval_dataset_name: there is no file 'nowhere.csv'"),
+        (
+            ["--dataset_name", "QUESTIONS", "--model", "runs/nowhere/checkpoint-5", *DEAD],
+            "no folder 'runs/nowhere/checkp",
+        ),
+        (["--dataset_name", "QUESTIONS", "--model", "who/none", *DEAD], "'who/none' is not a folder here, and was not"),
+        (DATA, "error: passages (--corpus, --index or --retriever_url) must be given"),
+        ([*MODEL, *CORPUS], "error: questions (--dataset_name) must be given"),
+        (["--dataset-name", "QUESTIONS", *CORPUS], "error: a model (--model_name_or_path) must be given"),
+        (
+            ["--retriever-url", "http://x"],
+            "error: questions (--dataset_name) and a model (--model_name_or_path) must be",
+        ),
         (["--resume_from_checkpoint", "true"], "There is no complete checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere'"),
-        (["--dataset_name", "QUESTIONS", "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_backend", "elastic"], "'elastic'"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "CORPUS", "--retriever_url", "http://x"], "not both"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
-        (["--dataset_name", "QUESTIONS", "--corpus", "EMPTY"], "has no passages"),
+        ([*DATA, "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
+        ([*DATA, *CORPUS, "--retriever_backend", "elastic"], "'elastic'"),
+        ([*DATA, *CORPUS, "--retriever_url", "http://x"], "not both"),
+        ([*DATA, "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),
+        ([*DATA, "--corpus", "EMPTY"], "has no passages"),
+        ([*DATA, "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
         (["--protocol", "tool_call"], "`protocol` of the model 'demo' is 'tags', got 'tool_call'"),
+        (["--use_vllm", "true"], "pip install 'tspo-trl[vllm]'"),
+        (["--load_in_4bit", "true", "--use_peft", "true"], "pip install 'tspo-trl[quantization]'"),
+        (["--report_to", "wandb"], "pip install wandb"),
+        ([*MODEL, "--dataset_name", "FEW", *DEAD, "--gradient_accumulation_steps", "2"], "Nothing would be trained"),
+        (
+            [*DATA, "--eval_dataset_name", "FEW", *DEAD, "--num_generations_eval", "3"],
+            "a multiple of `num_generations_ev",
+        ),
+        (
+            [*DATA, *CORPUS, "--num_generations", "3"],
+            "generation_batch_size (8) must be divisible by num_generations (3)",
+        ),
+        (["--folr_alpha", "-1"], "`folr_alpha` must not be negative"),
+        (["--stop_on_collapse", "everything"], "`stop_on_collapse` must hold some of"),
+        (["--config", "TYPES"], "`max_searches` must be a whole number, got [2]"),
+        (["--max_serches", "2"], "unknown option --max_serches. Did you mean --max_searches?"),
+        (["--max_searches", "many"], "invalid int value: 'many'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "UNKNOWN"], "unknown option `max_serches`. Did you mean max_searches?"),
+        (["--output_dir", "CORPUS"], "passages.jsonl' is a file"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_named(tmp_path, arguments, message):
+def test_bad_input_is_named_in_one_line(recipe, tmp_path, capfd, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    find_spec = recipe.find_spec
+    absent = ("bitsandbytes", "wandb")
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None if name in absent else find_spec(name))
     sample = ROOT / "tests" / "data" / "hotpotqa"
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -278,9 +358,16 @@ def test_bad_input_is_named(tmp_path, arguments, message):
         "QUESTIONS": sample / "questions.jsonl",
         "BROKEN": tmp_path / "broken.jsonl",
         "EMPTY": tmp_path / "empty.jsonl",
+        "UNKNOWN": tmp_path / "unknown.yaml",
+        "FEW": write_questions(tmp_path / "few.jsonl", 1),
+        "TYPES": tmp_path / "types.yaml",
     }
+    (tmp_path / "types.yaml").write_text("max_searches: [2]\n")
+    (tmp_path / "unknown.yaml").write_text("dataset_name: demo\nmax_serches: 2\n")
     arguments = [str(files.get(a, a)) for a in arguments]
-    command = [sys.executable, str(TRAIN), *arguments, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert message in result.stderr
+    output = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(recipe.main, [*arguments, "--use_cpu", "--bf16", "false", *output])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert message in line

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2C
 from trl.trainer import utils
 
 from helpers.paths import ROOT
+from tspo_trl.commands import memory as command
 from tspo_trl.memory import estimate as memory
 from tspo_trl.memory import formulas
 from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
@@ -368,13 +369,47 @@ def test_command_prints_the_estimate_and_reports_errors(tmp_path, capsys):
         memory.main(["--strategy", "zero5"])
 
 
-def test_tables_of_the_documentation_equal_the_output_of_the_command(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--config FILE", "unknown option `num_generation`. Did you mean num_generations?"),
+        ("--model MODEL --gpu 8 --strategy ddp", "Unknown option --gpu. Did you mean --gpus?"),
+        ("--model MODEL --num-generation 8", "Unknown option --num-generation. Did you mean --num_generations?"),
+        ("--model MODEL --hidden_size 8", "either `model` or the numbers"),
+        ("--hiden_size 8", "['hiden_size']. Did you mean hidden_size?"),
+        ("--hidden_size 8 --num_generation 8", "['num_generation']. Did you mean num_generations?"),
+        ("--model_type gpt9 --hidden_size 8", "`model_type` must be"),
+    ],
+)
+def test_unknown_options_are_refused(tmp_path, capsys, arguments, message):
+    MODELS["qwen2"].save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text("model_name_or_path: a\nnum_generation: 4\n")
+    arguments = arguments.replace("FILE", str(tmp_path / "run.yaml")).replace("MODEL", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_options_of_a_run_are_accepted(tmp_path, capsys):
+    MODELS["qwen2"].save_pretrained(tmp_path)
+    for config in (ROOT / "recipes" / "configs").glob("qwen*.yaml"):
+        command.main(["--config", str(config), "--model", str(tmp_path), "--per_device_train_batch_size", "40"])
+        assert "Peak: " in capsys.readouterr().out
+    text = "max_searches: 2\ndataset: a.jsonl\nfolr-alpha: 0.1\ncorpus: b.jsonl\nnum_generations: 4\n"
+    (tmp_path / "run.yaml").write_text(f"{text}model: {tmp_path}\n")
+    command.main(["--config", str(tmp_path / "run.yaml")])
+    assert "8 rollouts at once" in capsys.readouterr().out
+
+
+def test_tables_of_the_documentation_equal_the_output_of_the_command(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "memory.md").read_text()
     examples = re.findall(r"    (tspo memory [^\n]*)\n\n([\d,]+ parameters.*?Fits [^\n]*)\n", page, re.DOTALL)
     assert len(examples) == page.count("\n## ")
-    for command, shown in examples:
-        arguments = shlex.split(command)[2:]
-        memory.main([a.replace("docs/", f"{ROOT}/docs/").replace("recipes/", f"{ROOT}/recipes/") for a in arguments])
+    for example, shown in examples:
+        command.main(shlex.split(example)[2:])
         assert capsys.readouterr().out.strip() == shown.strip()
 
 

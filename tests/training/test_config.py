@@ -98,6 +98,26 @@ BAD = [
     ({"stop_on_collapse": ["search"]}, "stop_on_collapse"),
     ({"stop_on_collapse": ["searches"], "warn_on_collapse": False}, "stop_on_collapse"),
     ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex"),
+    ({"folr_alpha": "0.5"}, "folr_alpha"),
+    ({"folr_alpha": None}, "folr_alpha"),
+    ({"folr_alpha": True}, "folr_alpha"),
+    ({"success_threshold": "1"}, "success_threshold"),
+    ({"max_retrieval_failure_rate": "0.5"}, "max_retrieval_failure_rate"),
+    ({"retrieval_cache_size": 10.5}, "retrieval_cache_size"),
+    ({"retrieval_cache_dir": 5}, "retrieval_cache_dir"),
+    ({"retrieval_log": ["a"]}, "retrieval_log"),
+    ({"log_trajectories": "no"}, "log_trajectories"),
+    ({"log_trajectories": None}, "log_trajectories"),
+    ({"log_trajectories_max_gib": "10"}, "log_trajectories_max_gib"),
+    ({"warn_on_collapse": 1}, "warn_on_collapse"),
+    ({"stop_on_collapse": "searches"}, "stop_on_collapse"),
+    ({"stop_on_collapse": None}, "stop_on_collapse"),
+    ({"stop_on_collapse": [1]}, "stop_on_collapse"),
+    ({"max_searches": "2"}, "max_searches"),
+    ({"num_generations": "8"}, "num_generations"),
+    ({"num_generations": 8.0}, "num_generations"),
+    ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size"),
+    ({"learning_rate": "1e-6"}, "learning_rate"),
 ]
 
 
@@ -127,6 +147,8 @@ def test_the_error_for_a_bad_value_names_the_option(make, options, name):
         {"success_threshold": 0.8},
         {"warn_on_collapse": False},
         {"stop_on_collapse": ["searches", "entropy"]},
+        {"folr_alpha": 1, "success_threshold": 1},
+        {"log_trajectories_max_gib": None, "retrieval_cache_dir": "cache"},
     ],
     ids=str,
 )
@@ -149,6 +171,13 @@ def test_options_are_read_from_the_command_line(parse):
     assert config.success_threshold == 0.8
     assert config.log_trajectories is False
     assert config.learning_rate == 2e-5  # an option of TRL beside ours
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"`output_dir` must be a folder, but '.*file' is a file"):
+            TSPOConfig(output_dir=str(path), use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize(

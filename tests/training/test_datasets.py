@@ -180,3 +180,16 @@ def test_checking_the_columns_of_a_stream_consumes_no_rows(protocol):
     dataset = streamed([GOOD, GOOD])
     check_columns(dataset)
     assert len(list(prepare_dataset(dataset, protocol))) == 2
+
+
+@pytest.mark.parametrize("prompt", ["text", "conversation"])
+def test_a_prompt_without_room_for_a_completion_names_its_row(make_dataset, protocol, chat_protocol, prompt):
+    protocol = protocol if prompt == "text" else chat_protocol
+    long = {**GOOD, "question": "Who wrote Emma? " * 40}
+    length = len(protocol.encode_prompts([protocol.prompt(long["question"])])[0])
+    rows = [GOOD, long, GOOD]
+    assert len(list(prepare_dataset(make_dataset(rows), protocol, max_context_length=length + 1))) == 3
+    with pytest.raises(
+        ValueError, match=f"`train_dataset`, row 1: the prompt has {length} tokens, .* at most {length} "
+    ):
+        list(prepare_dataset(make_dataset(rows), protocol, max_context_length=length))

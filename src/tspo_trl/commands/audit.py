@@ -2,9 +2,9 @@
 
 Run it before you spend GPU hours. It prints tables and a verdict, and writes OUT/audit.json and OUT/audit.png.
 
-    tspo audit --dataset questions.jsonl --corpus passages.jsonl
-    tspo audit --dataset questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
-    tspo audit --dataset demo
+    tspo audit --dataset_name questions.jsonl --corpus passages.jsonl
+    tspo audit --dataset_name questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
+    tspo audit --dataset_name demo
 
 Each row has a `question` and its `golden_answers` (a list of strings). With `supporting_titles` (a list of strings), the
 audit also searches for the titles as ideal queries; with `supporting_ids` (a list of strings), it measures the recall of
@@ -42,6 +42,9 @@ from .options import (
     add_output_option,
     add_retriever_options,
     check_at_least_one,
+    check_input_files,
+    check_output_dir,
+    check_question_files,
     make_parser,
     read_columns,
 )
@@ -61,7 +64,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The options of the audit."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--dataset", required=True, help="a file or folder, a name on the Hub, a benchmark (nq, ...), or 'demo'")
+    add(
+        "--dataset_name",
+        "--dataset",
+        dest="dataset",
+        required=True,
+        help="a file or folder, a name on the Hub, a benchmark (nq, ...), or 'demo'",
+    )
     add("--dataset_config", help="configuration of a data set on the Hub")
     add_columns_option(parser)
     add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
@@ -83,7 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
     sources = [f"--{name}" for name in RETRIEVER_OPTIONS if getattr(args, name) is not None]
     if args.dataset == DEMO and sources:
-        parser.error(f"--dataset demo brings its own passages, got {' and '.join(sources)} too")
+        parser.error(f"--dataset_name demo brings its own passages, got {' and '.join(sources)} too")
     if args.dataset != DEMO and not sources:
         parser.error("nothing to search in: give --corpus, --index or --retriever_url")
     return args
@@ -222,6 +231,10 @@ def short(text: str, width: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Audit the questions and the retriever of a command line."""
     args = parse_arguments(arguments)
+    check_output_dir(args.output_dir)
+    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    if args.dataset not in (DEMO, *BENCHMARKS):
+        check_question_files([args.dataset])
     rows, passages = load_rows(args)
     retriever: Retriever
     if args.dataset == DEMO:

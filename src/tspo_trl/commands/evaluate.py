@@ -1,8 +1,8 @@
 """Evaluate models on questions with golden answers: exact match, F1 and retrieval, with confidence intervals.
 
-    tspo evaluate --model my-search-agent --dataset benchmarks --retriever_url http://localhost:8000
-    tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset questions.jsonl --corpus passages.jsonl
-    tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset hotpotqa ...
+    tspo evaluate --model my-search-agent --dataset_name benchmarks --retriever_url http://localhost:8000
+    tspo evaluate --model base=Qwen/Qwen2.5-3B trained=runs/mine --dataset_name questions.jsonl --corpus passages.jsonl
+    tspo evaluate --model Qwen/Qwen2.5-7B-Instruct --endpoint http://localhost:8001/v1 --dataset_name hotpotqa ...
     tspo evaluate --compare runs/evaluation/base runs/evaluation/trained
 
 A model is a folder, a name on the Hub or a LoRA adapter; with --endpoint, the name of a model on a server with the OpenAI
@@ -32,12 +32,17 @@ from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.hints import hints_in_flags
 from ..retrieval import CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
+from ..support.paths import check_model_path
 from .options import (
     DATA_FLAGS,
     add_columns_option,
     add_output_option,
     add_retriever_options,
     check_at_least_one,
+    check_input_files,
+    check_model,
+    check_output_dir,
+    check_question_files,
     make_parser,
     read_columns,
 )
@@ -64,11 +69,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.compare:
         if args.model or args.dataset:
-            parser.error("--compare reads finished evaluations: it goes without --model and --dataset")
+            parser.error("--compare reads finished evaluations: it goes without --model and --dataset_name")
         return args
-    for name in ("model", "dataset"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is required")
+    for flag, value in (("--model", args.model), ("--dataset_name", args.dataset)):
+        if not value:
+            parser.error(f"{flag} is required")
     check_at_least_one(parser, args, "num_samples", "batch_size", "max_questions", "max_requests")
     _set_sampling(parser, args)
     read_columns(parser, args)
@@ -99,7 +104,9 @@ def _add_question_options(group: Any) -> None:
     """Add the options that choose the questions."""
     add = group.add_argument
     add(
+        "--dataset_name",
         "--dataset",
+        dest="dataset",
         nargs="+",
         metavar="[NAME=]DATASET",
         help=f"one or several data sets, or '{ALL}' for all seven benchmarks",
@@ -177,7 +184,7 @@ def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], 
                 notes[name] = BENCHMARKS[where.lower()].note
         parts = by_source(name, dataset)
         if taken := [part for part in parts if part in datasets]:
-            raise ValueError(f"--dataset: two are called {taken[0]!r}. Name them: NAME={where}.")
+            raise ValueError(f"--dataset_name: two are called {taken[0]!r}. Name them: NAME={where}.")
         datasets |= parts
         places |= dict.fromkeys(parts, place)
     return datasets, places, notes
@@ -193,9 +200,8 @@ def by_source(name: str, dataset: Dataset) -> dict[str, Dataset]:
     return {re.sub(r"[^\w.@+-]", "_", f"{name}-{source}"): dataset.select(part) for source, part in rows.items()}
 
 
-def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retriever]:
-    """The retriever of each data set."""
-    count = len(set(places.values()))
+def retriever_options(args: Namespace, count: int) -> list[dict[str, str | None]]:
+    """The options of [`open_retriever`] for each of the data sets."""
     given: list[dict[str, str | None]] = [{} for _ in range(count)]
     for option, key in (("corpus", "corpus"), ("index", "index"), ("retriever_url", "url")):
         values = getattr(args, option) or [None]
@@ -205,6 +211,12 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
             )
         for i in range(count):
             given[i][key] = values[i] if len(values) == count else values[0]
+    return given
+
+
+def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retriever]:
+    """The retriever of each data set."""
+    given = retriever_options(args, len(set(places.values())))
     opened: dict[tuple[str | None, ...], Retriever] = {}
     for options in given:
         if not any(options.values()):
@@ -265,6 +277,7 @@ def evaluate_model(
     from ..evaluation.evaluate import evaluate
 
     agent, of_model = load_agent(args, where, next(iter(retrievers.values())))
+    check_lengths(agent, datasets)
     return evaluate(
         agent,
         datasets,
@@ -275,6 +288,17 @@ def evaluate_model(
         scorer=args.scorer,
         about=of_model | about,
     )
+
+
+def check_lengths(agent: "SearchAgent", datasets: dict[str, Dataset]) -> None:
+    """Refuse questions that are too long for the model before the first rollout."""
+    from ..training.datasets import check_length
+
+    loop = agent.search_loop
+    lengths = [n for n in (loop.max_context_length, loop.engine.max_context_length) if n is not None]
+    for name, dataset in datasets.items() if lengths else ():
+        for i, question in enumerate(dataset["question"]):
+            check_length(loop.protocol.prompt(question), f"{name}, row {i}", loop.protocol, min(lengths))
 
 
 def compare_models(
@@ -307,6 +331,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
+def check_inputs(args: Namespace) -> None:
+    """Check the paths of the inputs before anything is loaded, indexed or asked for over a network."""
+    check_output_dir(args.output_dir)
+    check_question_files([where for _, where in map(_named, args.dataset)])
+    if not (args.corpus or args.index or args.retriever_url):
+        raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
+    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    for where in () if args.endpoint else args.model.values():
+        check_model_path(where, "--model")
+
+
 def run(args: Namespace) -> None:
     """Evaluate and compare the models, or compare two finished evaluations."""
     if args.compare:
@@ -322,7 +357,11 @@ def run(args: Namespace) -> None:
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     output_dir = Path(args.output_dir)
+    check_inputs(args)
     datasets, places, notes = load_datasets(args)
+    retriever_options(args, len(set(places.values())))  # checks their number before a model is looked for
+    for where in () if args.endpoint else args.model.values():
+        check_model(where, "--model")
     retrievers = open_retrievers(args, places)
     about = {"notes": notes} if notes else {}
     results: dict[str, EvaluationResults] = {}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from .errors import run_command
+
 COMMANDS = {
     "train": "Train a search agent; without arguments, the embedded demo.",
     "evaluate": "Evaluate models on questions with golden answers, and compare them.",
@@ -42,6 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown command {name!r}: did you mean {nearest!r}? The commands are {', '.join(COMMANDS)}.")
     program, sys.argv[0] = sys.argv[0], f"tspo {name}"  # the subcommand's usage line shows it
     try:
-        import_module(f"{__package__}.{name}").main(arguments[1:])
+        run_command(lambda rest: import_module(f"{__package__}.{name}").main(rest), arguments[1:])
     finally:
         sys.argv[0] = program

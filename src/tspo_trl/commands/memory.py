@@ -1,5 +1,18 @@
 """`tspo memory`: estimate the peak GPU memory of training."""
 
-from ..memory.estimate import main
+from collections.abc import Sequence
+from dataclasses import fields
 
-__all__ = ["main"]
+from ..memory import estimate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the estimate of a command line, and refuse options that neither it nor a run has."""
+    from trl import ModelConfig
+
+    from ..training.config import TSPOConfig
+    from .options import ALIASES
+    from .train import SearchArguments
+
+    kinds = (SearchArguments, TSPOConfig, ModelConfig)
+    estimate.main(arguments, known={field.name for kind in kinds for field in fields(kind)} | {"env", *ALIASES})

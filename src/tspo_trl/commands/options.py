@@ -2,27 +2,65 @@
 
 import argparse
 import json
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..support.paths import check_model_path, looks_local, suggest_path
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
 BACKEND = "retriever of the corpus or index"
+QUESTION_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
+ALIASES = {  # other name of an option -> its name
+    "dataset": "dataset_name",
+    "columns": "dataset_columns",
+    "backend": "retriever_backend",
+    "model": "model_name_or_path",
+}
 RETRIEVER_OPTIONS = {  # name of the option -> its text in `--help`
     "corpus": "JSONL file of passages",
     "index": "saved BM25 index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
     "retriever_url": "address of a retrieval server, instead of a corpus or an index",
 }
 DATA_FLAGS = {  # argument of `load_questions` -> the flag of a command that names it in its errors
-    "source": "--dataset",
-    "load_benchmark": "--dataset",
+    "source": "--dataset_name",
+    "load_benchmark": "--dataset_name",
     "split": "--split",
-    "columns": "--columns",
+    "columns": "--dataset_columns",
     "max_questions": "--max_questions",
 }
 
 
+class ShortErrors(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class Parser(ShortErrors):
+    """A parser that reads other spellings of its options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        add_spellings(self)
+        return super().parse_known_args(args, namespace)
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help starts with the docstring of its command."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_spellings(parser: argparse.ArgumentParser) -> None:
+    """Let a parser read the other names of its options, and dashes in place of underscores, without showing them."""
+    known = parser._option_string_actions
+    for alias, name in ALIASES.items():
+        action = known.get(f"--{name}") or known.get(f"--{alias}")
+        if action is not None:
+            known.setdefault(f"--{name}", action)
+            known.setdefault(f"--{alias}", action)
+    for option in [option for option in known if option.startswith("--")]:
+        known.setdefault("--" + option[2:].replace("_", "-"), known[option])
 
 
 def add_retriever_options(parser: Any, *, url: bool = True, several: bool = False) -> None:
@@ -43,9 +81,11 @@ def add_retriever_options(parser: Any, *, url: bool = True, several: bool = Fals
 
 
 def add_columns_option(parser: Any) -> None:
-    """Add `--columns`, which [`read_columns`] reads."""
+    """Add `--dataset_columns`, which [`read_columns`] reads."""
     parser.add_argument(
+        "--dataset_columns",
         "--columns",
+        dest="columns",
         nargs="+",
         metavar="OURS=THEIRS",
         help="names of the columns, for instance golden_answers=answers.text; or a JSON object",
@@ -54,19 +94,74 @@ def add_columns_option(parser: Any) -> None:
 
 def read_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Replace `args.columns` by a dictionary of our names and theirs. It stays `None` if it was not given."""
-    if args.columns is None:
-        return
-    if args.columns[0].startswith("{"):
+    if args.columns is not None:
         try:
-            args.columns = json.loads(" ".join(args.columns))
+            args.columns = parse_columns(args.columns)
+        except ValueError as error:
+            parser.error(f"--dataset_columns must be {error}")
+
+
+def parse_columns(specs: Sequence[str]) -> dict[str, str]:
+    """Our names of columns and theirs, from `OURS=THEIRS` or a JSON object. A `ValueError` says what is expected."""
+    if specs[0].startswith("{"):
+        try:
+            columns: dict[str, str] = json.loads(" ".join(specs))
         except json.JSONDecodeError as error:
-            parser.error(f"--columns must be a JSON object or like OURS=THEIRS, got {args.columns[0]!r}: {error}")
-        return
-    pairs = [spec.partition("=") for spec in args.columns]
-    for spec, (ours, _, theirs) in zip(args.columns, pairs, strict=True):
+            raise ValueError(f"a JSON object or like OURS=THEIRS, got {specs[0]!r}: {error}") from error
+        return columns
+    pairs = [spec.partition("=") for spec in specs]
+    for spec, (ours, _, theirs) in zip(specs, pairs, strict=True):
         if not (ours and theirs):
-            parser.error(f"--columns must be like OURS=THEIRS, got {spec!r}")
-    args.columns = {ours: theirs for ours, _, theirs in pairs}
+            raise ValueError(f"like OURS=THEIRS, got {spec!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def check_input_files(*, corpus: Any = None, index: Any = None, backend: str = "bm25") -> None:
+    """Refuse a corpus or an index that is not there, before anything is loaded. Each is one path, several or `None`."""
+    for path in _listed(corpus):
+        if path != "demo" and not Path(path).exists():
+            raise FileNotFoundError(f"--corpus: {path!r} does not exist.{suggest_path(path)}")
+    for path in _listed(index):
+        if backend != "lucene" and not Path(path).exists():
+            raise FileNotFoundError(f"--index: there is no saved BM25 index in {path!r}.")
+
+
+def check_question_files(names: Sequence[str], label: str = "--dataset_name") -> None:
+    """Refuse files of questions that are not there. Names on the Hub and of benchmarks are not checked."""
+    for name in names:
+        local = looks_local(name) or Path(name).suffix.lower() in QUESTION_FILES
+        if local and "://" not in name and not Path(name).exists():
+            raise FileNotFoundError(f"{label}: there is no file {name!r}.{suggest_path(name)}")
+
+
+def check_model(model: str, label: str, revision: str | None = None) -> None:
+    """Refuse a model that is neither a folder nor on the Hub, before passages are indexed. Only its configuration is loaded."""
+    from transformers.utils import cached_file  # here: `--help` is quick
+
+    check_model_path(model, label)
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    reason = ""
+    try:
+        if any(cached_file(model, name, **options) for name in ("config.json", "adapter_config.json")):
+            return
+    except OSError as error:
+        reason = f" ({str(error).splitlines()[0]})"
+    raise FileNotFoundError(
+        f"{label}: {model!r} is not a folder here, and was not found on the Hub{reason}.{suggest_path(model)}"
+    )
+
+
+def _listed(value: Any) -> list[str]:
+    """One value, several or none as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def check_output_dir(path: str | Path) -> None:
+    """Refuse an output folder that cannot be made because a part of its path is a file."""
+    path = Path(path)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"--output_dir must be a folder, but {str(part)!r} is a file.")
 
 
 def add_output_option(parser: Any, default: str) -> None:

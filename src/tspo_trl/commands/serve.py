@@ -18,11 +18,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 
-import uvicorn
-
 from ..retrieval import BM25Retriever, Retriever, open_retriever
-from ..retrieval.server import ServerLimits, create_app
-from .options import add_retriever_options, make_parser
+from .options import add_retriever_options, check_at_least_one, check_input_files, make_parser
+
+try:
+    import uvicorn
+
+    from ..retrieval.server import ServerLimits, create_app
+except ImportError as error:
+    raise ImportError(f"The server needs FastAPI and uvicorn: pip install 'tspo-trl[server]' ({error}).") from error
 
 LIMITS = {
     "max_body_bytes": "maximum size of a request in bytes",
@@ -54,6 +58,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.corpus is None and args.index is None:
         parser.error("--corpus or --index is required")
+    if args.corpus == "demo" and args.retriever_backend == "lucene":
+        parser.error("--corpus demo is not for --retriever_backend lucene, which needs an index")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, got {args.port}")
+    check_at_least_one(parser, args, "topk", *LIMITS)
+    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
     return args
 
 
@@ -70,8 +80,14 @@ def open_as_asked(arguments: Namespace) -> Retriever:
         if not isinstance(retriever, BM25Retriever):
             raise ValueError(f"--save_index can save only an index of BM25, got {retriever!r}.")
         retriever.save(arguments.save_index)
-    print(f"{retriever!r} is ready.", file=sys.stderr, flush=True)
     return retriever
+
+
+def address(host: str, port: int) -> str:
+    """The address of the server for `--retriever_url`, as other machines know it if it serves them."""
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,7 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(lambda: open_as_asked(args), topk=args.topk, limits=limits, on_failure=stop)
+    def open_and_report() -> Retriever:
+        retriever = open_as_asked(args)
+        url = address(args.host, listener.getsockname()[1])
+        print(f"{retriever!r} is ready at {url}", file=sys.stderr, flush=True)
+        return retriever
+
+    app = create_app(open_and_report, topk=args.topk, limits=limits, on_failure=stop)
     # Clients keep their connections while the model generates
     config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_keep_alive=120)
     server = uvicorn.Server(config)

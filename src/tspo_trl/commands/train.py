@@ -1,6 +1,6 @@
 """Train a search agent.
 
-Without a configuration or data set, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
+Without questions, model and passages, it runs the embedded demo: a tiny model learns to search a fictional encyclopedia, in a
 few minutes on two CPU cores and without a network.
 
     accelerate launch recipes/train.py
@@ -17,11 +17,11 @@ few minutes on two CPU cores and without a network.
 Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` is the same command on one process.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,30 +30,47 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import ProgressCallback, set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from transformers import set_seed
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ..demo import make_world
+from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..questions.hints import hints_in_flags
 from ..retrieval import Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..training.checkpoints import last_checkpoint
+from ..training.checks import check_batches
 from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
+from ..training.progress import show
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
-from .options import BACKEND, BACKENDS, RETRIEVER_OPTIONS
+from .errors import keeping_tracebacks
+from .options import (
+    BACKEND,
+    BACKENDS,
+    RETRIEVER_OPTIONS,
+    check_input_files,
+    check_model,
+    check_question_files,
+    parse_columns,
+)
+from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
 EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
 
+#: Options that name questions, model or passages. The demo runs only if none of them is given.
+INPUTS = ("dataset_name", "eval_dataset_name", "model_name_or_path", "corpus", "index", "retriever_url")
+#: Tools of `report_to` whose package has the same name.
+REPORTERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml")
 EVAL_FLAGS = {  # argument of `load_questions` -> the flag that errors name
     "source": "--eval_dataset_name",
     "load_benchmark": "--eval_dataset_name",
     "split": "--dataset_test_split",
-    "columns": "--dataset_columns=JSON",
+    "columns": "--dataset_columns",
     "max_questions": "--max_eval_questions",
 }
 TRAIN_FLAGS = EVAL_FLAGS | {
@@ -97,10 +114,18 @@ class SearchArguments(ScriptArguments):
     """
 
     dataset_name: list[str] | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "data sets on the Hub, files or folders, or 'demo'; several are mixed"}
+        default=None,
+        metadata={
+            "help": "data sets on the Hub, files or folders, or 'demo'; several are mixed",
+            "aliases": ["--dataset"],
+        },
     )
     dataset_columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": 'names of the columns, as JSON: \'{"question": "query"}\''}
+        default=None,
+        metadata={
+            "help": "names of the columns, for instance golden_answers=answers.text; or a JSON object",
+            "aliases": ["--columns"],
+        },
     )
     eval_dataset_name: list[str] | None = field(
         default=None, metadata={"help": "evaluate on these benchmarks or data sets instead of the test split"}
@@ -127,24 +152,12 @@ class SearchArguments(ScriptArguments):
         if isinstance(self.eval_dataset_name, str):  # from YAML
             self.eval_dataset_name = [self.eval_dataset_name]
         if isinstance(self.dataset_columns, str):
+            self.dataset_columns = [self.dataset_columns]  # type: ignore[assignment]
+        if isinstance(self.dataset_columns, list):
             try:
-                self.dataset_columns = json.loads(self.dataset_columns)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`dataset_columns` must be a JSON object, got {self.dataset_columns!r}.") from error
-
-
-class ShortProgress(ProgressCallback):
-    """A progress bar that shows the main metrics, instead of a line for each metric."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and logs and "reward" in logs:
-            shown = {"EM": "reward", "hit": "search/hit", "all wrong": "groups/all_wrong"}
-            self.training_bar.set_postfix({name: show(logs.get(key), 2) for name, key in shown.items()})
-
-
-def show(value: float | None, digits: int = 3) -> str:
-    """A metric as text; TRL logs `None` if there was nothing to average, for instance no scored rollout."""
-    return "-" if value is None else f"{value:.{digits}f}"
+                self.dataset_columns = parse_columns(self.dataset_columns)
+            except ValueError as error:
+                raise ValueError(f"`dataset_columns` must be {error}") from error
 
 
 @hints_in_flags(EVAL_FLAGS)
@@ -190,18 +203,17 @@ def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | No
         return retriever
     if logged:
         return None
-    raise ValueError("Passages are required: `corpus`, a saved `index`, or `retriever_url`, the address of a server.")
+    raise ValueError("Passages are required: --corpus, a saved --index, or --retriever_url, the address of a server.")
 
 
 def load_data(
     script_args: SearchArguments, training_args: TSPOConfig, output_dir: Path
 ) -> tuple[Questions, EvaluatedQuestions, Retriever | None]:
     """Training questions, evaluation questions and retriever, of the demo or of the data sets given."""
-    if script_args.dataset_name is None:
-        raise ValueError("`dataset_name` is required: questions with golden answers.")
     if script_args.dataset_name != DEMO:
-        retriever = load_retriever(script_args, training_args.retrieval_log is not None)
-        return *load_datasets(script_args), retriever
+        train_dataset, eval_dataset = load_datasets(script_args)
+        check_batches(training_args, train_dataset, eval_dataset)
+        return train_dataset, eval_dataset, load_retriever(script_args, training_args.retrieval_log is not None)
     world = make_world(script_args.demo_seed)
     if script_args.corpus or script_args.index or script_args.retriever_url:
         retriever = load_retriever(script_args, logged=False)
@@ -221,8 +233,6 @@ def make_demo_model(
     resumed: bool,
 ) -> None:
     """Make the tiny model `"demo"` in a folder, for the demo or for other data. One process makes it, the others wait."""
-    if training_args.protocol != "tags":
-        raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
     state = PartialState()
     if state.is_main_process and not (resumed and folder.is_dir()):
         limits = SearchLimits.of(training_args)
@@ -274,13 +284,52 @@ def report(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[SearchArguments, TSPOConfig, ModelConfig]:
-    """The options of the command line. Without a configuration or data set, they are those of the demo."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not any(a.startswith(("--config", "--dataset_name", "-h", "--help")) for a in arguments):
-        arguments = ["--config", str(DEMO_CONFIG), *arguments]
+    """The options of the command line. Without questions, model, passages and configuration, they are those of the demo."""
+    config, arguments = split_config(sys.argv[1:] if arguments is None else arguments)
     kinds: Any = (SearchArguments, TSPOConfig, ModelConfig)
-    parsed: Any = TrlParser(kinds).parse_args_and_config(arguments)
+    given = RecipeParser(kinds).values(arguments, config)
+    if config is None and all(getattr(given, name) is None for name in INPUTS):
+        config = str(DEMO_CONFIG)
+    parsed: Any = RecipeParser(kinds).parse(arguments, config)
     return parsed
+
+
+def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_args: ModelConfig) -> None:
+    """Check what can be checked before anything is loaded, indexed or asked for over a network."""
+    name, model = script_args.dataset_name, model_args.model_name_or_path
+    passages = (script_args.corpus, script_args.index, script_args.retriever_url, training_args.retrieval_log)
+    found = {
+        "questions (--dataset_name)": name,
+        "a model (--model_name_or_path)": model,
+        "passages (--corpus, --index or --retriever_url)": name == DEMO or any(passages) or None,
+    }
+    if missing := [what for what, value in found.items() if value is None]:
+        raise ValueError(
+            f"{' and '.join(missing)} must be given too. Only without questions, model and passages does the demo run; "
+            f"its own are `--dataset_name {DEMO}` and `--model_name_or_path {DEMO}`."
+        )
+    if model == DEMO and training_args.protocol != "tags":
+        raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
+    check_extras(training_args, model_args)
+    check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
+    names = [name] if isinstance(name, str) else list(name or [])
+    check_question_files([name for name in names if name != DEMO])
+    check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
+    if model is not None and model != DEMO:
+        check_model(model, "--model_name_or_path", model_args.model_revision)
+
+
+def check_extras(training_args: TSPOConfig, model_args: ModelConfig) -> None:
+    """Check that the packages which the options need are installed."""
+    if training_args.use_vllm:
+        check_vllm()
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
+        raise ImportError("`load_in_4bit` and `load_in_8bit` need bitsandbytes: pip install 'tspo-trl[quantization]'")
+    if model_args.use_peft and find_spec("peft") is None:
+        raise ImportError("`use_peft` needs PEFT: pip install peft")
+    for name in training_args.report_to if isinstance(training_args.report_to, list) else [training_args.report_to]:
+        if name in REPORTERS and find_spec(name) is None:
+            raise ImportError(f"`report_to: {name}` needs the package {name}: pip install {name}")
 
 
 def use_all_cores() -> None:
@@ -302,7 +351,7 @@ def make_trainer(
         "dtype": model_args.dtype,
         **given,
     }
-    trainer = TSPOTrainer(
+    return TSPOTrainer(
         model=model,
         args=training_args,
         quantization_config=get_quantization_config(model_args),
@@ -310,10 +359,6 @@ def make_trainer(
         callbacks=[StopOnSignal()],
         **data,
     )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShortProgress)
-    return trainer
 
 
 def report_run(
@@ -340,6 +385,7 @@ def report_run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the held-out results before and after."""
     script_args, training_args, model_args = parse_arguments(arguments)
+    check_inputs(script_args, training_args, model_args)
     use_all_cores()
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir or ".")
@@ -355,6 +401,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training_args.eval_on_start = eval_dataset is not None and resume is None
     trainer = make_trainer(model, training_args, model_args, data)
 
+    with keeping_tracebacks():
+        run(trainer, resume, script_args, eval_dataset, output_dir)
+
+
+def run(
+    trainer: TSPOTrainer, resume: str | None, script_args: SearchArguments, eval_dataset: Any, output_dir: Path
+) -> None:
+    """Train, evaluate, save and report."""
     trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if eval_dataset is not None else None
 
@@ -362,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.save_model()
     if PartialState().is_main_process:
         report_run(trainer, after, eval_dataset, output_dir)
-    if training_args.push_to_hub:
+    if trainer.args.push_to_hub:
         demo = script_args.dataset_name == DEMO  # the demo is not a data set of the Hub
         trainer.push_to_hub(dataset_name=None if demo else script_args.dataset_name)
     trainer.end()

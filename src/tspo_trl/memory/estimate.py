@@ -10,13 +10,15 @@ context of CUDA, fragmentation and the workspaces of libraries are not included 
 
 import argparse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from transformers import CONFIG_MAPPING as MODEL_TYPES
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
 
 from ..support.markdown import markdown_table
@@ -40,8 +42,10 @@ def load_config(model: str | None, model_type: str = "llama", **numbers: Any) ->
         except ValueError as error:
             raise ValueError(f"`model_type` must be an architecture of `transformers`, got {model_type!r}.") from error
         if unknown := sorted(name for name in numbers if not hasattr(default, name)):
+            names = [*default.to_dict(), *(field.name for field in fields(MemorySetting))]
             raise ValueError(
                 f"Options must be those of the command or of a configuration of {model_type!r}, got {unknown}."
+                f"{nearest(unknown[0], names)}"
             )
         return AutoConfig.for_model(model_type, **numbers)
     try:
@@ -51,6 +55,29 @@ def load_config(model: str | None, model_type: str = "llama", **numbers: Any) ->
             f"`model` must be a folder with a config.json, or a name on the Hub that can be reached or was loaded "
             f"before, got {model!r}. Or give its numbers: `hidden_size`, … ({str(error).splitlines()[0]})"
         ) from error
+
+
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The question whether another name was meant, if one is similar."""
+    near = get_close_matches(name.replace("-", "_"), list(names), n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
+
+
+def read_run(path: str, known: Collection[str] | None) -> dict[str, Any]:
+    """The values of the YAML file of a run. Keys that are not known are refused."""
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must contain a YAML mapping, for instance `num_generations: 8`.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if "model" in values:  # as in the flags
+        values.setdefault("model_name_or_path", values.pop("model"))
+    if isinstance(values.get("lora_target_modules"), str):
+        values["lora_target_modules"] = [values["lora_target_modules"]]
+    names = {field.name for field in fields(MemorySetting)} | set(known or ())
+    for key in values if known is not None else ():
+        if key not in names:
+            raise ValueError(f"{path}: unknown option `{key}`.{nearest(key, names)}")
+    return values
 
 
 def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShape:
@@ -256,8 +283,16 @@ def render(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join([table, "", f"Peak: {total / GIB:.1f} GiB ({phase}). Fits {', '.join(fits)}."])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the estimate of a command line; `--config` reads the YAML file of a run first."""
+def main(arguments: Sequence[str] | None = None, known: Collection[str] | None = None) -> None:
+    """
+    Print the estimate of a command line; `--config` reads the YAML file of a run first.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The arguments. Defaults to those of the process.
+        known (`Collection[str]`, *optional*):
+            Options of a run that do not decide its memory. If it is given, other keys of the file are refused.
+    """
     parser = HfArgumentParser(
         MemorySetting,  # type: ignore[arg-type]
         prog="tspo memory",
@@ -266,24 +301,36 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="A YAML file of a run; options replace its values.")
-    parser.add_argument("--model", help="A folder or a name on the Hub: only its configuration is loaded.")
+    parser.add_argument(
+        "--model",
+        "--model_name_or_path",
+        "--model-name-or-path",
+        help="A folder or a name on the Hub: only its configuration is loaded.",
+    )
     parser.add_argument("--model_type", default="llama", help="Instead of a model: an architecture, with its numbers.")
+    # One line, without the usage of all options
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # type: ignore[method-assign]
     options, others = parser.parse_known_args(arguments)
     try:
         if options.config is not None:
-            values = yaml.safe_load(Path(options.config).read_text())
+            values = read_run(options.config, known)
             names = {f.name for f in fields(MemorySetting)}
             parser.set_defaults(model=values.get("model_name_or_path"), **{k: values[k] for k in values.keys() & names})
             options, others = parser.parse_known_args(arguments)
         keys = [name.removeprefix("--") for name in others[::2]]
         if len(others) % 2 or not all(name.startswith("--") for name in others[::2]):
             raise ValueError(f"Options must be pairs of `--name value`, got {others}.")
+        shape_names = AutoConfig.for_model(options.model_type).to_dict() if options.model_type in MODEL_TYPES else {}
+        for key in keys if options.model is not None else ():
+            if key not in shape_names:
+                options_and_shape = [*(action.dest for action in parser._actions), *shape_names]
+                raise ValueError(f"Unknown option --{key}.{nearest(key, options_and_shape, '--')}")
         numbers = {k: yaml.safe_load(value) for k, value in zip(keys, others[1::2], strict=True)}
         config = load_config(options.model, options.model_type, **numbers)
         setting = MemorySetting(**{f.name: getattr(options, f.name) for f in fields(MemorySetting)})
         shape = measure_shape(config, setting)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     print(f"{shape.base:,} parameters, {shape.trainable:,} trained; {setting.rollouts} rollouts at once.\n")
     print(render(estimate(shape, setting)))
     if line := advice(config, setting):

@@ -1,6 +1,10 @@
 """The configuration of the trainer."""
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -10,6 +14,7 @@ from ..credit import Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
 from .collapse import WATCHES
+from .progress import ignore_harmless_warnings
 
 _CHOICES = {
     "protocol": ProtocolName,
@@ -17,6 +22,25 @@ _CHOICES = {
     "folr_guard": Guard,
     "advantage_level": Level,
     "turn_baseline": Baseline,
+}
+_TYPES: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list[str]: "a list of strings",
+    NoneType: "None",
+}
+#: Options of TRL that decide the size of a step, with their types.
+_INHERITED: dict[str, Any] = {
+    "num_generations": int,
+    "num_generations_eval": int | None,
+    "per_device_train_batch_size": int,
+    "per_device_eval_batch_size": int,
+    "gradient_accumulation_steps": int,
+    "learning_rate": float,
+    "beta": float,
+    "temperature": float,
 }
 _SMALLEST = {"num_generations": 2, "retrieval_cache_size": 0}
 
@@ -217,6 +241,7 @@ class TSPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
@@ -255,8 +280,30 @@ class TSPOConfig(GRPOConfig):
                 f"{self.vllm_structured_outputs_regex!r}. Set it to None and reward the format instead, see "
                 "`tspo_trl.rewards`."
             )
+        for part in (folder := Path(self.output_dir or "."), *folder.parents):
+            if part.exists() and not part.is_dir():
+                raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False
+        ignore_harmless_warnings()  # the next line raises one
         super().__post_init__()
         if self.scale_rewards not in get_args(Scale):
             raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")
+
+    def _check_types(self) -> None:
+        """Refuse values of a wrong type, which would fail later or be misread: `"0.5"`, or a string for a list."""
+        for name, kind in (TSPOConfig.__annotations__ | _INHERITED).items():
+            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            value = getattr(self, name)
+            if name not in _CHOICES and not any(_is_a(value, kind) for kind in kinds):
+                expected = " or ".join(_TYPES[kind] for kind in kinds)
+                raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value can be used where a type is expected: a whole number as a `float`, but no boolean as a number."""
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind == list[str]:
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    return isinstance(value, (str, PathLike) if kind is str else kind)

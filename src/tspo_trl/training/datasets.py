@@ -12,7 +12,12 @@ from ..rollout.protocol import SearchProtocol
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
-def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "train_dataset") -> AnyDataset:
+def prepare_dataset(
+    dataset: AnyDataset,
+    protocol: SearchProtocol,
+    name: str = "train_dataset",
+    max_context_length: int | None = None,
+) -> AnyDataset:
     """
     Check a data set and add a `prompt` column.
 
@@ -25,20 +30,26 @@ def prepare_dataset(dataset: AnyDataset, protocol: SearchProtocol, name: str = "
             Protocol that writes the prompts.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the data set in error messages.
+        max_context_length (`int`, *optional*):
+            Maximum number of tokens of a prompt and its completion together. A prompt must leave room for a token.
 
     Returns:
         The same kind of data set, with the columns `prompt`, `question` and `golden_answers`.
 
     Raises:
-        `ValueError`: If the data set is empty, a column is missing, or a value is not as described; the message names
-            the row, the column and the value found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
+        `ValueError`: If the data set is empty, a column is missing, a value is not as described, or a prompt is too long;
+            the message names the row, the column and the value found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
     """
     check_columns(dataset, name)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
-        _check_prompt(row, f"`{name}`, row {index}", protocol)
+        where = f"`{name}`, row {index}"
+        _check_prompt(row, where, protocol)
+        prompt = row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"])
+        if max_context_length is not None:
+            check_length(prompt, where, protocol, max_context_length)
         return {
-            "prompt": row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"]),
+            "prompt": prompt,
             "question": row["question"] if row.get("question") is not None else _last_user_text(row["prompt"]),
         }
 
@@ -115,6 +126,34 @@ def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) 
         raise ValueError(
             f"{where}: with `protocol='tool_call'`, 'prompt' must be a conversation (a list of messages with 'role' and "
             f"'content'), found {prompt!r}."
+        )
+
+
+def check_length(prompt: str | list[dict[str, Any]], where: str, protocol: SearchProtocol, longest: int) -> None:
+    """
+    Check that a prompt leaves room for a token.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, a text or a conversation.
+        where (`str`):
+            Name of the data set and number of the row in error messages.
+        protocol ([`SearchProtocol`]):
+            Protocol that encodes the prompt. Prompts with fewer bytes than `longest` are not encoded.
+        longest (`int`):
+            Maximum number of tokens of a prompt and its completion together.
+
+    Raises:
+        `ValueError`: If it does not; the message names the row.
+    """
+    others = 64 if isinstance(prompt, str) else 4096  # more than the special tokens, or the words of a chat template
+    if len(str(prompt).encode("utf-8", errors="replace")) + others < longest:
+        return
+    count = len(protocol.encode_prompts([prompt])[0])
+    if count >= longest:
+        raise ValueError(
+            f"{where}: the prompt has {count} tokens, but the model takes at most {longest} tokens of prompt and completion "
+            "together. Shorten the question, or leave out the row."
         )
 
 

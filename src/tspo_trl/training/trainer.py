@@ -33,11 +33,13 @@ from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from .checkpoints import ExactResumeMixin
+from .checks import check_batches, check_end_token, check_eval_batches, check_model, report_left_out
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
+from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
 
 if TYPE_CHECKING:
@@ -149,11 +151,16 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         peft_config: "PeftConfig | None" = None,
         retriever: Retriever | None = None,
     ):
+        if model is None:
+            raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
+        check_model(model, processing_class, args)
+        check_batches(args, train_dataset, eval_dataset)
+        report_left_out(args, train_dataset)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
 
@@ -175,6 +182,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
                 f"`processing_class` must be a tokenizer, got `{type(self.processing_class).__name__}`: the search "
                 "loop is for text only."
             )
+        check_end_token(self.processing_class)
+        ignore_harmless_warnings(self.model)
+        shorten_output(self)
         check_processes(self.accelerator, args, self.train_dataset)
 
         # Search loop and data sets, which both use the protocol
@@ -192,7 +202,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             **asdict(SearchLimits.of(args)),
         )
         self.train_dataset, self.eval_dataset = map_datasets(
-            lambda dataset, name: prepare_dataset(dataset, protocol, name), train_dataset, eval_dataset
+            lambda dataset, name: prepare_dataset(dataset, protocol, name, self._max_context_length()),
+            train_dataset,
+            eval_dataset,
         )
         # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
         self.rollout_func = SearchRollouts(self._make_search_loop(protocol, retrievers.retriever), retrievers)
@@ -207,8 +219,15 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             protocol,
             eos_token_ids=self.eos_token_ids,
             limits=SearchLimits.of(self.args),
-            max_context_length=getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+            max_context_length=self._max_context_length(),
         )
+
+    def _max_context_length(self) -> int | None:
+        """The maximum number of tokens of a prompt and its completion together, if the model has one."""
+        lengths = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
+        if self.args.use_vllm:
+            lengths.append(self.args.vllm_max_model_length)
+        return min((length for length in lengths if length is not None), default=None)
 
     @property
     def search_loop(self) -> SearchLoop:
@@ -221,7 +240,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
-            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset")
+            check_eval_batches(self.args)
+            longest = self._max_context_length()
+            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset", longest)
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(

@@ -1,0 +1,159 @@
+"""Checks of the model, its tokenizer and the batches, before anything large is loaded."""
+
+import logging
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..support.paths import check_model_path, suggest_path
+from .config import TSPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
+    """
+    Check that the training questions fill a batch, and that batches of evaluation hold whole groups.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Raises:
+        `ValueError`: If nothing would be trained, or the rollouts of a group would be in several batches.
+    """
+    needed = questions_per_batch(args)
+    known = isinstance(train_dataset, Dataset)
+    count = len(train_dataset) if known else sum(1 for _ in islice(train_dataset, needed))
+    if count < needed:
+        raise ValueError(
+            f"Nothing would be trained: `train_dataset` has {_questions(count)}, but a batch of rollouts needs {needed} "
+            f"(`generation_batch_size` {args.generation_batch_size} / `num_generations` {args.num_generations}). Use "
+            "more questions, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
+            "`steps_per_generation`."
+        )
+    if eval_dataset is not None:
+        check_eval_batches(args)
+
+
+def check_eval_batches(args: TSPOConfig) -> None:
+    """
+    Check that a batch of evaluation holds whole groups.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+
+    Raises:
+        `ValueError`: If it does not.
+    """
+    group = args.num_generations_eval or args.num_generations
+    rollouts = args.per_device_eval_batch_size * args.world_size
+    if rollouts % group:
+        name = "num_generations_eval" if args.num_generations_eval else "num_generations"
+        raise ValueError(
+            f"`per_device_eval_batch_size` × processes must be a multiple of `{name}`, got "
+            f"{args.per_device_eval_batch_size} × {args.world_size} = {rollouts} and {group}. Set "
+            "`per_device_eval_batch_size` or `num_generations_eval`."
+        )
+
+
+def report_left_out(args: TSPOConfig, train_dataset: Any) -> None:
+    """
+    Log how many questions an incomplete last batch leaves out of each epoch, if the run is at least one epoch long.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set. Nothing is logged for a stream, whose length is unknown.
+    """
+    if not isinstance(train_dataset, Dataset) or args.process_index > 0:
+        return
+    size = questions_per_batch(args)
+    left, batches = len(train_dataset) % size, len(train_dataset) // size
+    assert args.steps_per_generation is not None  # set by TRL
+    steps = batches * args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
+    if left and (args.max_steps <= 0 or args.max_steps >= steps):
+        logger.warning(
+            "`train_dataset` has %s, and a batch of rollouts takes %d: the last %d do not fill a batch and are left out of "
+            "each epoch.",
+            _questions(len(train_dataset)),
+            size,
+            left,
+        )
+
+
+def questions_per_batch(args: TSPOConfig) -> int:
+    """
+    The number of questions whose rollouts are generated together. An epoch consists of whole batches of them.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+
+    Returns:
+        `int`: The number of questions.
+    """
+    # TRL has set both
+    return args.generation_batch_size // args.num_generations  # type: ignore[operator]
+
+
+def check_model(model: Any, processing_class: Any, args: TSPOConfig) -> None:
+    """
+    Check a model and its tokenizer before the weights are loaded.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. If `None`, the one that belongs to the name of the model.
+        args ([`TSPOConfig`]):
+            The configuration.
+
+    Raises:
+        `ValueError`: If the tokenizer has no end-of-sequence token.
+        `FileNotFoundError`: If the path of the model does not exist, or a name was not found on the Hub.
+    """
+    if isinstance(model, str):
+        check_model_path(model)
+        if processing_class is None:
+            given: Any = args.model_init_kwargs or {}
+            options = {"trust_remote_code": args.trust_remote_code}
+            options |= {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
+            try:
+                processing_class = AutoTokenizer.from_pretrained(model, **options)
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
+                    f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
+                ) from error
+    check_end_token(processing_class)
+
+
+def check_end_token(tokenizer: Any) -> None:
+    """
+    Check that a tokenizer has a token that ends a completion.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. Other objects are not checked.
+
+    Raises:
+        `ValueError`: If it has none.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, which ends the last turn of a rollout. Set "
+            "`tokenizer.eos_token` to the token that the model writes last, and pass it as `processing_class`."
+        )
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"
