@@ -270,6 +270,7 @@ def test_chance_uses_passages_of_another_question_and_is_reproducible(recipe):
 def test_rows_are_checked_like_those_of_the_trainer(recipe):
     full = {"question": "q", "golden_answers": ["!!!"], "supporting_titles": ["a", " ", "a"], "supporting_ids": None}
     assert recipe.read_row(full, "here") == row("q", ["!!!"], ["a"])
+    assert recipe.read_row(full | {"supporting_ids": [12, "13"]}, "here")["supporting_ids"] == ["12", "13"]
     for change, message in [
         ({"question": " "}, "here: 'question' must be a non-empty string, found ' '"),
         ({"question": None}, "here: 'question' must be a non-empty string, found None"),
@@ -277,6 +278,7 @@ def test_rows_are_checked_like_those_of_the_trainer(recipe):
         ({"golden_answers": None}, "here: 'golden_answers' must be a non-empty list of strings, found None"),
         ({"golden_answers": "Rome"}, "here: 'golden_answers' must be a non-empty list of strings, found 'Rome'"),
         ({"golden_answers": [7]}, r"here: 'golden_answers' must be a non-empty list of strings, found \[7\]"),
+        ({"supporting_ids": [None]}, r"here: 'supporting_ids' must be a list of strings, found \[None\]"),
         ({"supporting_ids": "0"}, "here: 'supporting_ids' must be a list of strings, found '0'"),
     ]:
         with pytest.raises(ValueError, match=message):

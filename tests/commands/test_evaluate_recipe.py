@@ -156,3 +156,18 @@ def test_a_question_that_is_too_long_is_named_before_the_first_rollout(recipe, t
     with pytest.raises(ValueError, match=r"long, row 2: the prompt has .* tokens"):
         recipe.main([*options, "--output_dir", str(tmp_path / "out"), *SETTINGS, *PROMPT])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("data/popQA.tsv", "popQA"),
+        ("data/questions.jsonl.gz", "questions"),
+        ("dev.parquet", "dev"),
+        ("mine=data/dev.json", "mine"),
+        ("org/data-set_1.5", "data-set_1.5"),
+        ("runs/demo/", "demo"),
+    ],
+)
+def test_the_name_of_a_model_or_data_set(spec, name):
+    assert _named(spec)[0] == name

@@ -30,8 +30,9 @@ from rich.text import Text
 
 from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
-from ..questions.check import check_columns, check_row, is_list_of_strings
+from ..questions.check import check_columns, check_row
 from ..questions.hints import hints_in_flags
+from ..questions.rows import as_text
 from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
 from .demo import DEMO, demo_retriever
@@ -128,9 +129,11 @@ def read_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     checked: dict[str, Any] = {"question": row["question"], "golden_answers": list(row["golden_answers"])}
     for column in ("supporting_titles", "supporting_ids"):
         values = row.get(column)
-        if values is not None and not is_list_of_strings(values):
-            raise ValueError(f"{where}: {column!r} must be a list of strings, found {values!r}.")
-        checked[column] = list(dict.fromkeys(value for value in values or [] if value.strip()))
+        expected = f"{where}: {column!r} must be a list of strings, found {values!r}."
+        if values is not None and not isinstance(values, (list, tuple)):
+            raise ValueError(expected)
+        texts = [as_text(value, expected) for value in values or []]
+        checked[column] = list(dict.fromkeys(text for text in texts if text.strip()))
     return checked
 
 

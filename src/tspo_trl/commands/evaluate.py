@@ -35,6 +35,7 @@ from ..rollout.limits import SearchLimits
 from ..support.paths import check_model_path
 from .options import (
     DATA_FLAGS,
+    QUESTION_FILES,
     add_columns_option,
     add_output_option,
     add_retriever_options,
@@ -161,8 +162,8 @@ def _named(spec: str) -> tuple[str, str]:
     name, separator, where = spec.partition("=")
     if not separator or "/" in name or "\\" in name:
         name, where = Path(spec.rstrip("/")).name, spec
-        if Path(where).suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            name = Path(where).stem
+        if name.endswith(QUESTION_FILES):
+            name = name.split(".")[0] or name
     return re.sub(r"[^\w.@+-]", "_", name).lstrip(".") or "model", where
 
 
