@@ -377,8 +377,10 @@ def report_run(
             samples = trainer.num_generations_eval
             report(before, after, f"{name or 'Held-out questions'} ({count}, {samples} sampled rollouts each)", prefix)
     console = Console()
-    console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
-    if trainer.args.log_trajectories:
+    console.print(f"Model: {output_dir}")
+    if (output_dir / "curves.png").is_file():
+        console.print(f"Curves: {output_dir / 'curves.png'}")
+    if (output_dir / "trajectories").is_dir():
         console.print(f"Trajectories: {output_dir / 'trajectories'}, as a page: tspo inspect {output_dir}")
 
 
