@@ -311,7 +311,12 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
     check_extras(training_args, model_args)
-    check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
+    check_input_files(
+        corpus=script_args.corpus,
+        index=script_args.index,
+        url=script_args.retriever_url,
+        backend=script_args.retriever_backend,
+    )
     names = [name] if isinstance(name, str) else list(name or [])
     check_question_files([name for name in names if name != DEMO])
     check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
