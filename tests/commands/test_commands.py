@@ -13,8 +13,10 @@ import pytest
 from helpers.paths import ROOT
 from tspo_trl.commands.errors import keeping_tracebacks, run_command
 from tspo_trl.commands.main import COMMANDS, main
+from tspo_trl.commands.serve import open_as_asked
+from tspo_trl.commands.serve import parse_arguments as parse_serve_arguments
 
-RETRIEVER = ["--corpus", "--index", "--retriever_backend"]
+RETRIEVER = ["--corpus", "--index", "--retriever_backend", "--retriever_language"]
 OPTIONS = {
     "train": [*RETRIEVER, "--retriever_url", "--max_searches", "--output_dir"],
     "evaluate": [*RETRIEVER, "--backend", "--retriever_url", "--max_searches", "--compare", "--output_dir"],
@@ -170,3 +172,11 @@ def test_the_server_prints_its_address():
 )
 def test_the_address_is_one_that_clients_reach(host, url):
     assert import_module("tspo_trl.commands.serve").address(host, 1) == url
+
+
+def test_the_language_of_the_retriever_is_an_option(tmp_path):
+    corpus = tmp_path / "passages.jsonl"
+    corpus.write_text('{"id": "a", "title": "", "text": "Die Katzen und der Hund"}\n', encoding="utf-8")
+    for options, language in (([], "english"), (["--retriever_language", "german"], "german")):
+        retriever = open_as_asked(parse_serve_arguments(["--corpus", str(corpus), *options]))
+        assert retriever.language == language

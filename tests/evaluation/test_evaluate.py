@@ -1,10 +1,12 @@
 """Evaluations: metrics, several samples, averages and the recorded trajectories."""
 
+from datetime import datetime
+
 import pytest
 
 from helpers.evaluations import GOLDS, SCRIPTS, rows, scores_of
 from helpers.limits import LIMITS
-from tspo_trl import SearchAgent, evaluate, read_rollouts
+from tspo_trl import BM25Retriever, SearchAgent, evaluate, read_rollouts
 from tspo_trl.evaluation.tables import results_table
 from tspo_trl.scoring import search_r1_exact_match
 
@@ -124,3 +126,18 @@ def test_several_samples_give_means_and_pass_at_k(tmp_path, policy_dir, retrieve
     assert set(results.scores["demo"].values) >= {"pass@2", "pass@3"}
     texts = [[turn.text for turn in record["trajectory"].turns] for record in read_rollouts(tmp_path / "demo")]
     assert len({str(text) for text in texts}) > 6  # samples of a question differ
+
+
+def test_ids_that_are_dates_are_text(tmp_path, scripted):
+    questions = rows(**GOLDS).map(lambda row, i: {"id": datetime(1952, 3, i + 1)}, with_indices=True)
+    evaluate(scripted(SCRIPTS), {"books": questions}, tmp_path, progress=False)
+    lines = (tmp_path / "books" / "scores.csv").read_text().splitlines()
+    assert {line.split(",")[0] for line in lines[1:]} == {f"1952-03-0{day}" for day in range(1, len(GOLDS) + 1)}
+
+
+def test_retrievers_are_checked_before_the_first_rollout(tmp_path, scripted):
+    agent = scripted(SCRIPTS)
+    with pytest.raises(ValueError, match="the class `BM25Retriever` itself"):
+        evaluate(agent, {"books": rows(**GOLDS)}, tmp_path, retrievers={"books": BM25Retriever}, progress=False)
+    with pytest.raises(ValueError, match="`retrievers` has the name 'boks', but `datasets` only"):
+        evaluate(agent, {"books": rows(**GOLDS)}, tmp_path, retrievers={"boks": agent.search_loop.retriever})

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tspo_trl import BM25Retriever, Passage
+from tspo_trl import BM25Retriever, Passage, open_retriever
 from tspo_trl.retrieval.words import index_words, split_words
 
 
@@ -110,3 +110,21 @@ def test_the_first_query_that_finds_nothing_is_reported(caplog, query, reason):
 def test_passages_without_words_are_reported(caplog):
     BM25Retriever(passages(a="Emma", b="the", c="…"))
     assert "2 of 3 passages have no words, so they are never found. The first is 'b'." in caplog.text
+
+
+def test_the_language_of_a_corpus_and_of_an_index(tmp_path):
+    corpus = tmp_path / "passages.jsonl"
+    corpus.write_text('{"id": "a", "title": "", "text": "Die Katzen und der Hund"}\n', encoding="utf-8")
+    assert [open_retriever(corpus=corpus, language=name).language for name in (None, "german", "none")] == [
+        "english",
+        "german",
+        None,
+    ]
+    open_retriever(corpus=corpus, language="german").save(tmp_path / "index")
+    assert open_retriever(index=tmp_path / "index").language == "german"
+    assert open_retriever(index=tmp_path / "index", language="german").language == "german"
+    with pytest.raises(ValueError, match="has the language 'german', not 'english': index the corpus again"):
+        open_retriever(index=tmp_path / "index", language="english")
+    for options in ({"url": "http://localhost:1"}, {"corpus": corpus, "backend": "rank_bm25"}):
+        with pytest.raises(ValueError, match="only for the backend 'bm25'"):
+            open_retriever(**options, language="german")

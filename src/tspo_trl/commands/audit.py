@@ -241,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         retriever = demo_retriever(passages, args.retriever_backend)
     else:
         retriever = open_retriever(
-            corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend
+            corpus=args.corpus,
+            index=args.index,
+            url=args.retriever_url,
+            backend=args.retriever_backend,
+            language=args.retriever_language,
         )
     audit = summarize(rows, search_all(rows, retriever, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
     audit = replace(audit, about=vars(args))

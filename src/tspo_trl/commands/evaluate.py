@@ -30,7 +30,7 @@ from ..evaluation.results import EvaluationResults, compare_results
 from ..evaluation.tables import comparison_table, results_table
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.hints import hints_in_flags
-from ..retrieval import CachedRetriever, Retriever, open_retriever
+from ..retrieval import BM25Retriever, CachedRetriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..support.paths import check_model_path
 from .options import (
@@ -222,8 +222,11 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
         if not any(options.values()):
             raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
         if (which := tuple(options.values())) not in opened:
-            retriever = CachedRetriever(open_retriever(**options, backend=args.retriever_backend))
-            retriever.search(["test"], k=1)  # fail now if the server does not answer
+            retriever = CachedRetriever(
+                open_retriever(**options, backend=args.retriever_backend, language=args.retriever_language)
+            )
+            if not isinstance(retriever.retriever, BM25Retriever):
+                retriever.search(["test"], k=1)  # fail now if the server does not answer
             opened[which] = retriever
     return {name: opened[tuple(given[place].values())] for name, place in places.items()}
 

@@ -11,6 +11,7 @@ from ..support.paths import check_model_path, looks_local, suggest_path
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
 BACKEND = "retriever of the corpus or index"
+LANGUAGE = "language of BM25's stop words and stemmer, or 'none' (default: english, or that of the index)"
 QUESTION_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 ALIASES = {  # other name of an option -> its name
     "dataset": "dataset_name",
@@ -79,6 +80,7 @@ def add_retriever_options(parser: Any, *, url: bool = True, several: bool = Fals
         choices=BACKENDS,
         help=f"{BACKEND} (default: %(default)s)",
     )
+    add("--retriever_language", metavar="LANGUAGE", help=LANGUAGE)
 
 
 def add_columns_option(parser: Any) -> None:

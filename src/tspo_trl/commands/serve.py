@@ -75,7 +75,12 @@ def open_as_asked(arguments: Namespace) -> Retriever:
 
         retriever = BM25Retriever(make_world(arguments.demo_seed).passages)
     else:
-        retriever = open_retriever(corpus=arguments.corpus, index=arguments.index, backend=arguments.retriever_backend)
+        retriever = open_retriever(
+            corpus=arguments.corpus,
+            index=arguments.index,
+            backend=arguments.retriever_backend,
+            language=arguments.retriever_language,
+        )
     if arguments.save_index is not None:
         if not isinstance(retriever, BM25Retriever):
             raise ValueError(f"--save_index can save only an index of BM25, got {retriever!r}.")

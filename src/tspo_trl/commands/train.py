@@ -37,7 +37,7 @@ from ..demo import make_world
 from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..questions.hints import hints_in_flags
-from ..retrieval import Retriever, open_retriever
+from ..retrieval import BM25Retriever, Retriever, open_retriever
 from ..rollout.limits import SearchLimits
 from ..training.checkpoints import last_checkpoint
 from ..training.checks import check_batches
@@ -51,6 +51,7 @@ from .errors import keeping_tracebacks
 from .options import (
     BACKEND,
     BACKENDS,
+    LANGUAGE,
     RETRIEVER_OPTIONS,
     check_input_files,
     check_model,
@@ -102,6 +103,8 @@ class SearchArguments(ScriptArguments):
             Address of a retrieval server, used instead of `corpus`, for instance of `tspo serve`.
         retriever_backend (`str`, *optional*, defaults to `"bm25"`):
             `"bm25"`, `"rank_bm25"` or `"lucene"`.
+        retriever_language (`str`, *optional*):
+            Language of BM25's stop words and stemmer, or `"none"`. Defaults to English, or to the language of the index.
         max_train_questions (`int`, *optional*):
             Number of training questions, drawn with a fixed seed; the first ones of the demo or of a stream. Defaults to all.
         max_eval_questions (`int`, *optional*):
@@ -134,6 +137,7 @@ class SearchArguments(ScriptArguments):
     index: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["index"]})
     retriever_url: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["retriever_url"]})
     retriever_backend: str = field(default="bm25", metadata={"help": f"{BACKEND}: {', '.join(BACKENDS)}"})
+    retriever_language: str | None = field(default=None, metadata={"help": LANGUAGE})
     max_train_questions: int | None = field(
         default=None, metadata={"help": "number of training questions; all of them if not given"}
     )
@@ -198,8 +202,11 @@ def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | No
     """The retriever; `None` repeats a run from its retrieval log."""
     options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
     if any(options.values()):
-        retriever = open_retriever(**options, backend=script_args.retriever_backend)
-        retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
+        retriever = open_retriever(
+            **options, backend=script_args.retriever_backend, language=script_args.retriever_language
+        )
+        if not isinstance(retriever, BM25Retriever):
+            retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
         return retriever
     if logged:
         return None

@@ -24,7 +24,9 @@ from .._version import __version__
 from ..agent import SearchAgent
 from ..credit import first_occurrence, is_near_miss
 from ..questions.check import check_columns, check_row
+from ..questions.rows import as_text
 from ..retrieval import Retriever
+from ..retrieval.results import check_retriever
 from ..rollout.facts import rollout_facts
 from ..rollout.log import append_rollouts, rollout_record
 from ..rollout.loop import SearchLoop
@@ -115,6 +117,10 @@ def evaluate(
     loop = agent.search_loop
     _check_arguments(datasets, num_samples, scorer, loop)
     retrievers = retrievers or {}
+    for name, retriever in retrievers.items():
+        if name not in datasets:
+            raise ValueError(f"`retrievers` has the name {name!r}, but `datasets` only {list(datasets)}.")
+        check_retriever(retriever)
     common = {
         **(about or {}),
         "search": {"protocol": type(loop.protocol).__name__, **asdict(loop.limits)},
@@ -199,7 +205,7 @@ def _make_plan(name: str, dataset: Dataset, *, has_template: bool) -> _Plan:
                 f"`{name}`, row {i}: it has no 'prompt', and none can be written from its question: the model was trained "
                 "on prompts of its data set. Set `prompt_template`, a text with '{question}' in it."
             )
-        ids.append(str(i if row.get("id") is None else row["id"]))
+        ids.append(as_text(i if row.get("id") is None else row["id"], f"`{name}`, row {i}: 'id' must be a text"))
         digests.append(_hash([question, *golds]))
         prompts.append("" if prompt is None else _hash([json.dumps(prompt)]))
         lengths.append(len(question if prompt is None else str(prompt)))

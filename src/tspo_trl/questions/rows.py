@@ -372,8 +372,19 @@ def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _text(value: Any, expected: str) -> str:
-    """A value as text. Readers of files turn text into numbers, dates and so on: here is the way back."""
+def as_text(value: Any, expected: str) -> str:
+    """
+    Write a value as the text that a file had. Readers of files turn text into numbers, dates and so on.
+
+    Args:
+        value (`Any`):
+            A text, number, boolean, date, time, or bytes in UTF-8.
+        expected (`str`):
+            What is expected, for the error.
+
+    Raises:
+        `ValueError`: With `expected` as message, if the value has no such text.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):
@@ -397,11 +408,11 @@ def _text(value: Any, expected: str) -> str:
 
 
 def _read_id(value: Any, index: int, *_: Any) -> str:
-    return str(index) if _is_missing(value) else _text(value, "a text")
+    return str(index) if _is_missing(value) else as_text(value, "a text")
 
 
 def _read_question(value: Any, *_: Any) -> str:
-    text = _text(value, "a non-empty string")
+    text = as_text(value, "a non-empty string")
     if not text.strip():
         raise ValueError("a non-empty string")
     return text
@@ -410,7 +421,7 @@ def _read_question(value: Any, *_: Any) -> str:
 def _read_answers(value: Any, *_: Any) -> list[str]:
     value = _to_python(value)
     answers = [
-        _text(answer, "a string or a list of strings") for answer in (value if isinstance(value, list) else [value])
+        as_text(answer, "a string or a list of strings") for answer in (value if isinstance(value, list) else [value])
     ]
     answers = [answer for answer in answers if answer.strip()]
     if not answers:
@@ -419,7 +430,7 @@ def _read_answers(value: Any, *_: Any) -> list[str]:
 
 
 def _read_data_source(value: Any, _: int, data_source: str) -> str:
-    return data_source if _is_missing(value) else _text(value, "a text")
+    return data_source if _is_missing(value) else as_text(value, "a text")
 
 
 _READERS: dict[str, Callable[..., Any]] = {
