@@ -89,6 +89,11 @@ def test_the_same_thing_has_the_same_flag(command, dash):
     ("arguments", "message"),
     [
         ("audit --dataset_name nowhere.jsonl --retriever_url http://127.0.0.1:9", "there is no file 'nowhere.jsonl'"),
+        ("audit --dataset_name nq --corpus README.md --retriever_url http://x", "not both"),
+        ("audit --dataset_name nq --retriever_url localhost:8000", "localhost:8000"),
+        ("evaluate --model m --dataset_name nq --index docs --retriever_url http://x", "not both"),
+        ("train --model demo --dataset_name nq --retriever_url localhost:8000 --use_cpu true", "localhost:8000"),
+        ("train --model demo --dataset_name nq --corpus README.md --backend grep --use_cpu true", "got 'grep'"),
         ("audit --dataset_name nq --corpus nowhere.jsonl", "--corpus: 'nowhere.jsonl' does not exist"),
         ("evaluate --model a --dataset_name nowhere.jsonl --corpus x", "there is no file 'nowhere.jsonl'"),
         ("evaluate --model runs/a/b --dataset_name nq --corpus tests/data", "--model: there is no folder 'runs/a/b'"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,6 +121,20 @@ def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
     """TRL logs None where there is nothing to average."""
     recipe.report({"eval_reward": None}, {"eval_reward": 0.5}, "Held-out questions")
     assert re.search(r"Exact match +│ +- │ +0.500 │", capsys.readouterr().out)
+
+
+def test_only_files_that_exist_are_named(recipe, tmp_path, capsys):
+    """With few steps, `logging_steps` may log none, and there are no curves."""
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), args=SimpleNamespace(log_trajectories=True))
+    recipe.report_run(trainer, None, None, tmp_path)
+    shown = capsys.readouterr().out
+    assert "Model: " in shown
+    assert "Curves" not in shown
+    assert "Trajectories" not in shown
+    (tmp_path / "curves.png").write_bytes(b"")
+    (tmp_path / "trajectories").mkdir()
+    recipe.report_run(trainer, None, None, tmp_path)
+    assert re.search(r"Curves: .*Trajectories: ", capsys.readouterr().out, re.DOTALL)
 
 
 def parse(recipe, *arguments):

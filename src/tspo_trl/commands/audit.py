@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Audit the questions and the retriever of a command line."""
     args = parse_arguments(arguments)
     check_output_dir(args.output_dir)
-    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    check_input_files(corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend)
     if args.dataset not in (DEMO, *BENCHMARKS):
         check_question_files([args.dataset])
     rows, passages = load_rows(args)

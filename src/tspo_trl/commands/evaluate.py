@@ -341,7 +341,7 @@ def check_inputs(args: Namespace) -> None:
     check_question_files([where for _, where in map(_named, args.dataset)])
     if not (args.corpus or args.index or args.retriever_url):
         raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
-    check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    check_input_files(corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend)
     for where in () if args.endpoint else args.model.values():
         check_model_path(where, "--model")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..retrieval import HTTPRetriever
 from ..support.paths import check_model_path, looks_local, suggest_path
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
@@ -118,8 +119,17 @@ def parse_columns(specs: Sequence[str]) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-def check_input_files(*, corpus: Any = None, index: Any = None, backend: str = "bm25") -> None:
-    """Refuse a corpus or an index that is not there, before anything is loaded. Each is one path, several or `None`."""
+def check_input_files(*, corpus: Any = None, index: Any = None, url: Any = None, backend: str = "bm25") -> None:
+    """
+    Refuse a corpus or an index that is not there, and options that exclude each other, before anything is loaded. Each is
+    one value, several or `None`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"--retriever_backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if url and (corpus or index):
+        raise ValueError("Give either --retriever_url, or --corpus and --index, not both.")
+    for address in _listed(url):
+        HTTPRetriever(address)  # refuses what is no address; it asks nothing yet
     for path in _listed(corpus):
         if path != "demo" and not Path(path).exists():
             raise FileNotFoundError(f"--corpus: {path!r} does not exist.{suggest_path(path)}")

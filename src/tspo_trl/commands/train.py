@@ -318,7 +318,12 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
     check_extras(training_args, model_args)
-    check_input_files(corpus=script_args.corpus, index=script_args.index, backend=script_args.retriever_backend)
+    check_input_files(
+        corpus=script_args.corpus,
+        index=script_args.index,
+        url=script_args.retriever_url,
+        backend=script_args.retriever_backend,
+    )
     names = [name] if isinstance(name, str) else list(name or [])
     check_question_files([name for name in names if name != DEMO])
     check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
@@ -384,8 +389,10 @@ def report_run(
             samples = trainer.num_generations_eval
             report(before, after, f"{name or 'Held-out questions'} ({count}, {samples} sampled rollouts each)", prefix)
     console = Console()
-    console.print(f"Model: {output_dir}\nCurves: {output_dir / 'curves.png'}")
-    if trainer.args.log_trajectories:
+    console.print(f"Model: {output_dir}")
+    if (output_dir / "curves.png").is_file():
+        console.print(f"Curves: {output_dir / 'curves.png'}")
+    if (output_dir / "trajectories").is_dir():
         console.print(f"Trajectories: {output_dir / 'trajectories'}, as a page: tspo inspect {output_dir}")
 
 

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 def looks_local(name: str) -> bool:
@@ -38,19 +39,21 @@ def suggest_path(name: str) -> str:
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def check_model_path(model: str, label: str = "`model`") -> None:
+def check_model_path(model: Any, label: str = "`model`") -> None:
     """
     Refuse the path of a model that is not there, or a folder without a model. Names on the Hub are not checked.
 
     Args:
-        model (`str`):
-            A folder or a name on the Hub.
+        model (`str` or `Any`):
+            A folder or a name on the Hub. Other objects are loaded models, which are not checked.
         label (`str`, *optional*, defaults to `` "`model`" ``):
             What the path is called in error messages.
 
     Raises:
         `FileNotFoundError`: If the path does not exist, or the folder has no `config.json` and no `adapter_config.json`.
     """
+    if not isinstance(model, str):
+        return
     path = Path(model)
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..support.paths import check_model_path, suggest_path
+from ..support.paths import suggest_path
 from .config import TSPOConfig
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ def questions_per_batch(args: TSPOConfig) -> int:
     return args.generation_batch_size // args.num_generations  # type: ignore[operator]
 
 
-def check_model(model: Any, processing_class: Any, args: TSPOConfig) -> None:
+def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> None:
     """
-    Check a model and its tokenizer before the weights are loaded.
+    Check the tokenizer of a model before the weights are loaded.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -119,21 +119,19 @@ def check_model(model: Any, processing_class: Any, args: TSPOConfig) -> None:
 
     Raises:
         `ValueError`: If the tokenizer has no end-of-sequence token.
-        `FileNotFoundError`: If the path of the model does not exist, or a name was not found on the Hub.
+        `FileNotFoundError`: If there is none, for instance because there is no such model on the Hub.
     """
-    if isinstance(model, str):
-        check_model_path(model)
-        if processing_class is None:
-            given: Any = args.model_init_kwargs or {}
-            options = {"trust_remote_code": args.trust_remote_code}
-            options |= {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
-            try:
-                processing_class = AutoTokenizer.from_pretrained(model, **options)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
-                    f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
-                ) from error
+    if isinstance(model, str) and processing_class is None:
+        given: Any = args.model_init_kwargs or {}
+        options = {"trust_remote_code": args.trust_remote_code}
+        options |= {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
+        try:
+            processing_class = AutoTokenizer.from_pretrained(model, **options)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
+                f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
+            ) from error
     check_end_token(processing_class)
 
 

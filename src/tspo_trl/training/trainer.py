@@ -32,8 +32,9 @@ from ..rollout.protocols import make_protocol
 from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
+from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import check_batches, check_end_token, check_eval_batches, check_model, report_left_out
+from .checks import check_batches, check_end_token, check_eval_batches, check_tokenizer, report_left_out
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
@@ -158,11 +159,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
-        check_model(model, processing_class, args)
+        check_model_path(model)
         check_batches(args, train_dataset, eval_dataset)
         report_left_out(args, train_dataset)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
+        check_tokenizer(model, processing_class, args)
 
         super().__init__(
             model=model,
