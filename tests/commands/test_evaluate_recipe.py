@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.fake_endpoint import FakeEndpoint
+from tspo_trl.commands.evaluate import _named
 
 SETTINGS = ["--max_searches", "3", "--num_passages", "2", "--max_turn_tokens", "12", "--max_observation_tokens", "48"]
 PROMPT = ["--prompt_template", "Question: {question}\n"]
