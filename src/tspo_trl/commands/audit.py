@@ -32,7 +32,7 @@ from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row
 from ..questions.hints import hints_in_flags
-from ..questions.rows import as_text
+from ..questions.values import as_text
 from ..retrieval import Passage, Retriever
 from ..retrieval.open import open_retriever
 from .demo import DEMO, demo_retriever

@@ -24,7 +24,7 @@ from .._version import __version__
 from ..agent import SearchAgent
 from ..credit import first_occurrence, is_near_miss
 from ..questions.check import check_columns, check_row
-from ..questions.rows import as_text
+from ..questions.values import as_text
 from ..retrieval import Retriever
 from ..retrieval.results import check_retriever
 from ..rollout.facts import rollout_facts

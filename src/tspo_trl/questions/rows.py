@@ -1,21 +1,16 @@
 """Reading the rows of any data set as questions: the mapping of columns, and the check of values."""
 
-import json
 import logging
-import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime, time
-from decimal import Decimal
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
 from ..scoring import normalize_answer
+from .values import as_text, follow, is_missing, join, to_python
 
 logger = logging.getLogger(__name__)
 
@@ -307,13 +302,13 @@ def _read_rows(
     for position, index in enumerate(indices):
         for ours in (*FEATURES, *(["prompt"] if "prompt" in paths else [])):
             chosen = paths.get(ours, [(ours,)])
-            values = [_follow(batch[keys[0]][position], keys[1:]) if ours in paths else None for keys in chosen]
+            values = [follow(batch[keys[0]][position], keys[1:]) if ours in paths else None for keys in chosen]
             value = values[0]
             if names := classes.get(ours):
                 value = _name_classes(value, names)
             try:
                 if len(values) > 1:
-                    value = _join(values)
+                    value = join(values)
                 columns[ours].append(_READERS[ours](value, index, data_source))
             except ValueError as error:
                 column = " and ".join(repr(".".join(keys)) for keys in chosen)
@@ -337,78 +332,8 @@ def _name_classes(value: Any, names: Sequence[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
-def _follow(value: Any, keys: Sequence[str]) -> Any:
-    for i, key in enumerate(keys):
-        if isinstance(value, list):
-            return [_follow(item, keys[i:]) for item in value]
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _join(values: Sequence[Any]) -> list[Any]:
-    """The answers of several columns, each once."""
-    joined = []
-    for value in values:
-        value = _to_python(value)
-        joined += value if isinstance(value, list) else [] if value is None else [value]
-    return [value for i, value in enumerate(joined) if value not in joined[:i]]
-
-
-def _to_python(value: Any) -> Any:
-    """Values of arrays and of cells with JSON as Python objects."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    if isinstance(value, str) and value.strip().startswith("["):
-        # A list in a cell of a table. Lists written by pandas or numpy cannot be distinguished from text with certainty
-        try:
-            return json.loads(value, parse_int=str, parse_float=str)
-        except json.JSONDecodeError:
-            if re.match(r"\s*\[\s*['\"]", value):
-                raise ValueError('one answer, or a list as JSON such as ["Paris", "Paris, France"]') from None
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def as_text(value: Any, expected: str) -> str:
-    """
-    Write a value as the text that a file had. Readers of files turn text into numbers, dates and so on.
-
-    Args:
-        value (`Any`):
-            A text, number, boolean, date, time, or bytes in UTF-8.
-        expected (`str`):
-            What is expected, for the error.
-
-    Raises:
-        `ValueError`: With `expected` as message, if the value has no such text.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # the numbers of a table become floats if one of them is missing
-    if isinstance(value, datetime) and value.tzinfo is None and value.time() == time():
-        return value.date().isoformat()
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise ValueError(expected) from None
-    if isinstance(value, (int, Decimal)) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    if not isinstance(value, str) or _SURROGATES.search(value):
-        raise ValueError(expected)
-    return value
-
-
 def _read_id(value: Any, index: int, *_: Any) -> str:
-    return str(index) if _is_missing(value) else as_text(value, "a text")
+    return str(index) if is_missing(value) else as_text(value, "a text")
 
 
 def _read_question(value: Any, *_: Any) -> str:
@@ -419,7 +344,7 @@ def _read_question(value: Any, *_: Any) -> str:
 
 
 def _read_answers(value: Any, *_: Any) -> list[str]:
-    value = _to_python(value)
+    value = to_python(value)
     answers = [
         as_text(answer, "a string or a list of strings") for answer in (value if isinstance(value, list) else [value])
     ]
@@ -430,7 +355,7 @@ def _read_answers(value: Any, *_: Any) -> list[str]:
 
 
 def _read_data_source(value: Any, _: int, data_source: str) -> str:
-    return data_source if _is_missing(value) else as_text(value, "a text")
+    return data_source if is_missing(value) else as_text(value, "a text")
 
 
 _READERS: dict[str, Callable[..., Any]] = {
@@ -440,7 +365,6 @@ _READERS: dict[str, Callable[..., Any]] = {
     "data_source": _read_data_source,
     "prompt": lambda value, *_: value,  # checked by the trainer, which knows the protocol
 }
-_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def _short(value: Any) -> str:

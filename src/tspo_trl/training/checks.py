@@ -1,4 +1,4 @@
-"""Checks of the model, its tokenizer and the batches, before anything large is loaded."""
+"""Checks of the arguments, the model, its tokenizer and the batches, before anything large is loaded."""
 
 import logging
 from itertools import islice
@@ -7,10 +7,51 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..engines.vllm import check_vllm
+from ..questions.check import check_columns
+from ..retrieval.results import check_retriever
 from ..support.paths import suggest_path
 from .config import TSPOConfig
+from .datasets import check_best_metric, map_datasets
 
 logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Check the arguments of a [`TSPOTrainer`] that can be checked without its model.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        retriever ([`Retriever`], *optional*):
+            The retriever.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+
+    Raises:
+        `TypeError`: If an argument has a wrong type.
+        `ValueError`: If an argument is missing, a column is missing, or an option cannot be used.
+        `ImportError`: If `use_vllm=True` and vLLM cannot be used.
+    """
+    if not isinstance(args, TSPOConfig):
+        raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
+    if retriever is not None:
+        check_retriever(retriever)
+    elif args.retrieval_log is None:
+        raise ValueError(
+            "`retriever` must be an object with a method `search(queries, k)`, for instance "
+            "`BM25Retriever.from_jsonl('corpus.jsonl')`, got None. Only a run that is repeated from its `retrieval_log` "
+            "needs none."
+        )
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
+    map_datasets(check_columns, train_dataset, eval_dataset)
+    check_best_metric(args.metric_for_best_model, eval_dataset)
+    if args.use_vllm:
+        check_vllm()
 
 
 def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None) -> None:

@@ -17,11 +17,8 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
-from ..engines.vllm import check_vllm
-from ..questions.check import check_columns
 from ..retrieval import Retriever
 from ..retrieval.probe import try_retriever
-from ..retrieval.results import check_retriever
 from ..rewards import exact_match_reward
 from ..rollout.facts import RolloutFacts, rollout_facts
 from ..rollout.limits import SearchLimits
@@ -34,10 +31,17 @@ from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import check_batches, check_end_token, check_eval_batches, check_tokenizer, report_left_out
+from .checks import (
+    check_arguments,
+    check_batches,
+    check_end_token,
+    check_eval_batches,
+    check_tokenizer,
+    report_left_out,
+)
 from .collapse import CollapseCallback
 from .config import TSPOConfig
-from .datasets import check_best_metric, find_prompt_template, map_datasets, prepare_dataset
+from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
@@ -439,40 +443,3 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
     def _log_file(self, mode: str) -> Path:
         name = f"{mode}-rank{self.accelerator.process_index:03d}.jsonl"
         return Path(str(self.args.output_dir)) / "trajectories" / name
-
-
-def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    Check the arguments of a [`TSPOTrainer`] that can be checked without its model.
-
-    Args:
-        args ([`TSPOConfig`]):
-            The configuration.
-        retriever ([`Retriever`], *optional*):
-            The retriever.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The training set.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
-            The evaluation sets.
-
-    Raises:
-        `TypeError`: If an argument has a wrong type.
-        `ValueError`: If an argument is missing, a column is missing, or an option cannot be used.
-        `ImportError`: If `use_vllm=True` and vLLM cannot be used.
-    """
-    if not isinstance(args, TSPOConfig):
-        raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
-    if retriever is not None:
-        check_retriever(retriever)
-    elif args.retrieval_log is None:
-        raise ValueError(
-            "`retriever` must be an object with a method `search(queries, k)`, for instance "
-            "`BM25Retriever.from_jsonl('corpus.jsonl')`, got None. Only a run that is repeated from its `retrieval_log` "
-            "needs none."
-        )
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
-    map_datasets(check_columns, train_dataset, eval_dataset)
-    check_best_metric(args.metric_for_best_model, eval_dataset)
-    if args.use_vllm:
-        check_vllm()
