@@ -139,7 +139,7 @@ def check_input_files(*, corpus: Any = None, index: Any = None, url: Any = None,
 
 
 def check_question_files(names: Sequence[str], label: str = "--dataset_name") -> None:
-    """Refuse files of questions that are not there. Names on the Hub and of benchmarks are not checked."""
+    """Refuse files of questions that do not exist. Names on the Hub and of benchmarks are not checked."""
     for name in names:
         local = looks_local(name) or Path(name).suffix.lower() in QUESTION_FILES
         if local and "://" not in name and not Path(name).exists():

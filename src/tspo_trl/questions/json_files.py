@@ -81,7 +81,7 @@ class JsonFiles(ArrowBasedBuilder):
 
 
 def code_hash(*parts: object) -> str:
-    """The part of the address in the cache that stands for this code, and for whatever else the tables depend on."""
+    """Hash of this code and of the values on which the tables depend. It is part of the path in the cache."""
     files = ("json_files.py", "rows.py", "values.py")
     code = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
     return hashlib.sha256("\n".join([code, *map(repr, parts)]).encode()).hexdigest()[:16]

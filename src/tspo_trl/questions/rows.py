@@ -116,7 +116,7 @@ def _leads(level: Any, keys: Keys) -> bool:
 
 
 def _check_fields(label: str, found: Mapping[str, list[Keys]], names: list[str], features: Features | None) -> None:
-    """Check that the columns and fields of a mapping are there."""
+    """Check that the columns and fields of a mapping exist."""
     for ours, paths in found.items():
         for keys in paths:
             level: Any = features if features is not None else dict.fromkeys(names)
@@ -189,7 +189,7 @@ def _suggest(
 
 
 def _text_field(level: Any, ours: str, depth: int = 0) -> str | None:
-    """The field of a column in which there is text: the empty string for the column itself, `None` if there is none."""
+    """The field of a column that holds text: `""` for the column itself, `None` if no field does."""
     if isinstance(level, (List, LargeList, list)):
         if ours == "question" or not level:
             return None

@@ -1,4 +1,4 @@
-"""What a retriever returns: the one place that converts or refuses it, with one outcome for each query."""
+"""Conversion and checks of the results of retrievers, with one outcome for each query."""
 
 import inspect
 import operator
@@ -172,7 +172,7 @@ def _own_search_each(retriever: Any) -> Callable[[list[str], int], list[Outcome]
 
 
 def _read_list(value: Any) -> list[Any] | None:
-    """The items of a list or another iterable. `None` if it is none, or a text or a mapping."""
+    """The items of an iterable; `None` if the value is a text, a mapping or not iterable."""
     if isinstance(value, (str, bytes, Mapping, Passage)) or not isinstance(value, Iterable):
         return None
     return list(value)
