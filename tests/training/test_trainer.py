@@ -413,6 +413,32 @@ def test_truncated_completions_can_be_masked(make_trainer):
         assert (trained.sum() == 0) == (trajectory.status == "truncated")
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_truncated_rollouts_whose_last_turn_ended_are_truncated(make_trainer, masked):
+    """A message that ends with a call for which there is no room: the end-of-sequence token does not make it complete."""
+    trainer = make_trainer(mask_truncated_completions=masked)
+    eos, run = trainer.eos_token_ids[0], trainer.search_loop.run
+
+    def without_room(prompt_ids):
+        trajectories, stats = run(prompt_ids)
+        for trajectory in trajectories[::2]:
+            trajectory.status = "truncated"
+            trajectory.turns[-1].token_ids[-1] = eos
+        return trajectories, stats
+
+    trainer.search_loop.run = without_room
+    inputs, trajectories = prepared(trainer)
+    truncated = [trajectory.status == "truncated" for trajectory in trajectories]
+    trained = (inputs["completion_mask"] * inputs["tool_mask"]).sum(dim=1)
+    assert any(truncated)
+    assert not all(truncated)
+    for row, trajectory in enumerate(trajectories):
+        expected = 0 if masked and truncated[row] else sum(trajectory.loss_mask)
+        assert trained[row] == expected
+    metrics = trainer._metrics["train"]
+    assert metrics["completions/clipped_ratio"][-1] == metrics["turns/truncated"][-1] == sum(truncated) / len(truncated)
+
+
 def test_accumulation_over_one_generation_batch(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, reward_funcs=varied_reward)
     trainer.train()

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -116,13 +116,14 @@ class SearchRollouts:
         self._check_retrieval(trainer, stats, counters, len(trajectories))
 
         eos, ends = trainer._tokenizer.eos_token_id, trainer.eos_token_ids
+        other = next(token for token in count() if token not in {*ends, trainer._tokenizer.pad_token_id})
         logprobs = None
         if trainer.use_vllm:  # vLLM's probabilities differ slightly from the model's: TRL corrects for it
-            logprobs = [with_end(t, t.logprobs or [], 0.0, ends) for t in trajectories]
+            logprobs = [with_end(t, t.logprobs or [], 0.0, ends, cut=0.0) for t in trajectories]
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [with_end(t, t.completion_ids, eos, ends) for t in trajectories],
-            "env_mask": [with_end(t, t.loss_mask, 0, ends) for t in trajectories],
+            "completion_ids": [with_end(t, t.completion_ids, eos, ends, cut=other) for t in trajectories],
+            "env_mask": [with_end(t, t.loss_mask, 0, ends, cut=0) for t in trajectories],
             "logprobs": logprobs,
             "trajectory": trajectories,
         }
@@ -208,10 +209,13 @@ def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
         yield unwrapped
 
 
-def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_ids: Collection[int]) -> list[Any]:
+def with_end(
+    trajectory: Trajectory, values: list[Any], end: float, eos_token_ids: Collection[int], *, cut: float | None = None
+) -> list[Any]:
     """
-    Append an end-of-sequence token that is not trained on. A rollout that ends at a closing tag has none, and TRL treats a
-    completion without it as truncated (`mask_truncated_completions`, `clipped_ratio`).
+    Append a token that is not trained on, so that TRL treats the truncated rollouts as truncated, and no others
+    (`mask_truncated_completions`, `clipped_ratio`). TRL looks only at the last token: a rollout that ends at a closing tag
+    gets an end-of-sequence token, and a truncated rollout whose last turn has one gets another token after it.
 
     Args:
         trajectory ([`Trajectory`]):
@@ -219,15 +223,19 @@ def with_end(trajectory: Trajectory, values: list[Any], end: float, eos_token_id
         values (`list`):
             One value for each of its completion tokens.
         end (`int` or `float`):
-            Value for the appended token.
+            Value for the end-of-sequence token.
         eos_token_ids (`Collection[int]`):
             Tokens that end a completion.
+        cut (`int` or `float`, *optional*):
+            Value for the token after the end of a truncated rollout. By default nothing is appended to it.
 
     Returns:
-        `list`: The values, followed by `end` unless the rollout was truncated or the model wrote an end-of-sequence token.
+        `list`: The values, and the value of the appended token if there is one.
     """
     ended = trajectory.turns[-1].token_ids[-1] in eos_token_ids
-    return values if ended or trajectory.status == "truncated" else [*values, end]
+    if trajectory.status == "truncated":
+        return [*values, cut] if ended and cut is not None else values
+    return values if ended else [*values, end]
 
 
 def as_messages(trajectory: Trajectory, protocol: SearchProtocol) -> list[dict[str, str]]:
