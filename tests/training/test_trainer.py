@@ -18,6 +18,7 @@ from tspo_trl.scoring import contains_answer
 from tspo_trl.sharing.mixin import SharingMixin
 from tspo_trl.training.checkpoints import ExactResumeMixin
 from tspo_trl.training.generation import with_end
+from tspo_trl.training.masking import keep_ratios_finite
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -437,6 +438,42 @@ def test_truncated_rollouts_whose_last_turn_ended_are_truncated(make_trainer, ma
         assert trained[row] == expected
     metrics = trainer._metrics["train"]
     assert metrics["completions/clipped_ratio"][-1] == metrics["turns/truncated"][-1] == sum(truncated) / len(truncated)
+
+
+def test_observations_do_not_affect_the_loss(make_trainer, monkeypatch):
+    """Ratios of observation tokens would overflow before they are masked."""
+    options = {"beta": 0.1, "num_iterations": 2, "use_bias_correction_kl": True, "reward_funcs": varied_reward}
+    trainer = make_trainer(**options)
+    inputs, _ = prepared(trainer)
+    loss, gradient = gradients(trainer, inputs)
+    masked = (inputs["completion_mask"] * inputs["tool_mask"]) == 0
+    assert (masked & (inputs["completion_mask"] == 1)).any()
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def shifted(*args, **kwargs):
+        logps, *rest = compute(*args, **kwargs)
+        return logps - 200.0 * masked, *rest  # much less likely than before
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", shifted)
+    shifted_loss, shifted_gradient = gradients(trainer, inputs)
+    assert loss == shifted_loss
+    assert torch.isfinite(shifted_gradient).all()
+    torch.testing.assert_close(gradient, shifted_gradient, rtol=0, atol=0)
+
+
+def test_ratios_of_masked_tokens_are_finite():
+    batch = {
+        "completion_mask": torch.tensor([[1, 1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1]]),
+        "ref_per_token_logps": torch.tensor([[-1.0, -2.0, -3.0, -4.0]]),
+        "old_per_token_logps": torch.tensor([[-1.0, -200.0, -3.0, -4.0]]),
+    }
+    keep_ratios_finite(batch)
+    assert batch["ref_per_token_logps"].tolist() == [[-1.0, -1e4, -3.0, -1e4]]
+    assert batch["old_per_token_logps"].tolist() == [[-1.0, 0.0, -3.0, 0.0]]
+    only_mask = {"completion_mask": torch.tensor([[1, 0]])}
+    keep_ratios_finite(only_mask)
+    assert list(only_mask) == ["completion_mask"]
 
 
 def test_accumulation_over_one_generation_batch(make_trainer):

@@ -43,6 +43,7 @@ from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
+from .masking import keep_ratios_finite
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
@@ -374,6 +375,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         if self.args.advantage_level != "trajectory" or uses_turns.any():
             turn_index = self._turn_index(inputs, output["completion_ids"])
             output["advantages"] = token_advantages(local_advantages, turn_index)
+
+        keep_ratios_finite(output)
 
         # Log of the rollouts
         if self.args.log_trajectories:

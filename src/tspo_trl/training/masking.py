@@ -1,0 +1,28 @@
+"""Tokens that are not trained on: they must not affect the loss, whatever the model makes of them."""
+
+from typing import Any
+
+import torch
+
+_UNLIKELY = -1e4  # a log-probability whose ratio to any other is 0, and whose difference is finite
+
+
+def keep_ratios_finite(batch: dict[str, torch.Tensor | Any]) -> None:
+    """
+    Replace the old and the reference log-probabilities of observations and padding, in place.
+
+    TRL computes the ratios of all tokens before it masks them. If the policy makes an observation token about 90 nats less
+    likely than the reference model, the ratio overflows in float32, and its product with the mask is NaN. With the values
+    set here, the ratio of a masked token is at most 1. The loss, its gradient and the metrics are unchanged otherwise.
+
+    Args:
+        batch (`dict`):
+            The inputs of the loss, with `completion_mask` and optionally `tool_mask`, `ref_per_token_logps` and
+            `old_per_token_logps`, all of shape (B, L).
+    """
+    mask = batch["completion_mask"]
+    if batch.get("tool_mask") is not None:
+        mask = mask * batch["tool_mask"]
+    for name, value in (("ref_per_token_logps", _UNLIKELY), ("old_per_token_logps", 0.0)):
+        if batch.get(name) is not None:
+            batch[name] = batch[name].masked_fill(mask == 0, value)
