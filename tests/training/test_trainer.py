@@ -476,6 +476,21 @@ def test_ratios_of_masked_tokens_are_finite():
     assert list(only_mask) == ["completion_mask"]
 
 
+@pytest.mark.parametrize("level", ["turn", "trajectory"])
+def test_logged_completions_show_the_advantages_of_training(make_trainer, level):
+    trainer = make_trainer(advantage_level=level, log_completions=True)
+    inputs, trajectories = prepared(trainer)
+    shown = list(trainer._logs["advantages"])
+    assert len(shown) == len(trajectories)
+    for row, trajectory in enumerate(trajectories):
+        expected = inputs["advantages"][row]
+        if level == "turn":
+            trained = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
+            expected = expected[: len(trained)][trained].mean()
+        assert shown[row] == pytest.approx(expected.item(), abs=1e-6)
+    assert any(shown)
+
+
 def test_accumulation_over_one_generation_batch(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, reward_funcs=varied_reward)
     trainer.train()

@@ -20,9 +20,40 @@ def keep_ratios_finite(batch: dict[str, torch.Tensor | Any]) -> None:
             The inputs of the loss, with `completion_mask` and optionally `tool_mask`, `ref_per_token_logps` and
             `old_per_token_logps`, all of shape (B, L).
     """
-    mask = batch["completion_mask"]
-    if batch.get("tool_mask") is not None:
-        mask = mask * batch["tool_mask"]
+    mask = loss_mask(batch)
     for name, value in (("ref_per_token_logps", _UNLIKELY), ("old_per_token_logps", 0.0)):
         if batch.get(name) is not None:
             batch[name] = batch[name].masked_fill(mask == 0, value)
+
+
+def mean_trained_advantages(batch: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+    """
+    The mean advantage of the trained tokens of each rollout.
+
+    Args:
+        batch (`dict`):
+            The inputs of the loss, with `advantages` of shape (B,) or (B, L).
+
+    Returns:
+        `torch.Tensor`: Shape (B,), 0 for a rollout without trained tokens.
+    """
+    advantages = batch["advantages"]
+    if advantages.dim() == 1:
+        return advantages
+    mask = loss_mask(batch)
+    return (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def loss_mask(batch: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+    """
+    The mask of the tokens that are trained on.
+
+    Args:
+        batch (`dict`):
+            The inputs of the loss, with `completion_mask` and optionally `tool_mask`, of shape (B, L).
+
+    Returns:
+        `torch.Tensor`: 1 for the tokens that the model wrote, else 0, shape (B, L).
+    """
+    mask = batch["completion_mask"]
+    return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
