@@ -1,5 +1,6 @@
-"""Tokens that are not trained on: they must not affect the loss, whatever the model makes of them."""
+"""The tokens that are trained on, and those that are not: these must not affect the loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ def mean_trained_advantages(batch: dict[str, torch.Tensor | Any]) -> torch.Tenso
         return advantages
     mask = loss_mask(batch)
     return (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def replace_last(logged: Any, values: Sequence[float]) -> None:
+    """
+    Replace the last values of a log.
+
+    Args:
+        logged (`collections.deque`):
+            The log, which may hold fewer values.
+        values (`Sequence[float]`):
+            The new values.
+    """
+    for _ in range(min(len(logged), len(values))):
+        logged.pop()
+    logged.extend(values)
 
 
 def loss_mask(batch: dict[str, torch.Tensor | Any]) -> torch.Tensor:

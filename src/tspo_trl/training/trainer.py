@@ -43,7 +43,7 @@ from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
-from .masking import keep_ratios_finite, mean_trained_advantages
+from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
@@ -379,10 +379,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         keep_ratios_finite(output)
 
         # `log_completions` shows the advantages of training. TRL has appended its own
-        logged, values = self._logs["advantages"], gather(mean_trained_advantages(output)).tolist()
-        for _ in range(min(len(logged), len(values))):
-            logged.pop()
-        logged.extend(values)
+        replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
 
         # Log of the rollouts
         if self.args.log_trajectories:
