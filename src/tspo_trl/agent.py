@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.utils import cached_file
 
 from .engines.endpoint import EndpointEngine
+from .engines.sampling import sampling_by
 from .engines.static import TransformersEngine
 from .retrieval.base import Retriever
 from .retrieval.results import check_retriever
@@ -367,13 +368,11 @@ def _protocol(config: SearchConfig, tokenizer: PreTrainedTokenizerBase, eos_toke
 
 @contextmanager
 def _evaluating(model: Any, generation_config: GenerationConfig) -> Iterator[Any]:
-    """Evaluation mode, with `generation_config` in place of the model's own: `generate` takes unset values from it."""
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, training = network.generation_config, model.training
-    network.generation_config = generation_config
+    """Evaluation mode, with `generation_config` in place of the model's own."""
+    training = model.training
     model.eval()
     try:
-        yield model
+        with sampling_by(model, generation_config):
+            yield model
     finally:
-        network.generation_config = own
         model.train(training)

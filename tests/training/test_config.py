@@ -173,6 +173,14 @@ def test_options_are_read_from_the_command_line(parse):
     assert config.learning_rate == 2e-5  # an option of TRL beside ours
 
 
+@pytest.mark.parametrize(
+    "name", ["max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences", "stop"]
+)
+def test_generation_options_that_cannot_apply_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"`generation_kwargs` cannot have '{name}': "):
+        make(generation_kwargs={"repetition_penalty": 1.1, name: 2})
+
+
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

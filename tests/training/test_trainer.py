@@ -461,6 +461,29 @@ def test_observations_do_not_affect_the_loss(make_trainer, monkeypatch):
     torch.testing.assert_close(gradient, shifted_gradient, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.9},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(50))},
+        {"min_new_tokens": 12},
+        {"num_beams": 2},
+        {"cache_implementation": "static"},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_the_generation_config_of_the_model_does_not_change_sampling(make_trainer, own):
+    _, expected = prepared(make_trainer())
+    trainer = make_trainer()
+    for name, value in own.items():
+        setattr(trainer.model.generation_config, name, value)
+    _, trajectories = prepared(trainer)
+    assert [t.completion_ids for t in trajectories] == [t.completion_ids for t in expected]
+    for name, value in own.items():  # it is saved with the model as it was
+        assert getattr(trainer.model.generation_config, name) == value
+
+
 def test_ratios_of_masked_tokens_are_finite():
     batch = {
         "completion_mask": torch.tensor([[1, 1, 1, 0]]),

@@ -51,6 +51,19 @@ def _limit(name: str) -> Any:
     return field(default=limit.default, metadata={"help": limit.metadata["help"]})
 
 
+_TURN_LIMIT = "set `max_turn_tokens`, the limit of a turn, or `max_completion_length`"
+_ONE_SAMPLE = "every turn is sampled token by token, so that its log-probabilities are those of the policy"
+_NOT_FOR_GENERATION = {  # option of `generate` or vLLM -> what applies instead
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens", "max_time"), _TURN_LIMIT),
+    **dict.fromkeys(("num_return_sequences", "n", "best_of"), "set `num_generations`, the rollouts of a group"),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "penalty_alpha", "constraints", "force_words_ids"), _ONE_SAMPLE),
+    **dict.fromkeys(
+        ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"), _ONE_SAMPLE
+    ),
+    **dict.fromkeys(("stop_strings", "stop", "stopping_criteria"), "the protocol decides where a turn ends"),
+}
+
+
 @dataclass
 class TSPOConfig(GRPOConfig):
     r"""
@@ -280,6 +293,9 @@ class TSPOConfig(GRPOConfig):
                 f"{self.vllm_structured_outputs_regex!r}. Set it to None and reward the format instead, see "
                 "`tspo_trl.rewards`."
             )
+        for name, instead in _NOT_FOR_GENERATION.items():
+            if name in (self.generation_kwargs or {}):
+                raise ValueError(f"`generation_kwargs` cannot have {name!r}: {instead}.")
         for part in (folder := Path(self.output_dir or "."), *folder.parents):
             if part.exists() and not part.is_dir():
                 raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")

@@ -13,6 +13,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..engines.base import Engine
 from ..engines.continuous import ContinuousBatchingEngine
+from ..engines.sampling import sampling_by
 from ..engines.static import TransformersEngine
 from ..engines.vllm import vllm_engine
 from ..retrieval import CachedRetriever, LoggedRetriever, RetrievalError, Retriever
@@ -187,7 +188,8 @@ def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
 @contextmanager
 def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
     """
-    The model of a trainer, prepared for generation. Sharded parameters are gathered once for all turns of a rollout.
+    The model of a trainer, prepared for generation. Sharded parameters are gathered once for all turns of a rollout. Only
+    the configuration of the trainer applies, not the model's own `generation_config.json`.
 
     Args:
         trainer ([`TSPOTrainer`]):
@@ -205,6 +207,7 @@ def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
         ) as unwrapped,
         trainer._dist.summon_full_params(model, recurse=False),
         gathered_fsdp2(model, reshard_after_forward=getattr(fsdp, "reshard_after_forward", True)),
+        sampling_by(unwrapped, trainer.generation_config),
     ):
         yield unwrapped
 
