@@ -484,6 +484,15 @@ def test_the_generation_config_of_the_model_does_not_change_sampling(make_traine
         assert getattr(trainer.model.generation_config, name) == value
 
 
+@pytest.mark.parametrize(
+    ("rate", "options", "warned"), [(0.05, {}, True), (0.0, {}, False), (0.05, {"disable_dropout": True}, False)]
+)
+def test_dropout_is_reported(make_trainer, caplog, rate, options, warned):
+    config = LoraConfig(r=4, lora_dropout=rate, target_modules="all-linear", task_type="CAUSAL_LM")
+    make_trainer(peft_config=config, **options)
+    assert ("The model has dropout (0.05)" in caplog.text) is warned
+
+
 def test_ratios_of_masked_tokens_are_finite():
     batch = {
         "completion_mask": torch.tensor([[1, 1, 1, 0]]),

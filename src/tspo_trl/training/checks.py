@@ -4,6 +4,7 @@ import logging
 from itertools import islice
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -176,6 +177,29 @@ def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> None
     check_end_token(processing_class)
 
 
+def check_loaded(model: torch.nn.Module, processing_class: Any) -> None:
+    """
+    Check the model and the tokenizer that TRL has set up.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, with its adapter.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Raises:
+        `TypeError`: If `processing_class` is not a tokenizer.
+        `ValueError`: If the tokenizer has no end-of-sequence token.
+    """
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer, got `{type(processing_class).__name__}`: the search loop is for text "
+            "only."
+        )
+    check_end_token(processing_class)
+    warn_of_dropout(model)
+
+
 def check_end_token(tokenizer: Any) -> None:
     """
     Check that a tokenizer has a token that ends a completion.
@@ -191,6 +215,24 @@ def check_end_token(tokenizer: Any) -> None:
         raise ValueError(
             "The tokenizer has no end-of-sequence token, which ends the last turn of a rollout. Set "
             "`tokenizer.eos_token` to the token that the model writes last, and pass it as `processing_class`."
+        )
+
+
+def warn_of_dropout(model: torch.nn.Module) -> None:
+    """
+    Warn if a model has dropout, because it is on in the training forward only: the log-probabilities of sampling and
+    training then differ.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, with its adapter.
+    """
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    if rates:
+        logger.warning(
+            "The model has dropout (%s), which is on in training and off in sampling, so the log-probabilities of the two "
+            "differ. Set `lora_dropout` to 0 for an adapter, or `disable_dropout=True`.",
+            ", ".join(f"{rate:g}" for rate in sorted(rates)),
         )
 
 

@@ -31,14 +31,7 @@ from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import (
-    check_arguments,
-    check_batches,
-    check_end_token,
-    check_eval_batches,
-    check_tokenizer,
-    report_left_out,
-)
+from .checks import check_arguments, check_batches, check_eval_batches, check_loaded, check_tokenizer, report_left_out
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
@@ -184,12 +177,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"`processing_class` must be a tokenizer, got `{type(self.processing_class).__name__}`: the search "
-                "loop is for text only."
-            )
-        check_end_token(self.processing_class)
+        check_loaded(self.model, self.processing_class)
         ignore_harmless_warnings(self.model)
         shorten_output(self)
         check_processes(self.accelerator, args, self.train_dataset)
