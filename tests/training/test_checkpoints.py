@@ -254,7 +254,9 @@ def test_a_model_without_its_state_cannot_be_resumed(make_trainer, tmp_path, mon
 def test_a_checkpoint_without_a_mark_is_resumed_with_a_warning(make_trainer, tmp_path, caplog):
     """As pushed to the Hub: the mark is written after the push."""
     make_trainer(max_steps=1, **SAVE).train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint = (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "run" / "kept")
+    make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))  # a folder of any name may be given
+    assert "not marked as complete" not in caplog.text
     (checkpoint / "complete.json").unlink()
     trainer = make_trainer(max_steps=2)
     trainer.train(resume_from_checkpoint=str(checkpoint))

@@ -214,9 +214,10 @@ class ExactResumeMixin:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         self._saved_step = None
         if resume_from_checkpoint:
-            self._check_options(checkpoint := Path(resume_from_checkpoint))
-            if checkpoint.resolve().parent == Path(self.args.output_dir).resolve() and _is_complete(checkpoint):
-                self._saved_step = _step(checkpoint.resolve())
+            self._check_options(Path(resume_from_checkpoint))
+            checkpoint = Path(resume_from_checkpoint).resolve()
+            if checkpoint in _checkpoints(Path(self.args.output_dir).resolve()) and _is_complete(checkpoint):
+                self._saved_step = _step(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         except _Finished:
