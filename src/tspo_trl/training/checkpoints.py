@@ -4,11 +4,15 @@ import json
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+import transformers
+from accelerate.utils import broadcast_object_list, send_to_device
 from transformers.trainer_utils import TrainOutput
 
 from ..support.files import replace_file
@@ -28,7 +32,8 @@ _DATA_POSITION_OPTIONS = (
 
 def last_checkpoint(output_dir: str | Path) -> str:
     """
-    Find the last complete checkpoint of a run. A checkpoint that was being written when the run was killed is skipped.
+    Find the last complete checkpoint of a run: the one that was saved last, whatever its number. A checkpoint that was
+    being written or deleted when the run was killed is skipped.
 
     Args:
         output_dir (`str` or `Path`):
@@ -40,12 +45,115 @@ def last_checkpoint(output_dir: str | Path) -> str:
     Raises:
         `ValueError`: If the run has no complete checkpoint.
     """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if (path / _COMPLETE).is_file():
-            return str(path)
-        logger.warning("%s is incomplete and is skipped.", path)
-    raise ValueError(f"There is no complete checkpoint in {str(output_dir)!r} to resume from.")
+    found = sorted(_checkpoints(Path(output_dir)), key=_step)
+    complete = [path for path in found if _is_complete(path)]
+    last = max(complete, key=lambda path: (_number(path), _step(path)), default=None)
+    for path in found:
+        if path not in complete and (last is None or _step(path) > _step(last)):
+            logger.warning("%s is incomplete and is skipped.", path)
+    if last is not None:
+        return str(last)
+    message = f"There is no complete checkpoint in {str(output_dir)!r} to resume from."
+    if any((path / "trainer_state.json").is_file() and not _has_state(path) for path in found):
+        message += (
+            " Checkpoints with `save_only_model=True` cannot be resumed: start a new run with one as its `model`."
+        )
+    raise ValueError(message)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, complete or not."""
+    return [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _read_mark(checkpoint: Path) -> dict[str, Any] | None:
+    """The content of the mark of completeness. `None` without a mark, or with one that was lost in part."""
+    try:
+        mark = json.loads((checkpoint / _COMPLETE).read_text())
+    except (OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) else None
+
+
+def _number(checkpoint: Path) -> int:
+    """The number of the mark: a checkpoint that was saved later has a higher one."""
+    return int((_read_mark(checkpoint) or {}).get("number", 0))
+
+
+def _damage(checkpoint: Path, mark: dict[str, Any]) -> str | None:
+    """A file of a marked checkpoint that is missing or truncated, as it happens when a deletion or a copy is killed."""
+    for name, size in mark.get("files", {}).items():
+        try:
+            if (checkpoint / name).stat().st_size < size:
+                return f"{name!r} is truncated"
+        except OSError:
+            return f"{name!r} is missing"
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    mark = _read_mark(checkpoint)
+    return mark is not None and _damage(checkpoint, mark) is None
+
+
+def _has_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the states of the optimizer, the scheduler and the random generators."""
+    deepspeed = any(checkpoint.glob("global_step*"))  # holds the optimizer, and maybe the scheduler
+    trained = deepspeed or (any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file())
+    return trained and any(checkpoint.glob("rng_state*.pth"))
+
+
+def _write_mark(checkpoint: Path, options: dict[str, Any]) -> None:
+    """Mark a checkpoint as complete. The mark lists the files, so that no deletion leaves a checkpoint that counts."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and not path.name.startswith(f".{_COMPLETE}"):
+            with path.open("rb") as file:  # network file systems update the size of a file when it is opened
+                files[path.relative_to(checkpoint).as_posix()] = os.fstat(file.fileno()).st_size
+    number = 1 + max(map(_number, _checkpoints(checkpoint.parent)), default=0)
+    replace_file(checkpoint / _COMPLETE, json.dumps({**options, "number": number, "files": files}))
+
+
+@contextmanager
+def _without_rotation() -> Iterator[None]:
+    """No deletion by transformers, which would delete before the new checkpoint is complete, and in any order."""
+    module = transformers.trainer
+    rotate = module.rotate_checkpoints
+    module.rotate_checkpoints = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        module.rotate_checkpoints = rotate
+
+
+def _rotate(newest: Path, limit: int | None, best: str | None, only_models: bool) -> None:
+    """
+    Delete checkpoints until `limit` are left: incomplete ones first, then those of earlier runs, which may have a higher
+    step, then the oldest. The newest and the best one are never deleted, and times of modification are not used.
+    """
+    if limit is None or limit <= 0:
+        return
+
+    def age(path: Path) -> tuple[Any, ...]:
+        complete = () if only_models else (_is_complete(path), _number(path))
+        return (*complete, _step(path) <= _step(newest), _step(path))
+
+    protected = {newest.absolute(), Path(best or newest).absolute()}
+    found = [path for path in _checkpoints(newest.parent) if not path.is_symlink()]
+    old = sorted((path for path in found if path.absolute() not in protected), key=age)
+    for path in old[: max(0, len(found) - limit)]:
+        try:
+            (path / _COMPLETE).unlink(missing_ok=True)  # first: a checkpoint that is being deleted is incomplete
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", path, error)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def get_rng_state(device: torch.device) -> list[torch.Tensor]:
@@ -73,6 +181,8 @@ class ExactResumeMixin:
     - Rollouts logged after the checkpoint are removed from the log.
     - Adapters keep their data type.
     - Incomplete checkpoints are skipped, and a checkpoint saved with another batch size is refused.
+    - A checkpoint is complete before an older one is deleted, and incomplete as soon as its deletion begins.
+    - Checkpoints saved with `save_only_model=True` are not marked as complete, and resuming from one is refused.
     - A finished run is not trained further.
     """
 
@@ -82,6 +192,7 @@ class ExactResumeMixin:
     model: Any
     _step: int
     _buffered_inputs: Any
+    _saved_step: int | None = None  # the step of the last checkpoint, saved or resumed from, if it is complete
 
     def _growing_files(self) -> list[Path]:
         """Files of this process that each step appends to."""
@@ -96,12 +207,17 @@ class ExactResumeMixin:
                 Path of a checkpoint, or `True` for the last complete checkpoint in `output_dir`.
 
         Raises:
-            `ValueError`: If there is no complete checkpoint, or it was saved with another batch size.
+            `ValueError`: If there is no complete checkpoint, or the checkpoint is incomplete, holds only the model, or was
+                saved with another batch size.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self._saved_step = None
         if resume_from_checkpoint:
             self._check_options(Path(resume_from_checkpoint))
+            checkpoint = Path(resume_from_checkpoint).resolve()
+            if checkpoint in _checkpoints(Path(self.args.output_dir).resolve()) and _is_complete(checkpoint):
+                self._saved_step = _step(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         except _Finished:
@@ -109,24 +225,53 @@ class ExactResumeMixin:
             return TrainOutput(self.state.global_step, 0.0, {})
 
     def _check_options(self, checkpoint: Path) -> None:
-        file = checkpoint / _COMPLETE
-        for name, saved in json.loads(file.read_text()).items() if file.is_file() else ():
-            if (found := getattr(self.args, name)) != saved:
+        if not checkpoint.is_dir():
+            return  # transformers reports it
+        mark = _read_mark(checkpoint)
+        if mark is None and not _has_state(checkpoint):
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} cannot be resumed: it lacks the state of the optimizer, the scheduler "
+                "or the random generators. It was saved with `save_only_model=True`, or its saving or deletion was "
+                "interrupted. Start a new run with the checkpoint as its `model`."
+            )
+        if mark is None:
+            logger.warning("%s is not marked as complete: the resumed run may differ.", checkpoint)
+            return
+        if damage := _damage(checkpoint, mark):
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} is incomplete: {damage}. Resume from another checkpoint."
+            )
+        for name in _DATA_POSITION_OPTIONS:
+            if (found := getattr(self.args, name)) != (saved := mark.get(name, found)):
                 raise ValueError(
                     f"The checkpoint {str(checkpoint)!r} was saved with `{name}` = {saved}, this run has {found}: it "
                     "cannot continue with the same data. Set it back, or start a new run with the checkpoint as its `model`."
                 )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args, step = self.args, self.state.global_step
         folder = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
-        file = folder / f"checkpoint-{self.state.global_step}" / _COMPLETE
-        if self.accelerator.is_main_process:
-            file.unlink(missing_ok=True)  # a checkpoint is incomplete while it is written again
+        checkpoint = folder / f"checkpoint-{step}"
+        if self._saved_step == step and self._is_only_complete(checkpoint):
+            return  # nothing was trained since, and a kill while it is written again would leave no complete checkpoint
+        if args.should_save:
+            (checkpoint / _COMPLETE).unlink(missing_ok=True)  # a checkpoint is incomplete while it is written again
+            for file in checkpoint.glob("rng_state*.pth") if args.save_only_model else ():
+                file.unlink()  # of an earlier run: the new model must not be resumed with its state
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        with _without_rotation():
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            replace_file(file, json.dumps({name: getattr(self.args, name) for name in _DATA_POSITION_OPTIONS}))
+        if args.should_save:
+            if not args.save_only_model:  # a model alone cannot be resumed
+                _write_mark(checkpoint, {name: getattr(args, name) for name in _DATA_POSITION_OPTIONS})
+            _rotate(checkpoint, args.save_total_limit, self.state.best_model_checkpoint, args.save_only_model)
+        self._saved_step = None if args.save_only_model else step
+
+    def _is_only_complete(self, checkpoint: Path) -> bool:
+        """Whether this is the only complete checkpoint of the run, as process 0 finds it."""
+        complete = [path for path in _checkpoints(checkpoint.parent) if _is_complete(path)]
+        return bool(broadcast_object_list([complete == [checkpoint]])[0])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         module = self.model if model is None else model
