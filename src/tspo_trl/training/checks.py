@@ -177,7 +177,7 @@ def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> None
     check_end_token(processing_class)
 
 
-def check_loaded(model: torch.nn.Module, processing_class: Any) -> None:
+def check_loaded(model: torch.nn.Module, processing_class: Any) -> PreTrainedTokenizerBase:
     """
     Check the model and the tokenizer that TRL has set up.
 
@@ -186,6 +186,9 @@ def check_loaded(model: torch.nn.Module, processing_class: Any) -> None:
             The model, with its adapter.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
 
     Raises:
         `TypeError`: If `processing_class` is not a tokenizer.
@@ -198,6 +201,7 @@ def check_loaded(model: torch.nn.Module, processing_class: Any) -> None:
         )
     check_end_token(processing_class)
     warn_of_dropout(model)
+    return processing_class
 
 
 def check_end_token(tokenizer: Any) -> None:

@@ -177,7 +177,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_loaded(self.model, self.processing_class)
+        tokenizer = check_loaded(self.model, self.processing_class)
         ignore_harmless_warnings(self.model)
         shorten_output(self)
         check_processes(self.accelerator, args, self.train_dataset)
@@ -185,7 +185,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # Search loop and data sets, which both use the protocol
         protocol = make_protocol(
             args.protocol,
-            self.processing_class,
+            tokenizer,
             args.max_searches,
             eos_token_ids=self.eos_token_ids,
             chat_template_kwargs=self.chat_template_kwargs,
