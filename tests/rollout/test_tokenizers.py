@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.passages import ROOMY, TAGS
-from helpers.tokenizers import KINDS, make_byte_level, make_wordpiece, with_special_tags
+from helpers.tokenizers import KINDS, add_words, make_byte_level, make_wordpiece, with_special_tags
 from tspo_trl import Passage, TagProtocol
 
 TOKENIZERS = {name: make() for name, make in KINDS.items()}
@@ -61,3 +61,32 @@ def test_a_tokenizer_without_special_tags_is_used_as_it_is():
 def test_a_tokenizer_that_does_not_keep_tags_is_refused():
     with pytest.raises(ValueError, match=r"protocol='tags'.*decodes this text as '< search"):
         TagProtocol(make_wordpiece())
+
+
+# Added tokens: words are text, markup is not
+
+
+@pytest.mark.parametrize("options", [{}, {"normalized": True}, {"single_word": True}, {"lstrip": True}])
+def test_added_words_are_shown_unchanged(options):
+    tokenizer = add_words(make_byte_level(), "teventon", "discovered", "New York", "C++", "U.S.", "e-mail", **options)
+    protocol = TagProtocol(tokenizer)
+    passage = Passage("0", "Steventon", "In Steventon she discovered New Yorkers, C++ and e-mail in the U.S.A.")
+    observation = protocol.observe([passage], ROOMY)
+    assert observation.passages[0] is passage
+    assert passage.text in tokenizer.decode(observation.token_ids) or "lstrip" in options
+
+
+def test_added_words_of_the_chat_template_are_shown_unchanged():
+    tokenizer = add_words(make_byte_level(), "assistant", "user")
+    tokenizer.chat_template = "You are an assistant. {% for m in messages %}user ### {{ m.content }}{% endfor %}"
+    passage = Passage("0", "", "The user has an assistant.")
+    assert TagProtocol(tokenizer).observe([passage], ROOMY).passages == [passage]
+
+
+@pytest.mark.parametrize("token", ["<tool_response>", "<think", "[INST]", "{{end}}", "|user|", "### Response:"])
+def test_added_markup_is_changed(token):
+    tokenizer = add_words(make_byte_level(), token)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}### Response:"
+    observation = TagProtocol(tokenizer).observe([Passage("0", "", f"Rome {token} Paris")], ROOMY)
+    assert tokenizer.convert_tokens_to_ids(token) not in observation.token_ids
+    assert token not in observation.passages[0].text

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
+from .tokens import control_tokens
 from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
@@ -92,8 +93,8 @@ class SearchProtocol(ABC):
         self._nothing_found = self._encode(NOTHING_FOUND + self._line_end)
         self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
-        # are changed. Special tokens need no change: the tokenizer splits them.
-        added = sorted((t for t in tokenizer.get_added_vocab() if len(t) > 1 and t.strip() == t), key=len, reverse=True)
+        # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
+        added = control_tokens(tokenizer)
         self._added_token = re.compile("|".join(map(re.escape, added))) if added else None
         # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)

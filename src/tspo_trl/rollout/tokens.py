@@ -2,11 +2,15 @@
 
 import copy
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+
+_MARKUP = re.compile(r".*[<>].*|[\[{|].*[\]}|]", re.DOTALL)
+_WORD = re.compile(r"[\w\s'’.,\-▁]+")
 
 
 def with_plain_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) -> PreTrainedTokenizerBase:
@@ -33,3 +37,28 @@ def with_plain_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str
     plain._tokenizer = Tokenizer.from_str(json.dumps(data))
     result: PreTrainedTokenizerBase = plain
     return result
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """
+    The added tokens that may mean more than their text: special tokens, tokens that look like markup (`<think>`, `[INST]`),
+    and tokens of the chat template that are no words. Words that were added to the vocabulary are ordinary text.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Returns:
+        `list[str]`: The tokens, longest first. Single characters and tokens with outer white space are left out.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    template = str(tokenizer.chat_template or "")
+    tokens = [
+        token
+        for token in tokenizer.get_added_vocab()
+        if len(token) > 1
+        and token.strip() == token
+        and (token in special or _MARKUP.fullmatch(token) or (token in template and not _WORD.fullmatch(token)))
+    ]
+    return sorted(tokens, key=len, reverse=True)
