@@ -14,11 +14,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
-from .tokens import control_tokens
+from .tokens import Normalizer, control_tokens
 from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_NOT_PLAIN = re.compile(r"[^\w\s.,;:!?'()-]")
 _CHARS_PER_TOKEN = 64  # a longer passage is cut before it is encoded: its budget cannot hold more
 
 NOTHING_FOUND = "Nothing was found."
@@ -96,6 +98,12 @@ class SearchProtocol(ABC):
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
         added = control_tokens(tokenizer)
         self._added_token = re.compile("|".join(map(re.escape, added))) if added else None
+        self._normalizer = Normalizer(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        markup = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
+        # Bytes (<0x0A>) are ordinary text, even where they are added tokens
+        forbidden = {vocabulary[t] for t in (*added, *markup) if t in vocabulary and not _BYTE.fullmatch(t)}
+        self._forbidden = frozenset(forbidden - {tokenizer.unk_token_id})
         # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)
 
@@ -251,7 +259,26 @@ class SearchProtocol(ABC):
 
     def _encode_passage_uncached(self, number: int, title: str, text: str, budget: int) -> "_EncodedPassage":
         limit = budget * _CHARS_PER_TOKEN
-        title, text = self._neutralize(title[:limit]), self._neutralize(text[:limit])
+        title, text = title[:limit], text[:limit]
+        # Tokenizers may change text (NFKC, lower case…) and so make tags of other characters. A passage is changed as little
+        # as is needed.
+        for change in (_unchanged, self._normalizer.to_ascii, self._normalizer.to_text, _plain_text, _no_text):
+            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)))
+            if self._is_harmless(passage):
+                break
+        return passage
+
+    def _is_harmless(self, passage: "_EncodedPassage") -> bool:
+        """Whether neither the tokens nor their text have a tag or a control token."""
+        if not self._forbidden.isdisjoint(passage.token_ids):
+            return False
+        if self._tag.search(str(self.tokenizer.decode(passage.token_ids))):
+            return False
+        texts = [self._normalizer(part) for part in (passage.title, passage.text)]
+        patterns = [self._tag] if self._added_token is None else [self._tag, self._added_token]
+        return not any(pattern.search(text) for pattern in patterns for text in texts)
+
+    def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
         encoding = self.tokenizer(
             f"{before}{title}{after}{text}\n",
@@ -288,6 +315,19 @@ class _EncodedPassage:
         if (title, text) == (passage.title, passage.text):
             return passage
         return replace(passage, title=title, text=text)
+
+
+def _unchanged(text: str) -> str:
+    return text
+
+
+def _plain_text(text: str) -> str:
+    """The words and the punctuation of a text."""
+    return _NOT_PLAIN.sub(" ", text)
+
+
+def _no_text(text: str) -> str:
+    return ""
 
 
 def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import unicodedata
 from collections.abc import Collection
 from typing import Any
 
@@ -62,3 +63,39 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         and (token in special or _MARKUP.fullmatch(token) or (token in template and not _WORD.fullmatch(token)))
     ]
     return sorted(tokens, key=len, reverse=True)
+
+
+class Normalizer:
+    """
+    The changes that a tokenizer makes to text before it splits it into tokens: NFKC, lower case and others.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer. NFKC is assumed if it is not a fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._normalizer: Any = None if backend is None else backend.normalizer
+        self._is_known = backend is not None
+        self._before, _, self._after = self("xx").partition("xx")
+
+    def __call__(self, text: str) -> str:
+        """The text as the tokenizer changes it."""
+        if self._normalizer is not None:
+            return str(self._normalizer.normalize_str(text))
+        return text if self._is_known else unicodedata.normalize("NFKC", text)
+
+    def to_ascii(self, text: str) -> str:
+        """The text with the characters that the tokenizer turns into ASCII, or removes, already replaced."""
+        return text.translate({ord(char): self._char(char) for char in set(text) if not char.isascii()})
+
+    def to_text(self, text: str) -> str:
+        """The text as the tokenizer changes it, with plain spaces."""
+        return self(text).removeprefix(self._before).replace("▁", " ")
+
+    def _char(self, char: str) -> str:
+        """A character as the tokenizer changes it between letters, if that is ASCII."""
+        text = self(f"x{char}x").removeprefix(self._before).removesuffix(self._after)
+        inner = text[1:-1]
+        return inner if text == f"x{inner}x" and inner.isascii() else char
