@@ -1,5 +1,7 @@
 """Small tokenizers of many kinds."""
 
+import json
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -90,8 +92,6 @@ def sentencepiece_decoder():
 
 def plain_bytes(tokenizer):
     """The tokenizer with its bytes as ordinary tokens; the trainer makes them special."""
-    import json
-
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in BYTES]
     return Tokenizer.from_str(json.dumps(data))
@@ -129,6 +129,16 @@ def add_words(tokenizer, *words, **options):
     return tokenizer
 
 
+def with_gaps(tokenizer, *words, gap=1000):
+    """The tokenizer with added tokens whose ids come after a gap."""
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    first = len(tokenizer) + gap
+    data["model"]["vocab"] |= {word: first + number for number, word in enumerate(words)}
+    added = {**data["added_tokens"][0], "special": False}
+    data["added_tokens"] += [{**added, "id": first + number, "content": word} for number, word in enumerate(words)]
+    return fast(Tokenizer.from_str(json.dumps(data)))
+
+
 KINDS = {
     "byte level": make_byte_level,
     "NFKC": lambda: make_byte_level(normalizers.NFKC()),
@@ -141,6 +151,7 @@ KINDS = {
     "BPE, prefix never": lambda: make_sentencepiece_bpe("never"),
     "Llama legacy": make_llama_legacy,
     "unigram": make_unigram,
+    "gaps": lambda: with_gaps(make_byte_level(), *TAGS),
     "special tags": lambda: with_special_tags(make_byte_level()),
     "plain tags": lambda: add_words(make_byte_level(), *TAGS),
     "special tags, NFKC": lambda: with_special_tags(make_byte_level(normalizers.NFKC())),
