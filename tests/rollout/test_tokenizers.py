@@ -161,3 +161,16 @@ def test_hostile_text_remains_plain_text(protocol, hostile):
 def test_ordinary_text_is_recorded_unchanged(protocol, text):
     passage = Passage("0", text, text)
     assert protocol.observe([passage], ROOMY).passages[0] is passage
+
+
+# Queries
+
+
+@pytest.mark.parametrize("query", ["日本語 東京", "🙂🙃 Zoë", "aé\u0301 ½", "x\ufffd日本", "\ufffd\ufffd"])
+def test_a_query_is_cut_between_characters(protocol, query):
+    length = len(protocol.tokenizer(query, add_special_tokens=False)["input_ids"])
+    for limit in range(1, length + 1):
+        cut = protocol.cut_query(query, limit)
+        assert cut
+        assert cut.count("\ufffd") <= query.count("\ufffd")
+    assert protocol.cut_query(query, length) == query

@@ -235,7 +235,7 @@ class SearchProtocol(ABC):
 
     def cut_query(self, query: str, max_tokens: int) -> str:
         """
-        Cut a query to a number of tokens.
+        Cut a query to a number of tokens. Only whole characters are kept, and at least one.
 
         Args:
             query (`str`):
@@ -246,7 +246,11 @@ class SearchProtocol(ABC):
         ids = self._encode(query[: max_tokens * _CHARS_PER_TOKEN])
         if len(ids) <= max_tokens:
             return query[: max_tokens * _CHARS_PER_TOKEN]
-        return str(self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)).strip()
+        cut = str(self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)).strip()
+        # A character may have several tokens. The bytes of an incomplete one are decoded as U+FFFD.
+        while cut.endswith("\ufffd") and not query.startswith(cut):
+            cut = cut[:-1].rstrip()
+        return cut or query[:1]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
