@@ -5,7 +5,7 @@ import re
 import pytest
 
 from helpers.passages import HOSTILE, ROOMY, TAGS
-from helpers.tokenizers import KINDS, SPECIAL, add_words, make_byte_level, make_wordpiece, with_special_tags
+from helpers.tokenizers import KINDS, SPECIAL, add_words, make_byte_level, make_wordpiece, with_frame, with_special_tags
 from tspo_trl import Passage, TagProtocol
 
 TOKENIZERS = {name: make() for name, make in KINDS.items()}
@@ -174,3 +174,21 @@ def test_a_query_is_cut_between_characters(protocol, query):
         assert cut
         assert cut.count("\ufffd") <= query.count("\ufffd")
     assert protocol.cut_query(query, length) == query
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_text_prompt_begins_with_bos_once_and_does_not_end_with_eos(name, bos, eos):
+    tokenizer = KINDS[name]()
+    plain = tokenizer("Where is Rome?")["input_ids"]
+    protocol = TagProtocol(with_frame(tokenizer, bos=bos, eos=eos))
+    start = [tokenizer.bos_token_id] if bos else []
+    assert protocol.encode_prompts(["Where is Rome?"] * 2) == [start + plain] * 2
+    (ids,) = protocol.encode_prompts(["<s>Where is Rome?"])
+    assert ids == tokenizer("<s>Where is Rome?", add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    # an end that the user has written is kept
+    assert protocol.encode_prompts(["Rome?<|im_end|>"])[0][-1] == tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
-from .tokens import Normalizer, control_tokens
+from .tokens import Normalizer, control_tokens, first_tokens
 from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
@@ -124,7 +124,8 @@ class SearchProtocol(ABC):
 
     def encode_prompts(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
         """
-        Encode prompts. A text is encoded as it is. A conversation is encoded by the chat template, with the schemas of the
+        Encode prompts. A text is encoded as it is, with the tokens that the tokenizer puts before it (such as BOS) once, and
+        without those that it puts after it (such as EOS). A conversation is encoded by the chat template, with the schemas of the
         tools and the beginning of the model's message.
 
         Args:
@@ -135,7 +136,11 @@ class SearchProtocol(ABC):
             `list[list[int]]`: B lists of tokens.
         """
         if isinstance(prompts[0], str):
-            return self.tokenizer(text=list(prompts))["input_ids"]
+            before = first_tokens(self.tokenizer)
+            if before is None:
+                return self.tokenizer(text=list(prompts))["input_ids"]
+            encoded: list[list[int]] = self.tokenizer(text=list(prompts), add_special_tokens=False)["input_ids"]
+            return [ids if ids[: len(before)] == before else before + ids for ids in encoded]
         encoding: Any = self.tokenizer.apply_chat_template(
             list(prompts),  # type: ignore[arg-type]
             tools=list(self.tools) or None,  # with an empty list, some templates write about tools

@@ -65,6 +65,23 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(tokens, key=len, reverse=True)
 
 
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """
+    The special tokens that a tokenizer puts before every text, such as BOS.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Returns:
+        `list[int]`: The tokens, or `None` if they cannot be told from the text.
+    """
+    whole: list[int] = tokenizer("a")["input_ids"]
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = [n for n in range(len(whole) - len(text) + 1) if text and whole[n : n + len(text)] == text]
+    return whole[: starts[0]] if starts else None
+
+
 class Normalizer:
     """
     The changes that a tokenizer makes to text before it splits it into tokens: NFKC, lower case and others.
