@@ -66,7 +66,7 @@ def make_unigram(prepend_scheme="always"):
         vocab_size=300,
         special_tokens=SPECIAL,
         unk_token="<unk>",
-        initial_alphabet=list("<>/[]()|:.,\n"),
+        initial_alphabet=[chr(code) for code in (10, *range(33, 127))],
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)

@@ -3,10 +3,14 @@
 import re
 
 import pytest
+from trl import chat_template_utils as trl_templates
 
+from helpers.chats import ROME, call_message, render
 from helpers.passages import HOSTILE, ROOMY, TAGS
 from helpers.tokenizers import KINDS, SPECIAL, add_words, make_byte_level, make_wordpiece, with_frame, with_special_tags
-from tspo_trl import Passage, TagProtocol
+from tspo_trl import Passage, TagProtocol, ToolCallProtocol
+from tspo_trl.rollout.protocol import NOTHING_FOUND
+from tspo_trl.rollout.tool_call import HINT as CALL_HINT
 
 TOKENIZERS = {name: make() for name, make in KINDS.items()}
 PROTOCOLS = {name: TagProtocol(tokenizer) for name, tokenizer in TOKENIZERS.items()}
@@ -192,3 +196,57 @@ def test_a_text_prompt_begins_with_bos_once_and_does_not_end_with_eos(name, bos,
     assert ids.count(tokenizer.bos_token_id) == 1
     # an end that the user has written is kept
     assert protocol.encode_prompts(["Rome?<|im_end|>"])[0][-1] == tokenizer.eos_token_id
+
+
+# Tool calls: observations are the template's own tokens
+
+CHATS = [
+    "byte level",
+    "BPE, prefix always",
+    "BPE, prefix first",
+    "BPE, prefix never",
+    "Llama legacy",
+    "unigram",
+    "gaps",
+]
+
+
+def make_chat(name, *added):
+    tokenizer = add_words(KINDS[name](), *added)
+    tokenizer.chat_template = trl_templates.qwen2_5_chat_template
+    return ToolCallProtocol(tokenizer)
+
+
+CALLS = {name: make_chat(name) for name in CHATS}
+CALLS |= {f"{name}, added": make_chat(name, "<tool_call>", "</tool_call>") for name in CHATS}
+CALLS |= {
+    f"{name}, all added": make_chat(name, "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+    for name in CHATS
+}
+
+
+@pytest.mark.parametrize("passages", [ROME, [Passage("0", "Rome", "one two.")], []], ids=len)
+@pytest.mark.parametrize("name", list(CALLS))
+def test_an_observation_has_the_tokens_of_the_template(name, passages):
+    protocol = CALLS[name]
+    observation = protocol.observe(passages, ROOMY)
+    content = "".join(
+        f"Doc {n} (Title: {p.title}) {p.text}\n" if p.title else f"Doc {n} {p.text}\n"
+        for n, p in enumerate(passages, start=1)
+    )
+    content = content.removesuffix("\n") or NOTHING_FOUND
+    messages = [{"role": "user", "content": "Q"}, call_message("Rome"), {"role": "tool", "content": content}]
+    context = render(protocol.tokenizer, messages, generate=True)
+    assert context[-len(observation.token_ids) :] == observation.token_ids
+    assert context[: -len(observation.token_ids)][-1] == protocol.tokenizer.eos_token_id
+    assert protocol.observation_text(observation.token_ids) == content
+    assert observation.passages == passages
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_hint_has_the_tokens_of_the_template(name):
+    protocol = CALLS[name]
+    messages = [{"role": "user", "content": "Q"}, call_message("Rome"), {"role": "tool", "content": CALL_HINT}]
+    context = render(protocol.tokenizer, messages, generate=True)
+    assert context[-len(protocol.hint_ids) :] == protocol.hint_ids
+    assert protocol.observation_text(protocol.hint_ids) == CALL_HINT

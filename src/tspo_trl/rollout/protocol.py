@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
-from .tokens import Normalizer, control_tokens, first_tokens
+from .tokens import Normalizer, adds_space, control_tokens, first_tokens
 from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
@@ -56,6 +56,8 @@ class SearchProtocol(ABC):
             Text at the beginning of an observation.
         closing (`str`, *optional*, defaults to `""`):
             Text at the end of an observation. A line feed at its beginning ends the last passage.
+        before (`str`, *optional*, defaults to `""`):
+            The end of the text before an observation. It shows how the tokenizer encodes the opening after it.
         tags (`Sequence[str]`, *optional*, defaults to `()`):
             Names of the tags that the model or the parser reads. They are replaced in passages.
         prompt_template (`str`, *optional*):
@@ -79,6 +81,7 @@ class SearchProtocol(ABC):
         *,
         opening: str = "",
         closing: str = "",
+        before: str = "",
         tags: Sequence[str] = (),
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -87,12 +90,16 @@ class SearchProtocol(ABC):
         self.max_searches = max_searches
         self.prompt_template = self.default_prompt_template if prompt_template is None else prompt_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self._open = self._encode(opening)
+        # SentencePiece puts a space before every text that it encodes. The parts of an observation continue a text.
+        self._adds_space = adds_space(tokenizer)
+        self._opened = opening[opening.rstrip("\n").rfind("\n") + 1 :]  # the last line before the first passage
+        self._open = self._encode(opening, before)
         # A passage ends with a line feed. Tokenizers join it to the text before it, so the closing is encoded without it.
         # A passage that is cut has no line feed: the closing after it is encoded with one.
-        self._close, self._close_cut = self._encode(closing.removeprefix("\n")), self._encode(closing)
+        self._close = self._encode(closing.removeprefix("\n"), "\n")
+        self._close_cut = self._encode(closing, ".")
         self._line_end = "\n" if closing.startswith("\n") else ""
-        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end)
+        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end, self._opened)
         self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
@@ -257,8 +264,21 @@ class SearchProtocol(ABC):
             cut = cut[:-1].rstrip()
         return cut or query[:1]
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str, before: str = "") -> list[int]:
+        """The tokens of a text that continues another one."""
+        return self._encode_spans(text, before)[0]
+
+    def _encode_spans(self, text: str, before: str, **kwargs: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text that continues another one, and their positions if the tokenizer is fast."""
+        kwargs |= {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast}
+        if before and self._adds_space and self.tokenizer.is_fast:
+            encoding = self.tokenizer(before + text, **kwargs)
+            ids, spans, seam = encoding["input_ids"], encoding["offset_mapping"], len(before)
+            start = next((n for n, span in enumerate(spans) if span[0] >= seam), len(spans))
+            if all(end <= seam for _, end in spans[:start]):  # no token has characters of both
+                return ids[start:], [(first - seam, end - seam) for first, end in spans[start:]]
+        encoding = self.tokenizer(text, **kwargs)
+        return encoding["input_ids"], encoding.get("offset_mapping", [])
 
     def _neutralize(self, text: str) -> str:
         text = self._tag.sub(r"[\1]", CONTROLS.sub("", text))
@@ -289,15 +309,10 @@ class SearchProtocol(ABC):
 
     def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
-        encoding = self.tokenizer(
-            f"{before}{title}{after}{text}\n",
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=self.tokenizer.is_fast,
+        ids, spans = self._encode_spans(
+            f"{before}{title}{after}{text}\n", self._opened if number == 1 else "\n", split_special_tokens=True
         )
-        ids = encoding["input_ids"]
         if self.tokenizer.is_fast:
-            spans = encoding["offset_mapping"]
             # Several tokens may share a character: it is shown only if all of them are
             nexts = [start for start, _ in spans[1:]] + [spans[-1][1]]
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]

@@ -65,11 +65,12 @@ class TagProtocol(SearchProtocol):
             max_searches,
             opening="\n\n<information>",
             closing="</information>\n\n",
+            before=self.stop_strings[0],
             tags=_TAGS,
             prompt_template=prompt_template,
             chat_template_kwargs=chat_template_kwargs,
         )
-        self._hint = self._encode(f"\n\n{HINT}\n\n")
+        self._hint = self._encode(f"\n\n{HINT}\n\n", self.stop_strings[0])
 
     def prompt(self, question: str) -> str | list[dict[str, str]]:
         """

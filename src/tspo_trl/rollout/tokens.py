@@ -82,6 +82,18 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return whole[: starts[0]] if starts else None
 
 
+def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """
+    Whether a tokenizer puts a space before every text that it encodes, as SentencePiece does.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return bool(tokens) and str(tokens[0]).startswith(("▁", "Ġ"))
+
+
 class Normalizer:
     """
     The changes that a tokenizer makes to text before it splits it into tokens: NFKC, lower case and others.
