@@ -65,6 +65,9 @@ class SearchProtocol(ABC):
             protocol.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Additional arguments of the chat template, for instance `{"enable_thinking": False}`.
+
+    Raises:
+        `ValueError`: If a passage could act for the model with this tokenizer.
     """
 
     #: A turn ends as soon as its text ends with one of these, or with an end-of-sequence token.
@@ -104,7 +107,7 @@ class SearchProtocol(ABC):
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
         added = control_tokens(tokenizer)
-        self._added_token = re.compile("|".join(map(re.escape, added))) if added else None
+        self._added_token = re.compile("|".join(re.escape(token.strip()) for token in added)) if added else None
         self._normalizer = Normalizer(tokenizer)
         vocabulary = tokenizer.get_vocab()
         markup = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
@@ -113,6 +116,7 @@ class SearchProtocol(ABC):
         self._forbidden = frozenset(forbidden - {tokenizer.unk_token_id})
         # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)
+        self._check_passage("".join([*markup, *added[:200], *markup]))
 
     @abstractmethod
     def prompt(self, question: str) -> str | list[dict[str, str]]:
@@ -132,8 +136,8 @@ class SearchProtocol(ABC):
     def encode_prompts(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
         """
         Encode prompts. A text is encoded as it is, with the tokens that the tokenizer puts before it (such as BOS) once, and
-        without those that it puts after it (such as EOS). A conversation is encoded by the chat template, with the schemas of the
-        tools and the beginning of the model's message.
+        without those that it puts after it (such as EOS). A conversation is encoded by the chat template, with the schemas
+        of the tools and the beginning of the model's message.
 
         Args:
             prompts (`Sequence`):
@@ -296,6 +300,19 @@ class SearchProtocol(ABC):
             if self._is_harmless(passage):
                 break
         return passage
+
+    def _check_passage(self, text: str) -> None:
+        """Raise an error if a passage of tags and control tokens does not remain plain text."""
+        wide = text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)})  # NFKC makes ASCII of these
+        for hostile in (text, text.upper(), wide):
+            passage = self._encode_passage_uncached(1, hostile, hostile, len(hostile))
+            if not self._is_harmless(passage):
+                shown = str(self.tokenizer.decode(passage.token_ids))
+                raise ValueError(
+                    "This tokenizer cannot show passages as plain text, so a passage could act for the model. It encodes "
+                    f"the passage {hostile[:100]!r} as {shown[:100]!r}, which has a tag or a control token. Remove added "
+                    "tokens that are ordinary words from its special tokens, or take another tokenizer."
+                )
 
     def _is_harmless(self, passage: "_EncodedPassage") -> bool:
         """Whether neither the tokens nor their text have a tag or a control token."""

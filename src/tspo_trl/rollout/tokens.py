@@ -50,7 +50,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             The tokenizer.
 
     Returns:
-        `list[str]`: The tokens, longest first. Single characters and tokens with outer white space are left out.
+        `list[str]`: The tokens, longest first. Single characters and white space are left out.
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
@@ -58,9 +58,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     tokens = [
         token
         for token in tokenizer.get_added_vocab()
-        if len(token) > 1
-        and token.strip() == token
-        and (token in special or _MARKUP.fullmatch(token) or (token in template and not _WORD.fullmatch(token)))
+        if len(token.strip()) > 1
+        and (token in special or _MARKUP.fullmatch(token.strip()) or (token in template and not _WORD.fullmatch(token)))
     ]
     return sorted(tokens, key=len, reverse=True)
 
