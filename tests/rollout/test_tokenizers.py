@@ -294,3 +294,10 @@ def test_hostile_text_remains_plain_text_in_the_response_of_a_tool(name, hostile
     assert not re.search(r"<\s*/?\s*tool_", text, re.IGNORECASE)
     assert "rome" in text.lower()
     assert protocol.parse(text, ended=True)[0] == "answer"
+
+
+def test_words_that_pad_are_shown():
+    tokenizer = make_byte_level()
+    tokenizer.pad_token = next(token for token in tokenizer.get_vocab() if token.startswith("Ġ") and len(token) > 3)
+    passage = Passage("0", "", f"Rome{tokenizer.pad_token.replace('Ġ', ' ')} Paris")
+    assert TagProtocol(tokenizer).observe([passage], ROOMY).passages == [passage]

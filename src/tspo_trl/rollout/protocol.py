@@ -19,7 +19,7 @@ from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_ORDINARY = re.compile("<0x[0-9A-F]{2}>|[Ġ▁].*", re.DOTALL)
 _NOT_PLAIN = re.compile(r"[^\w\s.,;:!?'()-]")
 _CHARS_PER_TOKEN = 64  # a longer passage is cut before it is encoded: its budget cannot hold more
 
@@ -111,8 +111,8 @@ class SearchProtocol(ABC):
         self._normalizer = Normalizer(tokenizer)
         vocabulary = tokenizer.get_vocab()
         markup = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
-        # Bytes (<0x0A>) are ordinary text, even where they are added tokens
-        forbidden = {vocabulary[t] for t in (*added, *markup) if t in vocabulary and not _BYTE.fullmatch(t)}
+        # Bytes (<0x0A>) and words after a space are ordinary text, even if they are special tokens
+        forbidden = {vocabulary[t] for t in (*added, *markup) if t in vocabulary and not _ORDINARY.fullmatch(t)}
         self._forbidden = frozenset(forbidden - {tokenizer.unk_token_id})
         # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)
