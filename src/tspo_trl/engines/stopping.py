@@ -28,8 +28,12 @@ class StopRule:
         eos = generation_config.eos_token_id
         self._eos = frozenset([eos] if isinstance(eos, int) else eos or [])
         last_chars = {stop[-1] for stop in stop_strings}
-        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self._candidates = frozenset(i for i, t in enumerate(tokens) if t is not None and last_chars & set(t))
+        # Ids may have gaps, so the largest id may be larger than the number of tokens
+        ids = sorted({*range(len(tokenizer)), *tokenizer.get_vocab().values()})
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        self._candidates = frozenset(
+            i for i, t in zip(ids, tokens, strict=True) if t is not None and last_chars & set(t)
+        )
         # A stop string spans at most one token per character, and its last token may carry more text
         self._tail = 2 * max(map(len, stop_strings), default=0)
 

@@ -14,10 +14,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
+from .tokens import Normalizer, adds_space, control_tokens, first_tokens
 from .trajectory import Action
 
 # C0 and C1 controls except tab and line feed, bidirectional controls, and lone surrogates (they cannot be encoded)
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ORDINARY = re.compile("<0x[0-9A-F]{2}>|[Ġ▁].*", re.DOTALL)
+_NOT_PLAIN = re.compile(r"[^\w\s.,;:!?'()-]")
 _CHARS_PER_TOKEN = 64  # a longer passage is cut before it is encoded: its budget cannot hold more
 
 NOTHING_FOUND = "Nothing was found."
@@ -53,6 +56,8 @@ class SearchProtocol(ABC):
             Text at the beginning of an observation.
         closing (`str`, *optional*, defaults to `""`):
             Text at the end of an observation. A line feed at its beginning ends the last passage.
+        before (`str`, *optional*, defaults to `""`):
+            The end of the text before an observation. It shows how the tokenizer encodes the opening after it.
         tags (`Sequence[str]`, *optional*, defaults to `()`):
             Names of the tags that the model or the parser reads. They are replaced in passages.
         prompt_template (`str`, *optional*):
@@ -60,6 +65,9 @@ class SearchProtocol(ABC):
             protocol.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Additional arguments of the chat template, for instance `{"enable_thinking": False}`.
+
+    Raises:
+        `ValueError`: If a passage could act for the model with this tokenizer.
     """
 
     #: A turn ends as soon as its text ends with one of these, or with an end-of-sequence token.
@@ -76,6 +84,7 @@ class SearchProtocol(ABC):
         *,
         opening: str = "",
         closing: str = "",
+        before: str = "",
         tags: Sequence[str] = (),
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -84,19 +93,30 @@ class SearchProtocol(ABC):
         self.max_searches = max_searches
         self.prompt_template = self.default_prompt_template if prompt_template is None else prompt_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self._open = self._encode(opening)
+        # SentencePiece puts a space before every text that it encodes. The parts of an observation continue a text.
+        self._adds_space = adds_space(tokenizer)
+        self._opened = opening[opening.rstrip("\n").rfind("\n") + 1 :]  # the last line before the first passage
+        self._open = self._encode(opening, before)
         # A passage ends with a line feed. Tokenizers join it to the text before it, so the closing is encoded without it.
         # A passage that is cut has no line feed: the closing after it is encoded with one.
-        self._close, self._close_cut = self._encode(closing.removeprefix("\n")), self._encode(closing)
+        self._close = self._encode(closing.removeprefix("\n"), "\n")
+        self._close_cut = self._encode(closing, ".")
         self._line_end = "\n" if closing.startswith("\n") else ""
-        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end)
+        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end, self._opened)
         self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
-        # are changed. Special tokens need no change: the tokenizer splits them.
-        added = sorted((t for t in tokenizer.get_added_vocab() if len(t) > 1 and t.strip() == t), key=len, reverse=True)
-        self._added_token = re.compile("|".join(map(re.escape, added))) if added else None
+        # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
+        added = control_tokens(tokenizer)
+        self._added_token = re.compile("|".join(re.escape(token.strip()) for token in added)) if added else None
+        self._normalizer = Normalizer(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        markup = [f"<{slash}{tag}>" for tag in tags for slash in ("", "/")]
+        # Bytes (<0x0A>) and words after a space are ordinary text, even if they are special tokens
+        forbidden = {vocabulary[t] for t in (*added, *markup) if t in vocabulary and not _ORDINARY.fullmatch(t)}
+        self._forbidden = frozenset(forbidden - {tokenizer.unk_token_id})
         # The rollouts of a group often retrieve the same passages
         self._encode_passage = lru_cache(maxsize=8192)(self._encode_passage_uncached)
+        self._check_passage("".join([*markup, *added[:200], *markup]))
 
     @abstractmethod
     def prompt(self, question: str) -> str | list[dict[str, str]]:
@@ -115,8 +135,9 @@ class SearchProtocol(ABC):
 
     def encode_prompts(self, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
         """
-        Encode prompts. A text is encoded as it is. A conversation is encoded by the chat template, with the schemas of the
-        tools and the beginning of the model's message.
+        Encode prompts. A text is encoded as it is, with the tokens that the tokenizer puts before it (such as BOS) once, and
+        without those that it puts after it (such as EOS). A conversation is encoded by the chat template, with the schemas
+        of the tools and the beginning of the model's message.
 
         Args:
             prompts (`Sequence`):
@@ -126,7 +147,11 @@ class SearchProtocol(ABC):
             `list[list[int]]`: B lists of tokens.
         """
         if isinstance(prompts[0], str):
-            return self.tokenizer(text=list(prompts))["input_ids"]
+            before = first_tokens(self.tokenizer)
+            if before is None:
+                return self.tokenizer(text=list(prompts))["input_ids"]
+            encoded: list[list[int]] = self.tokenizer(text=list(prompts), add_special_tokens=False)["input_ids"]
+            return [ids if ids[: len(before)] == before else before + ids for ids in encoded]
         encoding: Any = self.tokenizer.apply_chat_template(
             list(prompts),  # type: ignore[arg-type]
             tools=list(self.tools) or None,  # with an empty list, some templates write about tools
@@ -226,7 +251,7 @@ class SearchProtocol(ABC):
 
     def cut_query(self, query: str, max_tokens: int) -> str:
         """
-        Cut a query to a number of tokens.
+        Cut a query to a number of tokens. Only whole characters are kept, and at least one.
 
         Args:
             query (`str`):
@@ -237,10 +262,27 @@ class SearchProtocol(ABC):
         ids = self._encode(query[: max_tokens * _CHARS_PER_TOKEN])
         if len(ids) <= max_tokens:
             return query[: max_tokens * _CHARS_PER_TOKEN]
-        return str(self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)).strip()
+        cut = str(self.tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)).strip()
+        # A character may have several tokens. The bytes of an incomplete one are decoded as U+FFFD.
+        while cut.endswith("\ufffd") and not query.startswith(cut):
+            cut = cut[:-1].rstrip()
+        return cut or query[:1]
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str, before: str = "") -> list[int]:
+        """The tokens of a text that continues another one."""
+        return self._encode_spans(text, before)[0]
+
+    def _encode_spans(self, text: str, before: str, **kwargs: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text that continues another one, and their positions if the tokenizer is fast."""
+        kwargs |= {"add_special_tokens": False, "return_offsets_mapping": self.tokenizer.is_fast}
+        if before and self._adds_space and self.tokenizer.is_fast:
+            encoding = self.tokenizer(before + text, **kwargs)
+            ids, spans, seam = encoding["input_ids"], encoding["offset_mapping"], len(before)
+            start = next((n for n, span in enumerate(spans) if span[0] >= seam), len(spans))
+            if all(end <= seam for _, end in spans[:start]):  # no token has characters of both
+                return ids[start:], [(first - seam, end - seam) for first, end in spans[start:]]
+        encoding = self.tokenizer(text, **kwargs)
+        return encoding["input_ids"], encoding.get("offset_mapping", [])
 
     def _neutralize(self, text: str) -> str:
         text = self._tag.sub(r"[\1]", CONTROLS.sub("", text))
@@ -250,17 +292,44 @@ class SearchProtocol(ABC):
 
     def _encode_passage_uncached(self, number: int, title: str, text: str, budget: int) -> "_EncodedPassage":
         limit = budget * _CHARS_PER_TOKEN
-        title, text = self._neutralize(title[:limit]), self._neutralize(text[:limit])
+        title, text = title[:limit], text[:limit]
+        # Tokenizers may change text (NFKC, lower case…) and so make tags of other characters. A passage is changed as little
+        # as is needed.
+        for change in (_unchanged, self._normalizer.to_ascii, self._normalizer.to_text, _plain_text, _no_text):
+            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)))
+            if self._is_harmless(passage):
+                break
+        return passage
+
+    def _check_passage(self, text: str) -> None:
+        """Raise an error if a passage of tags and control tokens does not remain plain text."""
+        wide = text.translate({code: code + 0xFEE0 for code in range(0x21, 0x7F)})  # NFKC makes ASCII of these
+        for hostile in (text, text.upper(), wide):
+            passage = self._encode_passage_uncached(1, hostile, hostile, len(hostile))
+            if not self._is_harmless(passage):
+                shown = str(self.tokenizer.decode(passage.token_ids))
+                raise ValueError(
+                    "This tokenizer cannot show passages as plain text, so a passage could act for the model. It encodes "
+                    f"the passage {hostile[:100]!r} as {shown[:100]!r}, which has a tag or a control token. Remove added "
+                    "tokens that are ordinary words from its special tokens, or take another tokenizer."
+                )
+
+    def _is_harmless(self, passage: "_EncodedPassage") -> bool:
+        """Whether neither the tokens nor their text have a tag or a control token."""
+        if not self._forbidden.isdisjoint(passage.token_ids):
+            return False
+        if self._tag.search(str(self.tokenizer.decode(passage.token_ids))):
+            return False
+        texts = [self._normalizer(part) for part in (passage.title, passage.text)]
+        patterns = [self._tag] if self._added_token is None else [self._tag, self._added_token]
+        return not any(pattern.search(text) for pattern in patterns for text in texts)
+
+    def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
-        encoding = self.tokenizer(
-            f"{before}{title}{after}{text}\n",
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=self.tokenizer.is_fast,
+        ids, spans = self._encode_spans(
+            f"{before}{title}{after}{text}\n", self._opened if number == 1 else "\n", split_special_tokens=True
         )
-        ids = encoding["input_ids"]
         if self.tokenizer.is_fast:
-            spans = encoding["offset_mapping"]
             # Several tokens may share a character: it is shown only if all of them are
             nexts = [start for start, _ in spans[1:]] + [spans[-1][1]]
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
@@ -287,6 +356,19 @@ class _EncodedPassage:
         if (title, text) == (passage.title, passage.text):
             return passage
         return replace(passage, title=title, text=text)
+
+
+def _unchanged(text: str) -> str:
+    return text
+
+
+def _plain_text(text: str) -> str:
+    """The words and the punctuation of a text."""
+    return _NOT_PLAIN.sub(" ", text)
+
+
+def _no_text(text: str) -> str:
+    return ""
 
 
 def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:

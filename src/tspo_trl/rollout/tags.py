@@ -7,10 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .protocol import SearchProtocol
+from .tokens import with_plain_tokens
 from .trajectory import Action
 
 _ACTION = re.compile(r"<(search|answer)>((?:(?!</?(?:search|answer|information)>).)*)</\1>", re.DOTALL)
 _ATTEMPT = re.compile(r"</?(?:search|answer)>")
+_TAGS = ("search", "answer", "information", "think")
 
 PROMPT = (
     "Answer the question below. Before every action, reason between <think> and </think>. If you lack some knowledge, "
@@ -39,6 +41,9 @@ class TagProtocol(SearchProtocol):
             Template of the prompts, with `{question}` and optionally `{max_searches}` in it. Defaults to `PROMPT`.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Further arguments of the chat template, for instance `{"enable_thinking": False}`.
+
+    Raises:
+        `ValueError`: If the tokenizer does not decode the tags of a turn as they were written.
     """
 
     stop_strings = ("</search>", "</answer>")
@@ -52,16 +57,20 @@ class TagProtocol(SearchProtocol):
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
+        # Turns are decoded without special tokens. Tags that are special tokens must be kept.
+        tokenizer = with_plain_tokens(tokenizer, [f"<{slash}{tag}>" for tag in _TAGS for slash in ("", "/")])
+        _check_tags(tokenizer)
         super().__init__(
             tokenizer,
             max_searches,
             opening="\n\n<information>",
             closing="</information>\n\n",
-            tags=("search", "answer", "information", "think"),
+            before=self.stop_strings[0],
+            tags=_TAGS,
             prompt_template=prompt_template,
             chat_template_kwargs=chat_template_kwargs,
         )
-        self._hint = self._encode(f"\n\n{HINT}\n\n")
+        self._hint = self._encode(f"\n\n{HINT}\n\n", self.stop_strings[0])
 
     def prompt(self, question: str) -> str | list[dict[str, str]]:
         """
@@ -100,3 +109,17 @@ class TagProtocol(SearchProtocol):
     def hint_ids(self) -> list[int]:
         """The observation after an invalid action."""
         return list(self._hint)
+
+
+def _check_tags(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise an error if a turn with tags cannot be read after it was encoded and decoded."""
+    for written in ("<search>a</search>", "<answer>a</answer>"):
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+        decoded = str(tokenizer.decode(ids, skip_special_tokens=True))
+        opening, closing = written[: written.index(">") + 1], written[written.index("</") :]
+        if opening not in decoded or closing not in decoded:
+            raise ValueError(
+                f"`protocol='tags'` reads actions as {written!r}, but the tokenizer decodes this text as {decoded!r}. "
+                "Add the tags to its vocabulary with `tokenizer.add_tokens([...], special_tokens=False)`, or take a "
+                "tokenizer that keeps text as it is."
+            )

@@ -98,13 +98,14 @@ class ToolCallProtocol(SearchProtocol):
             max_searches,
             opening=opening,
             closing=self._closing,
+            before=str(tokenizer.convert_ids_to_tokens(self._end)),
             tags=sorted(tags),
             prompt_template=prompt_template,
             chat_template_kwargs=chat_template_kwargs,
         )
         # Some templates write the <think> themselves, before the model's first token
         self._opens_thought = self._closing.rfind("<think>") > self._closing.rfind("</think>")
-        self._hint = self._open + self._encode(HINT + self._line_end) + self._close
+        self._hint = self._open + self._encode(HINT + self._line_end, self._opened) + self._close
 
     def _read_template(
         self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int] | None, kwargs: Mapping[str, Any]
@@ -221,7 +222,15 @@ class ToolCallProtocol(SearchProtocol):
                 The O tokens of an observation.
         """
         start = len(self._open) + (observation_ids[0] == self._end)
-        return str(self.tokenizer.decode(list(observation_ids[start:]))).removesuffix(self._closing)
+        ids = list(observation_ids[start:])
+        text = str(self.tokenizer.decode(ids))
+        if text.endswith(self._closing):
+            return text.removesuffix(self._closing)
+        # SentencePiece decodes control tokens with spaces around them, so the closing is found by its tokens
+        for closing, line_end in ((self._close_cut, ""), (self._close, self._line_end)):
+            if ids[-len(closing) :] == closing:
+                return str(self.tokenizer.decode(ids[: -len(closing)])).removesuffix(line_end)
+        return text
 
 
 def _query(call: str) -> str:
