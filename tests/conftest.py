@@ -18,6 +18,14 @@ from tspo_trl.demo.warmup import demonstrate_world
 torch.set_num_threads(1)  # tests run in several processes
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A command that runs in this process uses all cores, on which the last digits of later results would depend."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -85,9 +85,11 @@ def test_every_command_of_the_wheel_shows_its_help(installed, python, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_on_the_demo(python, policy_dir, tmp_path):
-    """The configuration and the data of the demo come from the wheel; only the model is given."""
+def test_the_wheel_trains_on_the_demo(python, installed, policy_dir, tmp_path):
+    """The configuration and the data of the demo come from the wheel; the model is another one."""
     options = {
+        "config": installed / "tspo_trl" / "commands" / "demo.yaml",
+        "dataset_name": "demo",
         "model_name_or_path": policy_dir,
         "output_dir": "run",
         "max_steps": 2,

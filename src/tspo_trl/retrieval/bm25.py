@@ -22,6 +22,7 @@ from .words import WORDS_VERSION, check_language, index_words, split_words
 
 BM25Backend = Literal["bm25s", "rank_bm25"]
 _FORMAT = 2
+_SEVERAL = 8  # queries that all find nothing: a single one may be the mistake of a model
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +67,8 @@ class BM25Retriever:
     ```
     """
 
-    _warned = False  # of a query that finds nothing
+    _searched = False
+    _warned = False  # of queries that find nothing
 
     def __init__(
         self,
@@ -225,8 +227,9 @@ class BM25Retriever:
         """
         Search for all queries at once.
 
-        Passages that share no word with the query are never returned, so a list may be shorter than `k` or empty. The
-        first empty list is reported by a warning. Equal scores are ordered as in the corpus.
+        Passages that share no word with the query are never returned, so a list may be shorter than `k` or empty. A
+        warning is issued once if none of several queries finds a passage, or if the first search finds none. Equal scores
+        are ordered as in the corpus.
 
         Args:
             queries (`Sequence[str]`):
@@ -242,9 +245,11 @@ class BM25Retriever:
             [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
             for scores, matches in map(self._score, queries)
         ]
-        if not self._warned and not all(results):
+        several = not self._searched or len(queries) >= _SEVERAL
+        if queries and several and not self._warned and not any(results):
             self._warned = True
-            self._warn_of_empty(queries[results.index([])])
+            self._warn_of_empty(queries[0])
+        self._searched = True
         return results
 
     def _warn_of_empty(self, query: str) -> None:
@@ -256,7 +261,7 @@ class BM25Retriever:
             reason = f"all its words are stop words of the language {self.language!r}"
         else:
             reason = "it has no letters or digits"
-        logger.warning("The query %.200r finds no passage: %s. Further such queries are not reported.", query, reason)
+        logger.warning("The query %.200r finds no passage: %s. This is reported once.", query, reason)
 
     def _set_index(self, index: bm25s.BM25) -> None:
         self._index = index
