@@ -3,7 +3,7 @@
 import pytest
 from transformers import GenerationConfig
 
-from helpers.tokenizers import KINDS, make_byte_level, with_gaps
+from helpers.tokenizer_kinds import KINDS, make_byte_level, with_gaps
 from tspo_trl.engines.stopping import StopRule
 
 STOPS = ("</search>", "</answer>")

@@ -7,7 +7,15 @@ from trl import chat_template_utils as trl_templates
 
 from helpers.chats import ROME, call_message, render
 from helpers.passages import HOSTILE, ROOMY, TAGS
-from helpers.tokenizers import KINDS, SPECIAL, add_words, make_byte_level, make_wordpiece, with_frame, with_special_tags
+from helpers.tokenizer_kinds import (
+    KINDS,
+    SPECIAL,
+    add_words,
+    make_byte_level,
+    make_wordpiece,
+    with_frame,
+    with_special_tags,
+)
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol
 from tspo_trl.rollout.protocol import NOTHING_FOUND
 from tspo_trl.rollout.tool_call import HINT as CALL_HINT
