@@ -60,20 +60,26 @@ def make_qwen(folder):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.slow
-def test_the_example_of_the_readme_runs(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (name,) = re.findall(r'model="([^"]+)"', example)
-    make_qwen(tmp_path / name)  # an existing relative path has priority over the Hub
+def run_program(program, folder):
+    """Run the code of a page in a folder, and return its output."""
     result = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=tmp_path,
+        [sys.executable, "-c", program],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (name,) = re.findall(r'model="([^"]+)"', example)
+    make_qwen(tmp_path / name)  # an existing relative path has priority over the Hub
+    run_program(example, tmp_path)
     assert (tmp_path / "my-search-agent" / "trajectories" / "train-rank000.jsonl").is_file()
 
 
@@ -110,18 +116,10 @@ def test_the_program_of_the_page_on_custom_code_runs(tmp_path):
     program = (
         program.replace("max_steps=2,", small) + "\nprint([e for e in trainer.state.log_history if 'reward' in e])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    shown = run_program(program, tmp_path)
     for function in ("exact_match_reward", "format_reward", "few_searches_reward", "judge_reward"):
-        assert f"rewards/{function}/mean" in result.stdout
-    assert "'extra_searches'" in result.stdout
+        assert f"rewards/{function}/mean" in shown
+    assert "'extra_searches'" in shown
 
 
 def test_the_quick_start_contains_the_example_of_the_readme():

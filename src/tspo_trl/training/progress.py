@@ -24,6 +24,7 @@ class ShortProgress(ProgressCallback):
     """A progress bar that shows the main metrics, and a line for each evaluation, instead of all metrics."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the main metrics of a step beside the bar, and those of an evaluation on a line above it."""
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "reward" in logs:
@@ -42,6 +43,7 @@ class ShortTable(PrinterCallback):
         self.rows = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print the main metrics of a step and of each evaluation set as rows."""
         if not state.is_local_process_zero or not logs:
             return
         # The last log of a run has metrics only if they were not logged before
