@@ -174,7 +174,7 @@ def test_options_are_read_from_the_command_line(parse):
 
 
 @pytest.mark.parametrize(
-    "name", ["max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences", "stop"]
+    "name", ["max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences", "stop", "token_healing"]
 )
 def test_generation_options_that_cannot_apply_are_refused(make, name):
     with pytest.raises(ValueError, match=f"`generation_kwargs` cannot have '{name}': "):

@@ -55,6 +55,29 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
         check_vllm()
 
 
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """
+    Check that an adapter does not add virtual tokens to the context. They come before the padding of a row, so their
+    distance to the text, and with it the log-probabilities, would change from turn to turn and from batch to batch.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of a new adapter.
+
+    Raises:
+        `ValueError`: If it is prompt tuning, p-tuning, prefix tuning or another kind of prompt learning.
+    """
+    own = getattr(model, "peft_config", None)
+    for config in (peft_config, *(own.values() if isinstance(own, dict) else ())):
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"`peft_config` cannot be `{type(config).__name__}`: its virtual tokens come before the padding of a batch, so "
+                "sampling and training would see different positions. Use an adapter of the weights, for instance `LoraConfig`."
+            )
+
+
 def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
     """
     Check that the training questions fill a batch, and that batches of evaluation hold whole groups.

@@ -61,6 +61,7 @@ _NOT_FOR_GENERATION = {  # option of `generate` or vLLM -> what applies instead
         ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"), _ONE_SAMPLE
     ),
     **dict.fromkeys(("stop_strings", "stop", "stopping_criteria"), "the protocol decides where a turn ends"),
+    "token_healing": "the tokens of a context are never encoded again",
 }
 
 

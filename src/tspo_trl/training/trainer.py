@@ -31,7 +31,15 @@ from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import check_arguments, check_batches, check_eval_batches, check_loaded, check_tokenizer, report_left_out
+from .checks import (
+    check_adapter,
+    check_arguments,
+    check_batches,
+    check_eval_batches,
+    check_loaded,
+    check_tokenizer,
+    report_left_out,
+)
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
@@ -158,6 +166,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # Check the arguments before anything large is loaded
         check_arguments(args, retriever, train_dataset, eval_dataset)
         check_model_path(model)
+        check_adapter(model, peft_config)
         check_batches(args, train_dataset, eval_dataset)
         report_left_out(args, train_dataset)
         retrievers = RetrieverStack.build(retriever, args)
