@@ -41,6 +41,13 @@ def length_reward(trajectories, **kwargs):
     return [float(len(t.turns[0].token_ids) % 4) for t in trajectories]
 
 
+def length_reward_of_others(idle_rank):
+    """As above, but groups of one rank have no signal."""
+    return lambda trajectories, **kwargs: (
+        [0.0] * len(trajectories) if int(os.environ["RANK"]) == idle_rank else length_reward(trajectories)
+    )
+
+
 class Uneven:
     """Makes rollouts of rank 0 end after one turn, while those of the other ranks use all their turns."""
 
@@ -100,6 +107,7 @@ def main():
     )
     parser.add_argument("--broken_rank", type=int, help="the rank whose retriever always fails")
     parser.add_argument("--shorter_rank", type=int, help="the rank with one question fewer")
+    parser.add_argument("--idle_rank", type=int, help="the rank whose groups have no signal")
     parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(900, exit=True)  # a hang ends with a traceback of all threads
@@ -108,6 +116,8 @@ def main():
     options = {**OPTIONS, "output_dir": arguments.output_dir, **arguments.options}
     rows = [question.row() for question in world.train_questions]
     reward = length_reward if options.pop("length_reward", True) else None
+    if arguments.idle_rank is not None:
+        reward = length_reward_of_others(arguments.idle_rank)
     config = TSPOConfig(**options)
     if plugin := getattr(config, "deepspeed_plugin", None):  # otherwise ZeRO-3 does not partition a tiny model
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -156,6 +156,21 @@ def test_a_rank_whose_retriever_fails_does_not_hang_the_others(policy_dir, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "loss_type"), [("ddp", "dapo"), ("zero3", "bnpo"), ("fsdp2", "bnpo")])
+def test_a_rank_without_a_signal_does_not_hang_the_others(policy_dir, tmp_path, strategy, loss_type):
+    """The weights are those of a training with whole batches. With bnpo, no rollout changes its process."""
+    options = {"loss_type": loss_type, "folr_alpha": 0.0, "max_steps": 4}
+    for compact in (False, True):
+        (folder := tmp_path / str(compact)).mkdir()
+        ranks = launch(
+            strategy, policy_dir, folder, "--recorded", "--idle_rank", "1", compact_forward=compact, **options
+        )
+        assert any(abs(loss) > 1e-3 for loss in losses(ranks[0]))
+        assert all(0 < entry["groups/no_signal"] < 1 for entry in ranks[0]["history"] if "loss" in entry)
+    assert_same_weights(tmp_path / "True", tmp_path / "False", 1e-4)
+
+
+@pytest.mark.slow
 def test_lora_under_zero3(policy_dir, tmp_path):
     ranks = launch("zero3", policy_dir, tmp_path, "--lora", max_steps=4)
     adapter = load_file(tmp_path / "final" / "adapter_model.safetensors")

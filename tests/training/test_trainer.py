@@ -17,6 +17,7 @@ from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.scoring import contains_answer
 from tspo_trl.sharing.mixin import SharingMixin
 from tspo_trl.training.checkpoints import ExactResumeMixin
+from tspo_trl.training.forward import CompactForwardMixin
 from tspo_trl.training.generation import with_end
 from tspo_trl.training.masking import keep_ratios_finite
 
@@ -738,15 +739,19 @@ def test_few_methods_are_overridden():
         "_save_checkpoint",
         "_save_rng_state",
         "train",
+        # CompactForwardMixin
+        "_compute_loss",
+        "_get_per_token_logps_and_entropies",
+        "_prepare_inputs",
         # SharingMixin
         "_push_from_checkpoint",
         "create_model_card",
         "push_to_hub",
         "save_model",
     }
-    assert len(overridden) == 16  # no method is overridden twice
+    assert len(overridden) == 19  # no method is overridden twice
     assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
-    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin)
+    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin, CompactForwardMixin)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 

@@ -117,6 +117,13 @@ class TSPOConfig(GRPOConfig):
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least this.
 
+        > Parameters that control the loss
+
+        compact_forward (`bool`, *optional*):
+            Whether the training forward leaves out what adds nothing to the gradient: rollouts whose advantages are all
+            zero, padding, and the language model head on passages. Loss and gradients stay the same up to rounding. `None`
+            is `True`, but `False` with `advantage_level="trajectory"`, which is GRPO to the last bit.
+
         > Parameters that control the logging
 
         log_trajectories (`bool`, *optional*, defaults to `True`):
@@ -223,6 +230,16 @@ class TSPOConfig(GRPOConfig):
         metadata={
             "help": "A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least "
             "this."
+        },
+    )
+
+    # Parameters that control the loss
+    compact_forward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the training forward leaves out what adds nothing to the gradient: rollouts whose advantages "
+            "are all zero, padding, and the language model head on passages. Loss and gradients stay the same up to "
+            "rounding. None: True, but False with `advantage_level='trajectory'`, which is GRPO to the last bit."
         },
     )
 

@@ -73,3 +73,20 @@ def loss_mask(batch: dict[str, torch.Tensor | Any]) -> torch.Tensor:
     """
     mask = batch["completion_mask"]
     return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
+
+
+def has_signal(batch: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+    """
+    The rollouts that add to the gradient of the policy: a trained token has an advantage that is not zero.
+
+    Args:
+        batch (`dict`):
+            The inputs of the loss, with `advantages` of shape (B,) or (B, L).
+
+    Returns:
+        `torch.Tensor`: Booleans of shape (B,).
+    """
+    advantages = batch["advantages"]
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    return ((advantages != 0) & (loss_mask(batch) != 0)).any(dim=1)

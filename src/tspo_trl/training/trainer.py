@@ -1,4 +1,4 @@
-"""The trainer: rollouts, evaluation and turn credit. Only this class and its two mixins override methods of TRL."""
+"""The trainer: rollouts, evaluation and turn credit. Only this class and its three mixins override methods of TRL."""
 
 import textwrap
 from collections.abc import Callable
@@ -43,6 +43,7 @@ from .checks import (
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
+from .forward import CompactForwardMixin, sampled_logps
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
@@ -57,7 +58,7 @@ RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callabl
 
 
 # The ignored error: `create_model_card` is as in TRL, which differs from transformers
-class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]
+class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
@@ -374,6 +375,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             output["advantages"] = token_advantages(local_advantages, turn_index)
 
         keep_ratios_finite(output)
+        if self._compact:
+            output["sampled_logps"] = sampled_logps([row["trajectory"] for row in inputs], output["completion_ids"])
 
         # `log_completions` shows the advantages of training. TRL has appended its own
         replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
