@@ -258,3 +258,28 @@ def as_messages(trajectory: Trajectory, protocol: SearchProtocol) -> list[dict[s
             content = protocol.observation_text(turn.observation_ids)
             messages.append({"role": "tool", "name": "search", "content": content})
     return messages
+
+
+def as_texts(prompt: str | list[dict[str, Any]], trajectory: Trajectory, protocol: SearchProtocol) -> tuple[str, str]:
+    """
+    Convert a prompt and its rollout to texts for a table, observations included. In a conversation, every message begins
+    with its role. Texts are easier to read than messages, and wandb refuses messages of which only some have a name.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, a text or a conversation.
+        trajectory ([`Trajectory`]):
+            The rollout.
+        protocol ([`SearchProtocol`]):
+            The protocol of the rollout, which reads observations.
+    """
+    if isinstance(prompt, str):
+        return prompt, str(protocol.tokenizer.decode(trajectory.completion_ids))
+    return _as_text(prompt), _as_text(as_messages(trajectory, protocol))
+
+
+def _as_text(messages: list[dict[str, Any]]) -> str:
+    parts = ("reasoning_content", "content", "tool_calls")
+    return "\n\n".join(
+        "\n".join([m["role"].upper(), *(str(m[part]) for part in parts if m.get(part))]) for m in messages
+    )
