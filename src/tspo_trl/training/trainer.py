@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
+from .unsupported import check_keywords, report_unused_options
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -88,6 +90,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             Retriever that executes the searches, for instance a [`BM25Retriever`]. One query is searched when the trainer
             is created, so that mistakes are reported before training. It can be `None` only if the run is repeated from
             its `retrieval_log`.
+        unsupported:
+            Arguments of [`~trl.GRPOTrainer`] and [`~transformers.Trainer`] that have no meaning here, for instance
+            `tools`. They are refused, and the message says what to use instead.
 
     Example:
 
@@ -149,7 +154,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
         retriever: Retriever | None = None,
+        **unsupported: Any,
     ):
+        check_keywords(unsupported, signature(TSPOTrainer).parameters)
         if model is None:
             raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
         if args is None:
@@ -160,6 +167,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         check_model_path(model)
         check_batches(args, train_dataset, eval_dataset)
         report_left_out(args, train_dataset)
+        report_unused_options(args)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
         check_tokenizer(model, processing_class, args)
