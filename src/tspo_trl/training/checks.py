@@ -1,6 +1,7 @@
 """Checks of the arguments, the model, its tokenizer and the batches, before anything large is loaded."""
 
 import logging
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -9,11 +10,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..engines.vllm import check_vllm
-from ..questions.check import check_columns
 from ..retrieval.results import check_retriever
 from ..support.paths import suggest_path
 from .config import TSPOConfig
-from .datasets import check_best_metric, map_datasets
+from .datasets import check_best_metric, check_dataset, map_datasets
+from .unsupported import report_unused_options
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,10 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
         )
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
-    map_datasets(check_columns, train_dataset, eval_dataset)
+    check = partial(check_dataset, unused_removed=args.remove_unused_columns)
+    map_datasets(check, train_dataset, eval_dataset)
     check_best_metric(args.metric_for_best_model, eval_dataset)
+    report_unused_options(args)
     if args.use_vllm:
         check_vllm()
 

@@ -41,7 +41,7 @@ from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
-from .unsupported import check_keywords, report_unused_options
+from .unsupported import check_keywords
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -167,7 +167,6 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         check_model_path(model)
         check_batches(args, train_dataset, eval_dataset)
         report_left_out(args, train_dataset)
-        report_unused_options(args)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
         check_tokenizer(model, processing_class, args)
@@ -204,13 +203,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             chat_template_kwargs=self.chat_template_kwargs,
             **asdict(SearchLimits.of(args)),
         )
-        self.train_dataset, self.eval_dataset = map_datasets(
-            lambda dataset, name: prepare_dataset(dataset, protocol, name, self._max_context_length()),
-            train_dataset,
-            eval_dataset,
-        )
         # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
         self.rollout_func = SearchRollouts(self._make_search_loop(protocol, retrievers.retriever), retrievers)
+        self.train_dataset, self.eval_dataset = map_datasets(self._prepare, train_dataset, eval_dataset)
         if args.warn_on_collapse:
             self.add_callback(CollapseCallback(stop_on=args.stop_on_collapse))
 
@@ -224,6 +219,11 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             limits=SearchLimits.of(self.args),
             max_context_length=self._max_context_length(),
         )
+
+    def _prepare(self, dataset: Any, name: str) -> Any:
+        """Check a data set and add its prompts."""
+        longest, removed = self._max_context_length(), self.args.remove_unused_columns
+        return prepare_dataset(dataset, self.search_loop.protocol, name, longest, unused_removed=removed)
 
     def _max_context_length(self) -> int | None:
         """The maximum number of tokens of a prompt and its completion together, if the model has one."""
@@ -244,8 +244,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
             check_eval_batches(self.args)
-            longest = self._max_context_length()
-            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset", longest)
+            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(
