@@ -79,8 +79,9 @@ def prepare_dataset(
         The same kind of data set, with the columns `prompt`, `question` and `golden_answers`.
 
     Raises:
-        `ValueError`: If the data set is empty, a column is missing, a value is not as described, or a prompt is too long;
-            the message names the row, the column and the value found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
+        `ValueError`: If the data set is empty, a column is missing or has a reserved name, a value is not as described, or a
+            prompt is too long; the message names the row, the column and the value found. The chat template is tried with
+            the first row. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
     """
     check_dataset(dataset, name, unused_removed=unused_removed)
 
@@ -89,6 +90,8 @@ def prepare_dataset(
         _check_no_image(row, where)
         _check_prompt(row, where, protocol)
         prompt = row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"])
+        if index == 0 and not isinstance(prompt, str):
+            _check_template(prompt, where, protocol)
         if max_context_length is not None:
             check_length(prompt, where, protocol, max_context_length)
         return {
@@ -190,6 +193,17 @@ def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) 
             f"{where}: with `protocol='tool_call'`, 'prompt' must be a conversation (a list of messages with 'role' and "
             f"'content'), found {prompt!r}."
         )
+
+
+def _check_template(prompt: list[dict[str, Any]], where: str, protocol: SearchProtocol) -> None:
+    """Check that the chat template accepts a conversation: some raise an error for a system message or a list of texts."""
+    try:
+        protocol.encode_prompts([prompt])
+    except Exception as error:  # whatever a template raises
+        raise ValueError(
+            f"{where}: the chat template of the tokenizer cannot write 'prompt' {shorten(repr(prompt), 200, placeholder=' …')}: "
+            f"{error}."
+        ) from error
 
 
 def check_length(prompt: str | list[dict[str, Any]], where: str, protocol: SearchProtocol, longest: int) -> None:
