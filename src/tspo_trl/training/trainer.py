@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -36,7 +36,7 @@ from .checks import check_arguments, check_batches, check_eval_batches, check_lo
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
-from .generation import RetrieverStack, SearchRollouts, as_messages, as_texts, make_engine
+from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine, show_texts
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
@@ -376,9 +376,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # `log_completions` shows the advantages of training, and rollouts as texts. TRL has appended its own
         replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
         if self.log_completions:
-            texts = [as_texts(row["prompt"], row["trajectory"], self.search_loop.protocol) for row in inputs]
-            for name, column in zip(("prompt", "completion"), zip(*gather_object(texts), strict=True), strict=True):
-                replace_last(self._logs[name], column)
+            show_texts(self._logs, inputs, self.search_loop.protocol)
 
         # Log of the rollouts
         if self.args.log_trajectories:
