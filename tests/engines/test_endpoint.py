@@ -85,6 +85,10 @@ def test_parameters_of_requests(serve, questions):
     assert body["temperature"] == 0.7
     assert body["stop"] == list(TagProtocol.stop_strings)
     assert body["max_tokens"] == 12
+    # Spelled out, because servers fill what is missing from the model's generation_config.json
+    neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0}
+    neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {name: body[name] for name in neutral} == neutral
     assert {request["seed"] for request in server.requests[1:]} == {5, 6}  # one per rollout
     assert agent.search_loop.engine.max_context_length == 2048
 

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tspo_trl import TSPOTrainer
 from tspo_trl.demo import make_tokenizer
@@ -103,6 +105,17 @@ def test_a_missing_model_is_named(make_trainer, unloaded, tmp_path, model, error
 def test_a_model_is_required_without_a_configuration_too(dataset, retriever):
     with pytest.raises(ValueError, match="`model` is required"):
         TSPOTrainer(model=None, train_dataset=dataset, retriever=retriever)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_virtual_tokens_are_refused(make_trainer, policy_dir, kind, wrapped):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {"peft_config": config}
+    if wrapped:
+        options = {"model": get_peft_model(AutoModelForCausalLM.from_pretrained(policy_dir), config)}
+    with pytest.raises(ValueError, match=f"`peft_config` cannot be `{kind.__name__}`: its virtual tokens"):
+        make_trainer(**options)
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -180,7 +180,7 @@ def test_options_are_read_from_the_command_line(parse):
     "name",
     [
         *("max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences"),
-        *("stop", "eos_token_id", "stop_token_ids", "ignore_eos", "structured_outputs"),
+        *("stop", "eos_token_id", "stop_token_ids", "ignore_eos", "structured_outputs", "token_healing"),
     ],
 )
 def test_generation_options_that_cannot_apply_are_refused(make, name):

@@ -33,10 +33,23 @@ def gradients(trainer, inputs):
 # The sampling forward and the training forward
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_training_and_sampling_logprobs_agree(make_trainer, temperature):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.8},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic", "top_p": 0.9},
+        {"generation_kwargs": {"use_cache": False}},
+        {"top_k": 20, "min_p": 0.01},
+        {"generation_kwargs": {"prefill_chunk_size": 16}},
+        {"generation_kwargs": {"return_dict_in_generate": True, "output_scores": True}},
+    ],
+    ids=str,
+)
+def test_training_and_sampling_logprobs_agree(make_trainer, options):
     """Both forwards use the same masks, positions and contexts."""
-    trainer = make_trainer(temperature=temperature, per_device_train_batch_size=16)
+    trainer = make_trainer(**options, per_device_train_batch_size=16)
     inputs, trajectories = prepared(trainer)
     assert len({len(t.turns) for t in trajectories}) > 1
     assert len({len(t.prompt_ids) for t in trajectories}) > 1

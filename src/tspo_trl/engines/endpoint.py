@@ -12,13 +12,17 @@ from ..support.http import describe_reply
 from .base import Generation
 from .requests import RequestEngine
 
-# Extensions of OpenAI's API by vLLM and SGLang: replies contain closing tags and the sampled tokens, and parameters of the
-# model's generation_config.json do not apply
+# Extensions of OpenAI's API by vLLM and SGLang: replies contain closing tags and the sampled tokens, and neither
+# the model's generation_config.json nor the server's own defaults change sampling
 _EXTENSIONS = {
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
     "return_token_ids": True,
     "top_k": -1,
+    "min_p": 0.0,
+    "min_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
 }
 

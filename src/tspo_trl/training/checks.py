@@ -11,12 +11,44 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..engines.vllm import check_vllm
 from ..retrieval.results import check_retriever
-from ..support.paths import suggest_path
+from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
 from .datasets import check_best_metric, check_dataset, map_datasets
 from .unsupported import report_unused_options
 
 logger = logging.getLogger(__name__)
+
+
+def check_setup(
+    args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any, model: Any, peft_config: Any = None
+) -> None:
+    """
+    Check all arguments of a [`TSPOTrainer`] that can be checked before its model and its tokenizer are loaded, and log
+    what has no effect or is left out.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        retriever ([`Retriever`], *optional*):
+            The retriever.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of a new adapter.
+
+    Raises:
+        `TypeError`, `ValueError`, `ImportError` or `FileNotFoundError`: As the functions below.
+    """
+    check_arguments(args, retriever, train_dataset, eval_dataset)
+    check_model_path(model)
+    check_adapter(model, peft_config)
+    check_batches(args, train_dataset, eval_dataset)
+    report_left_out(args, train_dataset)
+    report_unused_options(args)
 
 
 def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -53,9 +85,31 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
     check = partial(check_dataset, unused_removed=args.remove_unused_columns)
     map_datasets(check, train_dataset, eval_dataset)
     check_best_metric(args.metric_for_best_model, eval_dataset)
-    report_unused_options(args)
     if args.use_vllm:
         check_vllm()
+
+
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """
+    Check that an adapter does not add virtual tokens to the context. They come before the padding of a row, so their
+    distance to the text, and with it the log-probabilities, would change from turn to turn and from batch to batch.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of a new adapter.
+
+    Raises:
+        `ValueError`: If it is prompt tuning, p-tuning, prefix tuning or another kind of prompt learning.
+    """
+    own = getattr(model, "peft_config", None)
+    for config in (peft_config, *(own.values() if isinstance(own, dict) else ())):
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"`peft_config` cannot be `{type(config).__name__}`: its virtual tokens come before the padding of a batch, so "
+                "sampling and training would see different positions. Use an adapter of the weights, for instance `LoraConfig`."
+            )
 
 
 def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None) -> None:

@@ -65,6 +65,7 @@ _NOT_FOR_GENERATION = {  # option of `generate` or vLLM -> what applies instead
     ),
     **dict.fromkeys(("eos_token_id", "stop_token_ids"), "set `model.generation_config.eos_token_id`"),
     **dict.fromkeys(("structured_outputs", "guided_decoding"), "reward the format instead, see `tspo_trl.rewards`"),
+    "token_healing": "the tokens of a context are never encoded again",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
 from ..engines.base import Engine
@@ -181,20 +181,21 @@ def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
     batching_config = trainer.continuous_batching_config
     if batching_config is not None:
         return ContinuousBatchingEngine(
-            lambda: generation_model(trainer), tokenizer, config, batching_config, stop_strings
+            lambda: generation_model(trainer, config), tokenizer, config, batching_config, stop_strings
         )
-    return TransformersEngine(lambda: generation_model(trainer), tokenizer, config, stop_strings)
+    return TransformersEngine(lambda: generation_model(trainer, config), tokenizer, config, stop_strings)
 
 
 @contextmanager
-def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
+def generation_model(trainer: Any, generation_config: GenerationConfig) -> Iterator[PreTrainedModel]:
     """
-    The model of a trainer, prepared for generation. Sharded parameters are gathered once for all turns of a rollout. Only
-    the configuration of the trainer applies, not the model's own `generation_config.json`.
+    The model of a trainer, prepared for generation. Sharded parameters are gathered once for all turns of a rollout.
 
     Args:
         trainer ([`TSPOTrainer`]):
             The trainer.
+        generation_config ([`~transformers.GenerationConfig`]):
+            The only configuration that applies. The model's own `generation_config.json` does not.
     """
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model_wrapped
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
@@ -208,7 +209,7 @@ def generation_model(trainer: Any) -> Iterator[PreTrainedModel]:
         ) as unwrapped,
         trainer._dist.summon_full_params(model, recurse=False),
         gathered_fsdp2(model, reshard_after_forward=getattr(fsdp, "reshard_after_forward", True)),
-        sampling_by(unwrapped, trainer.generation_config),
+        sampling_by(unwrapped, generation_config),
     ):
         yield unwrapped
 

@@ -30,9 +30,8 @@ from ..rollout.protocols import make_protocol
 from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
-from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import check_arguments, check_batches, check_eval_batches, check_loaded, check_tokenizer, report_left_out
+from .checks import check_eval_batches, check_loaded, check_setup, check_tokenizer
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
@@ -163,10 +162,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
-        check_arguments(args, retriever, train_dataset, eval_dataset)
-        check_model_path(model)
-        check_batches(args, train_dataset, eval_dataset)
-        report_left_out(args, train_dataset)
+        check_setup(args, retriever, train_dataset, eval_dataset, model, peft_config)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
         check_tokenizer(model, processing_class, args)

@@ -34,7 +34,7 @@ def greedy(trainer, prompts):
         do_sample=False, eos_token_id=trainer.eos_token_ids, pad_token_id=trainer._tokenizer.pad_token_id, top_k=None
     )
     loop.engine = TransformersEngine(
-        lambda: generation_model(trainer), trainer._tokenizer, config, loop.protocol.stop_strings
+        lambda: generation_model(trainer, config), trainer._tokenizer, config, loop.protocol.stop_strings
     )
     trainer.generation_kwargs = {}
     by_transformers, _ = loop.run(prompts)
