@@ -130,3 +130,19 @@ def test_a_prompt_with_an_image_is_refused(make_chat_trainer, make_dataset):
 def test_without_these_columns_nothing_is_removed(make_trainer, dataset):
     trainer = make_trainer(train_dataset=dataset.add_column("image_name", ["x"] * len(dataset)))
     assert set(trainer.train_dataset.column_names) == {*dataset.column_names, "image_name"}
+
+
+def test_rows_without_a_prompt_can_be_predicted(make_trainer, dataset):
+    rows = dataset.select(range(2)).select_columns(["question", "golden_answers"])
+    metrics = make_trainer().predict(rows.add_column("images", [[], []])).metrics
+    assert metrics["test_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_rows_to_predict_are_checked(make_trainer, dataset):
+    trainer = make_trainer(per_device_eval_batch_size=6)
+    with pytest.raises(ValueError, match="`per_device_eval_batch_size` × processes must be a multiple of"):
+        trainer.predict(dataset)
+    with pytest.raises(ValueError, match=r"`test_dataset` has columns .*: \['prompts'\]"):
+        make_trainer().predict(Dataset.from_list([{**GOOD, "prompts": "x"}]))
+    with pytest.raises(TypeError, match="`test_dataset` must be a `Dataset`, got `IterableDataset`"):
+        make_trainer().predict(dataset.to_iterable_dataset())

@@ -163,6 +163,27 @@ def check_eval_batches(args: TSPOConfig) -> None:
         )
 
 
+def check_predicted(args: TSPOConfig, dataset: Any) -> None:
+    """
+    Check a data set for `predict`, and that a batch of it holds whole groups.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        dataset ([`~datasets.Dataset`]):
+            The data set.
+
+    Raises:
+        `TypeError`: If it is not a `Dataset`: TRL would not repeat the rows of a stream, so a group would mix questions.
+        `ValueError`: If batches are of a wrong size.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`test_dataset` must be a `Dataset`, got `{type(dataset).__name__}`. `evaluate` accepts streams."
+        )
+    check_eval_batches(args)
+
+
 def report_left_out(args: TSPOConfig, train_dataset: Any) -> None:
     """
     Log how many questions an incomplete last batch leaves out of each epoch, if the run is at least one epoch long.

@@ -31,7 +31,7 @@ from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from .checkpoints import ExactResumeMixin
-from .checks import check_eval_batches, check_loaded, check_setup, check_tokenizer
+from .checks import check_eval_batches, check_loaded, check_predicted, check_setup, check_tokenizer
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
@@ -242,6 +242,10 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             check_eval_batches(self.args)
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        check_predicted(self.args, test_dataset)
+        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
 
     def evaluation_loop(
         self,
