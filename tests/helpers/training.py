@@ -21,3 +21,16 @@ def prepared(trainer, seed=0):
 
 def varied_reward(trajectories, **kwargs):
     return [float(i % 3) / 10 for i in range(len(trajectories))]
+
+
+def prompted_to_search(trainer):
+    """Parse every third turn as a search, because an untrained model never writes a call."""
+    protocol = trainer.search_loop.protocol
+    original, calls = protocol.parse, []
+
+    def parse(text, *, ended=False):
+        calls.append(original(text, ended=ended))
+        return ("search", "novel") if len(calls) % 3 == 0 else calls[-1]
+
+    protocol.parse = parse
+    return calls

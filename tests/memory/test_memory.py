@@ -311,6 +311,7 @@ def test_memory_of_qlora(qwen):
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
         ({"per_device_train_batch_size": 6, "num_generations": 4}, r"`num_generations` must divide .* = 6, got 4"),
         ({"load_in_4bit": True}, "`load_in_4bit` works only with `use_peft`"),
+        ({"max_completion_length": None}, "`max_completion_length` must be a number here, .* got None"),
         (
             {"load_in_4bit": True, "use_peft": True, "strategy": "zero3", "gpus": 2},
             "`strategy` must be .* with `load_in_4bit`, got 'zero3'",

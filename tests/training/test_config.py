@@ -73,6 +73,8 @@ BAD = [
     ({"max_completion_length": 500}, "max_completion_length"),
     ({"max_completion_length": 200, "max_observation_tokens": 201}, "max_observation_tokens"),
     ({"max_completion_length": 0}, "max_completion_length"),
+    ({"max_completion_length": None, "loss_type": "dr_grpo"}, "max_completion_length"),
+    ({"max_searches": None}, "max_searches"),
     ({"protocol": "telepathy"}, "protocol"),
     ({"folr_placement": "last"}, "folr_placement"),
     ({"folr_guard": "paranoid"}, "folr_guard"),
@@ -136,6 +138,7 @@ def test_the_error_for_a_bad_value_names_the_option(make, options, name):
         {"num_passages": 1},
         {"max_turn_tokens": 1, "max_query_tokens": 1},
         {"max_completion_length": 501},
+        {"max_completion_length": None},
         {"max_completion_length": 100, "max_observation_tokens": 99},
         {"folr_alpha": 0.0},
         {"max_retrieval_failure_rate": 0.0},
@@ -174,7 +177,11 @@ def test_options_are_read_from_the_command_line(parse):
 
 
 @pytest.mark.parametrize(
-    "name", ["max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences", "stop", "token_healing"]
+    "name",
+    [
+        *("max_new_tokens", "num_beams", "prompt_lookup_num_tokens", "num_return_sequences"),
+        *("stop", "eos_token_id", "stop_token_ids", "ignore_eos", "structured_outputs", "token_healing"),
+    ],
 )
 def test_generation_options_that_cannot_apply_are_refused(make, name):
     with pytest.raises(ValueError, match=f"`generation_kwargs` cannot have '{name}': "):

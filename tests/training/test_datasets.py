@@ -141,6 +141,25 @@ def test_a_conversation_without_a_chat_template_is_an_error(make_dataset, protoc
         list(prepare_dataset(dataset, protocol))
 
 
+@pytest.mark.parametrize(
+    ("template", "message", "said"),
+    [
+        (
+            TEMPLATE.replace("message['content']", "'' + message['content']"),
+            {"content": [{"type": "text", "text": "x"}]},
+            "str",
+        ),
+        ("{{ raise_exception('System role not supported') }}", {"content": "x"}, "System role not supported"),
+    ],
+)
+def test_an_error_of_the_chat_template_names_the_row(make_dataset, template, message, said):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    dataset = make_dataset([{"prompt": [{"role": "user", **message}], "golden_answers": ["a"]}])
+    with pytest.raises(ValueError, match=rf"`train_dataset`, row 0: the chat template .* 'prompt' \[.*: .*{said}.*\.$"):
+        list(prepare_dataset(dataset, TagProtocol(tokenizer), max_context_length=10**6))
+
+
 def test_rows_of_a_stream_are_checked_when_they_are_read(protocol):
     prepared = iter(prepare_dataset(streamed([GOOD, {**GOOD, "golden_answers": []}]), protocol))
     assert next(prepared)["question"] == GOOD["question"]

@@ -2,65 +2,12 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from helpers.chats import encode, make_chat, render
-from helpers.training import prepared, varied_reward
+from helpers.training import prepared, prompted_to_search, varied_reward
 from tspo_trl.rewards import exact_match_reward, format_reward
 from tspo_trl.rollout.tool_call import HINT
-
-
-@pytest.fixture(scope="module")
-def chat_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer = make_chat("qwen2_5")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def make_chat_trainer(make_trainer, dataset, chat_dir):
-    def make(**options):
-        return make_trainer(
-            **{
-                "model": chat_dir,
-                "protocol": "tool_call",
-                "train_dataset": dataset.select_columns(["question", "golden_answers"]),
-                "reward_funcs": varied_reward,
-                "advantage_level": "turn",
-                "max_completion_length": 400,
-                "max_observation_tokens": 80,
-                **options,
-            }
-        )
-
-    return make
-
-
-def prompted_to_search(trainer):
-    """Parse every third turn as a search, because an untrained model never writes a call."""
-    protocol = trainer.search_loop.protocol
-    original, calls = protocol.parse, []
-
-    def parse(text, *, ended=False):
-        calls.append(original(text, ended=ended))
-        return ("search", "novel") if len(calls) % 3 == 0 else calls[-1]
-
-    protocol.parse = parse
-    return calls
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])

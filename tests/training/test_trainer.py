@@ -733,6 +733,7 @@ def test_few_methods_are_overridden():
         "_set_signature_columns_if_needed",
         "evaluation_loop",
         "get_eval_dataloader",
+        "get_test_dataloader",
         # ExactResumeMixin
         "_load_from_checkpoint",
         "_load_rng_state",
@@ -749,7 +750,7 @@ def test_few_methods_are_overridden():
         "push_to_hub",
         "save_model",
     }
-    assert len(overridden) == 19  # no method is overridden twice
+    assert len(overridden) == 20  # no method is overridden twice
     assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
     assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin, CompactForwardMixin)
     assert issubclass(TSPOConfig, GRPOConfig)

@@ -85,6 +85,10 @@ class MemorySetting:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
+        if self.max_completion_length is None:  # in the file of a run
+            raise ValueError(
+                "`max_completion_length` must be a number here, the longest completion to expect, got None."
+            )
         for option in fields(self):
             value = getattr(self, option.name)
             if type(value) is int and value < 1:

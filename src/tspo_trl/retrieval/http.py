@@ -184,7 +184,7 @@ class HTTPRetriever:
                     outcomes = await asyncio.wait_for(self._request(queries, k), min(self.timeout, left))
                     self._last_success = self._loop.time()
                     return outcomes
-                except (TimeoutError, asyncio.TimeoutError):
+                except TimeoutError:
                     # If the request had less time than `timeout`, the failure before it says more
                     if failure is None or left >= self.timeout:
                         failure = _Failure("timeout", f"no answer within {min(self.timeout, left):.3g} s")

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def _limit(default: int, minimum: int, text: str) -> int:
-    return field(default=default, metadata={"minimum": minimum, "help": text})
+def _limit(default: int, minimum: int, text: str, **metadata: bool) -> int:
+    return field(default=default, metadata={"minimum": minimum, "help": text, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class SearchLimits:
         max_observation_tokens (`int`, *optional*, defaults to `500`):
             Maximum number of tokens of an observation. They are split evenly over its passages, and each passage is cut at
             its end.
-        max_completion_length (`int`, *optional*, defaults to `4096`):
+        max_completion_length (`int` or `None`, *optional*, defaults to `4096`):
             Maximum number of tokens of a completion, all turns and observations together. A rollout that reaches it ends
-            as truncated.
+            as truncated. With `None`, only the context length of the model and the other limits apply.
 
     Raises:
         `ValueError`: If a limit is not a whole number, or is too small; the message names it.
@@ -39,13 +39,15 @@ class SearchLimits:
     max_turn_tokens: int = _limit(500, 1, "Maximum number of tokens that the model writes in a turn.")
     max_query_tokens: int = _limit(64, 1, "Maximum number of tokens of a query; a longer query is cut.")
     max_observation_tokens: int = _limit(500, 1, "Maximum number of tokens of an observation.")
-    max_completion_length: int = _limit(
-        4096, 1, "Maximum number of tokens of a completion, all turns and observations together."
+    max_completion_length: int | None = _limit(
+        4096, 1, "Maximum number of tokens of a completion, all turns and observations together.", can_be_none=True
     )
 
     def __post_init__(self) -> None:
         for limit in fields(SearchLimits):
             value, minimum = getattr(self, limit.name), limit.metadata["minimum"]
+            if value is None and limit.metadata.get("can_be_none"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"`{limit.name}` must be a whole number, got {value!r}.")
             if value < minimum:
@@ -58,7 +60,7 @@ class SearchLimits:
         Raises:
             `ValueError`: If `max_completion_length` is not larger than `max_observation_tokens`.
         """
-        if self.max_completion_length <= self.max_observation_tokens:
+        if self.max_completion_length is not None and self.max_completion_length <= self.max_observation_tokens:
             raise ValueError(
                 f"`max_completion_length` ({self.max_completion_length}) counts all turns and observations of a "
                 f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "

@@ -1,6 +1,7 @@
 """The search loop: turns prompts into trajectories with an engine, a protocol and a retriever."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -165,15 +166,16 @@ class SearchLoop:
 
     def _limit(self, prompt_ids: list[int]) -> int:
         lengths = [length for length in (self.max_context_length, self.engine.max_context_length) if length is not None]
+        limit = self.limits.max_completion_length or sys.maxsize
         if not lengths:
-            return self.limits.max_completion_length
+            return limit
         room = min(lengths) - len(prompt_ids)
         if room < 1:
             raise ValueError(
                 f"A prompt has {len(prompt_ids)} tokens, but the model takes at most {min(lengths)} tokens of prompt and "
                 "completion together. Shorten the prompts or leave out long questions."
             )
-        return min(self.limits.max_completion_length, room)
+        return min(limit, room)
 
     @contextmanager
     def _searcher(self) -> Iterator[Callable[..., Future[_SearchReply]]]:

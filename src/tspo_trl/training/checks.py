@@ -1,6 +1,7 @@
 """Checks of the arguments, the model, its tokenizer and the batches, before anything large is loaded."""
 
 import logging
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -9,13 +10,45 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..engines.vllm import check_vllm
-from ..questions.check import check_columns
 from ..retrieval.results import check_retriever
-from ..support.paths import suggest_path
+from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
-from .datasets import check_best_metric, map_datasets
+from .datasets import check_best_metric, check_dataset, map_datasets
+from .unsupported import report_unused_options
 
 logger = logging.getLogger(__name__)
+
+
+def check_setup(
+    args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any, model: Any, peft_config: Any = None
+) -> None:
+    """
+    Check all arguments of a [`TSPOTrainer`] that can be checked before its model and its tokenizer are loaded, and log
+    what has no effect or is left out.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        retriever ([`Retriever`], *optional*):
+            The retriever.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training set.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], a `dict` of them or `None`):
+            The evaluation sets.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of a new adapter.
+
+    Raises:
+        `TypeError`, `ValueError`, `ImportError` or `FileNotFoundError`: As the functions below.
+    """
+    check_arguments(args, retriever, train_dataset, eval_dataset)
+    check_model_path(model)
+    check_adapter(model, peft_config)
+    check_batches(args, train_dataset, eval_dataset)
+    report_left_out(args, train_dataset)
+    report_unused_options(args)
 
 
 def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -49,7 +82,8 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
         )
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
-    map_datasets(check_columns, train_dataset, eval_dataset)
+    check = partial(check_dataset, unused_removed=args.remove_unused_columns)
+    map_datasets(check, train_dataset, eval_dataset)
     check_best_metric(args.metric_for_best_model, eval_dataset)
     if args.use_vllm:
         check_vllm()
@@ -127,6 +161,27 @@ def check_eval_batches(args: TSPOConfig) -> None:
             f"{args.per_device_eval_batch_size} × {args.world_size} = {rollouts} and {group}. Set "
             "`per_device_eval_batch_size` or `num_generations_eval`."
         )
+
+
+def check_predicted(args: TSPOConfig, dataset: Any) -> None:
+    """
+    Check a data set for `predict`, and that a batch of it holds whole groups.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        dataset ([`~datasets.Dataset`]):
+            The data set.
+
+    Raises:
+        `TypeError`: If it is not a `Dataset`: TRL would not repeat the rows of a stream, so a group would mix questions.
+        `ValueError`: If batches are of a wrong size.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`test_dataset` must be a `Dataset`, got `{type(dataset).__name__}`. `evaluate` accepts streams."
+        )
+    check_eval_batches(args)
 
 
 def report_left_out(args: TSPOConfig, train_dataset: Any) -> None:

@@ -60,7 +60,11 @@ _NOT_FOR_GENERATION = {  # option of `generate` or vLLM -> what applies instead
     **dict.fromkeys(
         ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers"), _ONE_SAMPLE
     ),
-    **dict.fromkeys(("stop_strings", "stop", "stopping_criteria"), "the protocol decides where a turn ends"),
+    **dict.fromkeys(
+        ("stop_strings", "stop", "stopping_criteria", "ignore_eos"), "the protocol decides where a turn ends"
+    ),
+    **dict.fromkeys(("eos_token_id", "stop_token_ids"), "set `model.generation_config.eos_token_id`"),
+    **dict.fromkeys(("structured_outputs", "guided_decoding"), "reward the format instead, see `tspo_trl.rewards`"),
     "token_healing": "the tokens of a context are never encoded again",
 }
 
@@ -161,7 +165,7 @@ class TSPOConfig(GRPOConfig):
     max_turn_tokens: int = _limit("max_turn_tokens")
     max_query_tokens: int = _limit("max_query_tokens")
     max_observation_tokens: int = _limit("max_observation_tokens")
-    max_completion_length: int = _limit("max_completion_length")
+    max_completion_length: int | None = _limit("max_completion_length")
 
     # Parameters that control retrieval
     max_retrieval_failure_rate: float = field(
@@ -321,6 +325,10 @@ class TSPOConfig(GRPOConfig):
             self.bf16 = False
         ignore_harmless_warnings()  # the next line raises one
         super().__post_init__()
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "`loss_type='dr_grpo'` divides by `max_completion_length`, which must be a number, got None."
+            )
         if self.scale_rewards not in get_args(Scale):
             raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import islice
+from textwrap import shorten
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
@@ -11,12 +12,50 @@ from ..rollout.protocol import SearchProtocol
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
+#: Names under which TRL or this trainer passes something else to reward functions. `completion` is not passed, as in TRL.
+RESERVED = (
+    *("prompts", "completions", "completion_ids", "trajectory", "trajectories"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+)
+_IMAGES = ("image", "images")  # TRL trains on images if there is such a column
+
+
+def check_dataset(dataset: AnyDataset, name: str = "train_dataset", *, unused_removed: bool | None = False) -> None:
+    """
+    Check the columns of a data set for training, and that its first row has no images.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data set.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            Name of the data set in error messages.
+        unused_removed (`bool`, *optional*, defaults to `False`):
+            Whether columns are removed that training does not need, so that reward functions do not get them.
+
+    Raises:
+        `TypeError`: If it is not a data set.
+        `ValueError`: If it is empty, a column is missing, the name of a column is that of another argument of reward
+            functions, or there is an image.
+    """
+    check_columns(dataset, name)
+    first: Mapping[str, Any] = next(iter(dataset))
+    found = [] if unused_removed else [column for column in dataset.column_names or first if column in RESERVED]
+    if found:
+        raise ValueError(
+            f"`{name}` has columns with names of other arguments of reward functions: {found}. Rename them, for instance "
+            f"`dataset.rename_column({found[0]!r}, {'my_' + found[0]!r})`, or remove them with "
+            f"`dataset.remove_columns({found})`."
+        )
+    _check_no_image(first, f"`{name}`, row 0")
+
 
 def prepare_dataset(
     dataset: AnyDataset,
     protocol: SearchProtocol,
     name: str = "train_dataset",
     max_context_length: int | None = None,
+    *,
+    unused_removed: bool | None = False,
 ) -> AnyDataset:
     """
     Check a data set and add a `prompt` column.
@@ -25,27 +64,34 @@ def prepare_dataset(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `golden_answers` (a non-empty list of strings) and `question` (a string) or `prompt` (a string or
             a conversation). A `prompt` is used unchanged; without one, the protocol writes it from the `question`.
-            Other columns are kept and passed to the reward functions.
+            Other columns are kept and passed to the reward functions; only `image` and `images`, which must be empty, are
+            left out.
         protocol ([`SearchProtocol`]):
             Protocol that writes the prompts.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the data set in error messages.
         max_context_length (`int`, *optional*):
             Maximum number of tokens of a prompt and its completion together. A prompt must leave room for a token.
+        unused_removed (`bool`, *optional*, defaults to `False`):
+            Whether the trainer removes columns that training does not need, see [`check_dataset`].
 
     Returns:
         The same kind of data set, with the columns `prompt`, `question` and `golden_answers`.
 
     Raises:
-        `ValueError`: If the data set is empty, a column is missing, a value is not as described, or a prompt is too long;
-            the message names the row, the column and the value found. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
+        `ValueError`: If the data set is empty, a column is missing or has a reserved name, a value is not as described, or a
+            prompt is too long; the message names the row, the column and the value found. The chat template is tried with
+            the first row. Rows of an [`~datasets.IterableDataset`] are checked when they are read.
     """
-    check_columns(dataset, name)
+    check_dataset(dataset, name, unused_removed=unused_removed)
 
     def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
         where = f"`{name}`, row {index}"
+        _check_no_image(row, where)
         _check_prompt(row, where, protocol)
         prompt = row["prompt"] if row.get("prompt") is not None else protocol.prompt(row["question"])
+        if index == 0 and not isinstance(prompt, str):
+            _check_template(prompt, where, protocol)
         if max_context_length is not None:
             check_length(prompt, where, protocol, max_context_length)
         return {
@@ -53,9 +99,10 @@ def prepare_dataset(
             "question": row["question"] if row.get("question") is not None else _last_user_text(row["prompt"]),
         }
 
+    images = [column for column in _IMAGES if column in (dataset.column_names or _IMAGES)]
     if isinstance(dataset, Dataset):
-        return dataset.map(prepare, with_indices=True, desc=f"Preparing {name}")
-    return dataset.map(prepare, with_indices=True)
+        return dataset.map(prepare, with_indices=True, remove_columns=images, desc=f"Preparing {name}")
+    return dataset.map(prepare, with_indices=True, remove_columns=images)
 
 
 def map_datasets(function: Callable[[Any, str], Any], train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
@@ -103,6 +150,19 @@ def check_best_metric(metric: str | None, eval_dataset: Any) -> None:
         )
 
 
+def _check_no_image(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row with images. Empty columns occur in data sets that have images elsewhere."""
+    for column in _IMAGES:
+        value = row.get(column)
+        if value is not None and not (
+            isinstance(value, (str, list, tuple)) and not any(item is not None for item in value)
+        ):
+            raise ValueError(
+                f"{where}: {column!r} must be empty, found {shorten(repr(value), 80, placeholder=' …')}: the search loop is "
+                f"for text only. Remove the column with `dataset.remove_columns({column!r})`, or rename it."
+            )
+
+
 def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) -> None:
     """Check a row, and that the protocol can use its prompt."""
     prompt = row.get("prompt")
@@ -114,6 +174,12 @@ def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) 
             raise ValueError(
                 f"{where}: a conversational 'prompt' must be a list of messages with 'role' and 'content', found "
                 f"{prompt!r}."
+            )
+        kinds = {block.get("type") for m in prompt if isinstance(m["content"], list) for block in m["content"]}
+        if kinds - {"text"}:
+            raise ValueError(
+                f"{where}: 'prompt' has content of the type {sorted(map(str, kinds - {'text'}))}, but the search loop is for "
+                "text only. Leave out the row."
             )
         if protocol.tokenizer.chat_template is None:
             raise ValueError(
@@ -127,6 +193,17 @@ def _check_prompt(row: Mapping[str, Any], where: str, protocol: SearchProtocol) 
             f"{where}: with `protocol='tool_call'`, 'prompt' must be a conversation (a list of messages with 'role' and "
             f"'content'), found {prompt!r}."
         )
+
+
+def _check_template(prompt: list[dict[str, Any]], where: str, protocol: SearchProtocol) -> None:
+    """Check that the chat template accepts a conversation: some raise an error for a system message or a list of texts."""
+    try:
+        protocol.encode_prompts([prompt])
+    except Exception as error:  # whatever a template raises
+        raise ValueError(
+            f"{where}: the chat template of the tokenizer cannot write 'prompt' {shorten(repr(prompt), 200, placeholder=' …')}: "
+            f"{error}."
+        ) from error
 
 
 def check_length(prompt: str | list[dict[str, Any]], where: str, protocol: SearchProtocol, longest: int) -> None:

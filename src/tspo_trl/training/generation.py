@@ -1,13 +1,13 @@
 """Generation in training: the engine, and rollouts in the format of TRL."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from transformers import GenerationConfig, PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
@@ -23,6 +23,7 @@ from ..rollout.stats import RolloutStats
 from ..rollout.trajectory import Trajectory
 from .checkpoints import get_rng_state, set_rng_state
 from .config import TSPOConfig
+from .masking import replace_last
 from .metrics import retrieval_facts, retrieval_metrics
 from .sharding import gathered_fsdp2
 
@@ -259,3 +260,45 @@ def as_messages(trajectory: Trajectory, protocol: SearchProtocol) -> list[dict[s
             content = protocol.observation_text(turn.observation_ids)
             messages.append({"role": "tool", "name": "search", "content": content})
     return messages
+
+
+def show_texts(logs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], protocol: SearchProtocol) -> None:
+    """
+    Replace the last prompts and completions in TRL's table of completions by texts, see [`as_texts`].
+
+    Args:
+        logs (`Mapping[str, deque]`):
+            The columns of the table, which hold the rollouts of all processes.
+        rows (`Sequence[Mapping]`):
+            The local rows, with `prompt` and `trajectory`.
+        protocol ([`SearchProtocol`]):
+            The protocol of the rollouts, which reads observations.
+    """
+    texts = gather_object([as_texts(row["prompt"], row["trajectory"], protocol) for row in rows])
+    replace_last(logs["prompt"], [prompt for prompt, _ in texts])
+    replace_last(logs["completion"], [completion for _, completion in texts])
+
+
+def as_texts(prompt: str | list[dict[str, Any]], trajectory: Trajectory, protocol: SearchProtocol) -> tuple[str, str]:
+    """
+    Convert a prompt and its rollout to texts for a table, observations included. In a conversation, every message begins
+    with its role. Texts are easier to read than messages, and wandb refuses messages of which only some have a name.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The prompt, a text or a conversation.
+        trajectory ([`Trajectory`]):
+            The rollout.
+        protocol ([`SearchProtocol`]):
+            The protocol of the rollout, which reads observations.
+    """
+    if isinstance(prompt, str):
+        return prompt, str(protocol.tokenizer.decode(trajectory.completion_ids))
+    return _as_text(prompt), _as_text(as_messages(trajectory, protocol))
+
+
+def _as_text(messages: list[dict[str, Any]]) -> str:
+    parts = ("reasoning_content", "content", "tool_calls")
+    return "\n\n".join(
+        "\n".join([m["role"].upper(), *(str(m[part]) for part in parts if m.get(part))]) for m in messages
+    )

@@ -45,14 +45,14 @@ def mean_trained_advantages(batch: dict[str, torch.Tensor | Any]) -> torch.Tenso
     return (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def replace_last(logged: Any, values: Sequence[float]) -> None:
+def replace_last(logged: Any, values: Sequence[Any]) -> None:
     """
     Replace the last values of a log.
 
     Args:
         logged (`collections.deque`):
             The log, which may hold fewer values.
-        values (`Sequence[float]`):
+        values (`Sequence`):
             The new values.
     """
     for _ in range(min(len(logged), len(values))):

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,26 +30,18 @@ from ..rollout.protocols import make_protocol
 from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
-from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import (
-    check_adapter,
-    check_arguments,
-    check_batches,
-    check_eval_batches,
-    check_loaded,
-    check_tokenizer,
-    report_left_out,
-)
+from .checks import check_eval_batches, check_loaded, check_predicted, check_setup, check_tokenizer
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .forward import CompactForwardMixin, sampled_logps
-from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
+from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine, show_texts
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
+from .unsupported import check_keywords
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -97,6 +90,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
             Retriever that executes the searches, for instance a [`BM25Retriever`]. One query is searched when the trainer
             is created, so that mistakes are reported before training. It can be `None` only if the run is repeated from
             its `retrieval_log`.
+        unsupported:
+            Arguments of [`~trl.GRPOTrainer`] and [`~transformers.Trainer`] that have no meaning here, for instance
+            `tools`. They are refused, and the message says what to use instead.
 
     Example:
 
@@ -158,18 +154,16 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
         retriever: Retriever | None = None,
+        **unsupported: Any,
     ):
+        check_keywords(unsupported, signature(TSPOTrainer).parameters)
         if model is None:
             raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
-        check_arguments(args, retriever, train_dataset, eval_dataset)
-        check_model_path(model)
-        check_adapter(model, peft_config)
-        check_batches(args, train_dataset, eval_dataset)
-        report_left_out(args, train_dataset)
+        check_setup(args, retriever, train_dataset, eval_dataset, model, peft_config)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
         check_tokenizer(model, processing_class, args)
@@ -206,13 +200,9 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
             chat_template_kwargs=self.chat_template_kwargs,
             **asdict(SearchLimits.of(args)),
         )
-        self.train_dataset, self.eval_dataset = map_datasets(
-            lambda dataset, name: prepare_dataset(dataset, protocol, name, self._max_context_length()),
-            train_dataset,
-            eval_dataset,
-        )
         # TRL's hook for custom rollouts. It is set here because TRL prints a warning if it is passed to the constructor
         self.rollout_func = SearchRollouts(self._make_search_loop(protocol, retrievers.retriever), retrievers)
+        self.train_dataset, self.eval_dataset = map_datasets(self._prepare, train_dataset, eval_dataset)
         if args.warn_on_collapse:
             self.add_callback(CollapseCallback(stop_on=args.stop_on_collapse))
 
@@ -226,6 +216,11 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
             limits=SearchLimits.of(self.args),
             max_context_length=self._max_context_length(),
         )
+
+    def _prepare(self, dataset: Any, name: str) -> Any:
+        """Check a data set and add its prompts."""
+        longest, removed = self._max_context_length(), self.args.remove_unused_columns
+        return prepare_dataset(dataset, self.search_loop.protocol, name, longest, unused_removed=removed)
 
     def _max_context_length(self) -> int | None:
         """The maximum number of tokens of a prompt and its completion together, if the model has one."""
@@ -246,9 +241,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
             check_eval_batches(self.args)
-            longest = self._max_context_length()
-            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset", longest)
+            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        check_predicted(self.args, test_dataset)
+        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
 
     def evaluation_loop(
         self,
@@ -378,8 +376,10 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         if self._compact:
             output["sampled_logps"] = sampled_logps([row["trajectory"] for row in inputs], output["completion_ids"])
 
-        # `log_completions` shows the advantages of training. TRL has appended its own
+        # `log_completions` shows the advantages of training, and rollouts as texts. TRL has appended its own
         replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
+        if self.log_completions:
+            show_texts(self._logs, inputs, self.search_loop.protocol)
 
         # Log of the rollouts
         if self.args.log_trajectories:
