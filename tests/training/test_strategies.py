@@ -26,7 +26,8 @@ def launch(strategy, policy, folder, *arguments, num_processes=2, num_machines=1
     options = {"max_steps": 10, "per_device_train_batch_size": 16 // num_processes, **options}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if strategy == "fsdp2":
-        environment |= {"PYTHONPATH": str(HELPERS / "fsdp_on_cpu"), "ACCELERATE_TORCH_DEVICE": "cpu"}
+        path = os.pathsep.join([str(HELPERS / "fsdp_on_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment |= {"PYTHONPATH": path, "ACCELERATE_TORCH_DEVICE": "cpu"}
         options["use_cpu"] = False  # `use_cpu=True` would select another strategy
     if strategy is None:
         command = [sys.executable]
