@@ -10,6 +10,7 @@ from torch import Tensor
 from .masking import has_signal, loss_mask
 
 Batch = dict[str, Any]
+LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
 
 def deal(batches: list[Batch], accelerator: Accelerator, *, accumulation: int, leave_out: bool) -> list[Batch]:
@@ -41,10 +42,10 @@ def deal(batches: list[Batch], accelerator: Accelerator, *, accumulation: int, l
     for first in range(0, len(batches), window):
         group = batches[first : first + window]
         size = len(group[0]["completion_ids"])
-        rows = _gather(_concatenate(group), accelerator)
+        rows = gather_rows(_concatenate(group), accelerator)
         order = _order(rows, leave_out)
         mine = [share[accelerator.process_index] for share in _shares(order, size, accelerator.num_processes)]
-        dealt.extend(_take(rows, index) for index in mine)
+        dealt.extend(take_rows(rows, index) for index in mine)
     return dealt
 
 
@@ -68,26 +69,55 @@ def _shares(order: Tensor, size: int, processes: int) -> list[Tensor]:
 def _concatenate(batches: list[Batch]) -> Batch:
     """The rows of several batches with the same columns."""
     return {
-        key: torch.cat([b[key] for b in batches]) if _has_rows(value) else value for key, value in batches[0].items()
+        key: torch.cat([b[key] for b in batches]) if has_rows(value) else value for key, value in batches[0].items()
     }
 
 
-def _gather(rows: Batch, accelerator: Accelerator) -> Batch:
-    """The rows of all processes, padded to the longest."""
+def gather_rows(rows: Batch, accelerator: Accelerator) -> Batch:
+    """
+    The rollouts of all processes, padded with zeros to the longest.
+
+    Args:
+        rows (`dict`):
+            Tensors with a row for each rollout of this process, and others.
+        accelerator ([`~accelerate.Accelerator`]):
+            Connects the processes.
+
+    Returns:
+        `dict`: Tensors with a row for each rollout of all processes.
+    """
     if accelerator.num_processes == 1:
         return rows
     gathered = {}
     for key, value in rows.items():
-        if _has_rows(value):
-            left = key in ("prompt_ids", "prompt_mask")
-            value = accelerator.gather(accelerator.pad_across_processes(value, dim=1, pad_first=left))
+        if has_rows(value):
+            value = accelerator.gather(accelerator.pad_across_processes(value, dim=1, pad_first=key in LEFT_PADDED))
         gathered[key] = value
     return gathered
 
 
-def _take(rows: Batch, index: Tensor) -> Batch:
-    return {key: value[index] if _has_rows(value) else value for key, value in rows.items()}
+def take_rows(rows: Batch, index: Tensor | slice) -> Batch:
+    """
+    Some of the rollouts.
+
+    Args:
+        rows (`dict`):
+            Tensors with a row for each rollout, and others, which stay.
+        index (`torch.Tensor` or `slice`):
+            The rollouts to take.
+
+    Returns:
+        `dict`: Tensors with a row for each of them.
+    """
+    return {key: value[index] if has_rows(value) else value for key, value in rows.items()}
 
 
-def _has_rows(value: Any) -> bool:
+def has_rows(value: Any) -> bool:
+    """
+    Whether a value has a row for each rollout.
+
+    Args:
+        value (`Any`):
+            An input of the loss.
+    """
     return isinstance(value, Tensor) and value.dim() > 0
