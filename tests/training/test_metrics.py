@@ -41,6 +41,7 @@ def test_facts_of_a_rollout():
         "invalid": 1,
         "duplicate": 2,
         "truncated": 0,
+        "tokens": 5,
         "occurrence": 2,
         "credited": 0,
     }

@@ -17,6 +17,7 @@ from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.scoring import contains_answer
 from tspo_trl.sharing.mixin import SharingMixin
 from tspo_trl.training.checkpoints import ExactResumeMixin
+from tspo_trl.training.evaluations import EvaluationMixin
 from tspo_trl.training.generation import with_end
 from tspo_trl.training.masking import keep_ratios_finite
 
@@ -717,6 +718,7 @@ def test_few_methods_are_overridden():
         "_generate",
         "_generate_and_score_completions",
         "_set_signature_columns_if_needed",
+        # EvaluationMixin
         "evaluation_loop",
         "get_eval_dataloader",
         # ExactResumeMixin
@@ -733,7 +735,7 @@ def test_few_methods_are_overridden():
     }
     assert len(overridden) == 16  # no method is overridden twice
     assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
-    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin)
+    assert ours == (TSPOTrainer, ExactResumeMixin, EvaluationMixin, SharingMixin)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 

@@ -1,10 +1,11 @@
 """The metrics of a step: pure functions of trajectories and of values gathered over ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from trl.trainer.utils import nanstd
 
 from ..credit import group_composition, is_near_miss
 from ..retrieval.base import FAILURE_KINDS
@@ -101,6 +102,53 @@ def rollout_metrics(
         "turns/truncated": column.truncated.mean(),
     }
     return {name: value.item() for name, value in values.items()}
+
+
+def evaluation_metrics(
+    facts: torch.Tensor,
+    outcomes: torch.Tensor,
+    has_signal: torch.Tensor,
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    *,
+    reward_names: Sequence[str],
+    num_generations: int,
+    success_threshold: float,
+) -> dict[str, float]:
+    """
+    The metrics of an evaluation set over all its rollouts: those of [`rollout_metrics`], and those that TRL computes for
+    a batch.
+
+    Args:
+        facts, outcomes, has_signal, logps, num_generations, success_threshold:
+            The rollouts of the set, see [`rollout_metrics`].
+        rewards (`torch.Tensor`):
+            Rewards of shape (N, F), NaN where a reward function gave none.
+        reward_names (`Sequence[str]`):
+            The F names of the reward functions.
+
+    Returns:
+        `dict[str, float]`: Metrics by name.
+    """
+    column: Any = RolloutFacts(*facts.float().unbind(dim=1))  # type: ignore[arg-type]
+    ended = column.tokens[column.truncated == 0]
+    grouped = outcomes.view(-1, num_generations)
+    deviations = nanstd(grouped, dim=1) if num_generations > 1 else torch.zeros(len(grouped))
+    values = {
+        "reward": outcomes.nanmean(),
+        "reward_std": nanstd(outcomes),
+        "frac_reward_zero_std": deviations.isclose(torch.zeros_like(deviations)).float().mean(),
+        "completions/clipped_ratio": column.truncated.mean(),
+    }
+    for name, by_function in zip(reward_names, rewards.unbind(dim=1), strict=True):
+        values |= {f"rewards/{name}/mean": by_function.nanmean(), f"rewards/{name}/std": nanstd(by_function)}
+    # TRL reports 0 if no rollout has ended
+    for kind, lengths in (("length", column.tokens), ("terminated_length", ended if len(ended) else torch.zeros(1))):
+        for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+            values[f"completions/{name}_{kind}"] = value
+    sizes = {"num_generations": num_generations, "success_threshold": success_threshold}
+    ours = rollout_metrics(facts, outcomes, has_signal, logps, **sizes)  # type: ignore[arg-type]
+    return ours | {name: value.item() for name, value in values.items()}
 
 
 def _share(flags: Iterable[bool]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The trainer: rollouts, evaluation and turn credit. Only this class and its two mixins override methods of TRL."""
+"""The trainer: rollouts, evaluation and turn credit. Only this class and its three mixins override methods of TRL."""
 
 import textwrap
 from collections.abc import Callable
@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
@@ -31,13 +29,14 @@ from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from ..support.paths import check_model_path
 from .checkpoints import ExactResumeMixin
-from .checks import check_arguments, check_batches, check_eval_batches, check_loaded, check_tokenizer, report_left_out
+from .checks import check_arguments, check_batches, check_loaded, check_tokenizer, report_left_out
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
+from .evaluations import EvaluationMixin
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
-from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
+from .metrics import mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
 
@@ -49,7 +48,7 @@ RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callabl
 
 
 # The ignored error: `create_model_card` is as in TRL, which differs from transformers
-class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]
+class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
@@ -233,33 +232,6 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
-            check_eval_batches(self.args)
-            longest = self._max_context_length()
-            eval_dataset = prepare_dataset(eval_dataset, self.search_loop.protocol, "eval_dataset", longest)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]. Several data sets log metrics under their own names."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        # TRL would log every data set of a `dict` under the same keys
-        if metric_key_prefix.startswith("eval_"):
-            metrics = self._metrics["eval"]
-            metrics.update({alias: metrics[name] for alias, name in EVAL_ALIASES.items() if name in metrics})
-            for name in list(metrics):
-                metrics[f"{metric_key_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
-        return output
-
     def _generate(self, prompts):
         (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
             super()._generate(prompts)
@@ -369,10 +341,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
         # `log_completions` shows the advantages of training. TRL has appended its own
         replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
 
-        # Log of the rollouts
+        # Log of the rollouts. An evaluation counts and logs every rollout once
+        before, kept = self._count_once(facts, outcomes, has_signal, logps, self._rewards_per_func)
         if self.args.log_trajectories:
             columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
-            self._log_rollouts(inputs, [*columns, local_advantages], num_generations)
+            rows = inputs[: max(kept - start, 0)]
+            self._log_rollouts(rows, [*columns, local_advantages], num_generations, before + start)
         return output
 
     def _outcomes(self) -> torch.Tensor:
@@ -404,11 +378,13 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, GRPOTrainer):  # type: ignore[
             turn_index[i, : len(index)] = torch.tensor(index)
         return turn_index
 
-    def _log_rollouts(self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int) -> None:
-        """Append the local rollouts to the log. `columns` hold a row for each, see [`rollout_record`]."""
+    def _log_rollouts(
+        self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int, first: int
+    ) -> None:
+        """Append local rollouts to the log, the first of which has the number `first` in the step. `columns` hold a row for
+        each, see [`rollout_record`]."""
         file = self._log_file("train" if self.model.training else "eval")
         rewards, outcomes, facts, turn_rewards, advantages = (column.tolist() for column in columns)
-        first = self.accelerator.process_index * len(rows)
         records = [
             rollout_record(
                 row["trajectory"],
