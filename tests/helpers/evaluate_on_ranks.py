@@ -27,7 +27,7 @@ class ByQuestion:
         return rollouts, RolloutStats(searches=len(prompt_ids))
 
     def rollout(self, prompt_ids, place):
-        rng = random.Random(f"{self.trainer._tokenizer.decode(prompt_ids).strip()} {place}")
+        rng = random.Random(f"{len(prompt_ids)} {place}")
         turns = []
         for _ in range(rng.randint(0, 3)):
             found = [Passage("0", "", "the gold")] if rng.random() < 0.4 else [Passage("1", "", "sand")]
@@ -57,7 +57,7 @@ def length_reward(trajectories, **kwargs):
 
 def questions(count, first=0):
     return [
-        {"prompt": f"Question: {i}\n", "question": str(i), "golden_answers": ["gold"]}
+        {"prompt": "the " * (i + 1), "question": str(i), "golden_answers": ["gold"]}  # of different lengths
         for i in range(first, first + count)
     ]
 
@@ -66,17 +66,20 @@ def as_stream(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-def evaluator(policy, output, eval_dataset, *, batch, generations=1, **options):
-    """A trainer that evaluates scripted rollouts."""
+def evaluator(policy, output, eval_dataset, *, batch, generations=1, reward_funcs=None, **options):
+    """A trainer of scripted rollouts. A batch of evaluation has `batch` rollouts in each process."""
+    if reward_funcs is None:
+        reward_funcs = [exact_match_reward, length_reward]
+        options = {"reward_weights": [1.0, 0.25], **options}
     trainer = TSPOTrainer(
         model=policy,
-        reward_funcs=[exact_match_reward, length_reward],
+        reward_funcs=reward_funcs,
         args=TSPOConfig(
             output_dir=str(output),
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=16,
             per_device_eval_batch_size=batch,
             num_generations=4,
             num_generations_eval=generations,
@@ -85,7 +88,7 @@ def evaluator(policy, output, eval_dataset, *, batch, generations=1, **options):
             log_completions=True,
             disable_tqdm=True,
             report_to="none",
-            **{"reward_weights": [1.0, 0.25], **options},
+            **options,
         ),
         train_dataset=Dataset.from_list(questions(8)),
         eval_dataset=eval_dataset,

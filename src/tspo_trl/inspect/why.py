@@ -183,6 +183,9 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
     elif advantage and settings.get("mask_truncated_completions") and record["trajectory"].status == "truncated":
         effect = "but truncated rollouts are left out of the loss"
     result = f"advantage {show(advantage, sign=True)}, {effect}."
+    if settings.get("multi_objective_aggregation") == "normalize_then_sum" and advantage:
+        compared = _compared(value, values, of, any_correct, group, settings)
+        return f"{compared}; each reward function is normalised by itself, and their sum by the batch → {result}"
     expected = _expected(value, values, settings)
     if expected is None and settings.get("scale_rewards") == "batch":
         return f"{_compared(value, values, of, any_correct, group, settings)}, divided by the deviation of the batch → {result}"

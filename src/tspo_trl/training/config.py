@@ -10,7 +10,7 @@ from typing import Any, get_args
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..credit import Baseline, Guard, Level, Placement, Scale
+from ..credit import Aggregation, Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
 from .collapse import WATCHES
@@ -303,8 +303,10 @@ class TSPOConfig(GRPOConfig):
             self.bf16 = False
         ignore_harmless_warnings()  # the next line raises one
         super().__post_init__()
-        if self.scale_rewards not in get_args(Scale):
-            raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")
+        # After TRL has replaced booleans. TRL itself would check these options after the first rollouts
+        for name, kind in (("scale_rewards", Scale), ("multi_objective_aggregation", Aggregation)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
 
     def _check_types(self) -> None:
         """Refuse values of a wrong type, which would fail later or be misread: `"0.5"`, or a string for a list."""

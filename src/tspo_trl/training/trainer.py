@@ -14,7 +14,17 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
+from ..credit import (
+    Scale,
+    first_occurrence,
+    folr_rewards,
+    folr_turns,
+    has_variance,
+    summed_turn_advantages,
+    token_advantages,
+    turn_advantages,
+    uses_turn_level,
+)
 from ..retrieval import Retriever
 from ..retrieval.probe import try_retriever
 from ..rewards import exact_match_reward
@@ -286,22 +296,27 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):
             trained with turn advantages. The others are trained with the advantage that TRL computes for the rollout.
         """
         args = self.args
-        rewards = folr_rewards(
-            outcomes,
-            first_occurrence,
-            num_turns,
-            alpha=args.folr_alpha,
-            placement=args.folr_placement,
-            success_threshold=success_threshold,
-        )
+        placed: Any = {"placement": args.folr_placement, "success_threshold": success_threshold}
+        rewards = folr_rewards(outcomes, first_occurrence, num_turns, alpha=args.folr_alpha, **placed)
         stage: Any = {
             "num_generations": num_generations,
             "level": args.advantage_level,
             "success_threshold": success_threshold,
         }
-        advantages = turn_advantages(
-            rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
-        )
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            paid = folr_turns(outcomes, first_occurrence, num_turns, **placed)
+            advantages = summed_turn_advantages(
+                paid,
+                outcomes,
+                self._trajectory_advantages,
+                alpha=args.folr_alpha,
+                baseline=args.turn_baseline,
+                **stage,
+            )
+        else:
+            advantages = turn_advantages(
+                rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
+            )
         return rewards, advantages, uses_turn_level(outcomes, **stage)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -316,6 +331,7 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):
 
         # Turn credit, over the rollouts of all ranks, because a group may span several ranks
         outcomes = self._outcomes()
+        self._trajectory_advantages = self._without_residue(gather(trajectory_advantages), outcomes, num_generations)
         facts = gather(torch.tensor([self._facts(row) for row in inputs], device=outcomes.device))
         by_fact: Any = RolloutFacts(*facts.unbind(dim=1))
         turn_rewards, advantages, uses_turns = self.compute_turn_advantages(
@@ -325,7 +341,7 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):
         # Metrics, over the rollouts of all ranks
         logps = [mean_logprob(row["trajectory"]) for row in inputs]
         logps = gather(torch.tensor(logps, device=outcomes.device))
-        has_signal = (advantages != 0).any(dim=1)
+        has_signal = torch.where(uses_turns, (advantages != 0).any(dim=1), self._trajectory_advantages != 0)
         for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
             self._metrics[mode][name].append(value)
 
@@ -354,6 +370,12 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):
         rewards = self._rewards_per_func
         outcomes = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return outcomes.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+    def _without_residue(self, advantages: torch.Tensor, outcomes: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """TRL's advantages, exactly 0 in groups without variance, where TRL may leave the rounding error of a mean."""
+        one_by_one = self.args.multi_objective_aggregation == "normalize_then_sum"
+        values = self._rewards_per_func * self.reward_weights.to(outcomes.device) if one_by_one else outcomes[:, None]
+        return advantages.masked_fill(~has_variance(values, num_generations), 0.0)
 
     def _facts(self, row: dict[str, Any]) -> RolloutFacts:
         trajectory: Trajectory = row["trajectory"]
