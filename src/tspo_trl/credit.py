@@ -202,16 +202,17 @@ def group_composition(
             A rollout whose outcome is at least this is correct.
 
     Returns:
-        `str`: `"unscored"` (no rollout can be scored), `"all_wrong"` (no rollout is correct and no turn has an
-        advantage), `"rescued"` (no rollout is correct, but turn rewards give a signal), `"mixed"` or `"all_correct"`.
-        Unscorable rollouts do not count.
+        `str`: `"unscored"` (no rollout can be scored), `"rescued"` (no rollout is correct and all outcomes are equal, but
+        turn rewards give a signal), `"all_wrong"` (no rollout is correct, and turn rewards rescue nothing), `"mixed"` or
+        `"all_correct"`. Unscorable rollouts do not count.
     """
     scored = [outcome for outcome in outcomes if outcome is not None and not isnan(outcome)]
     correct = sum(outcome >= success_threshold for outcome in scored)
     if not scored:
         return "unscored"
     if not correct:
-        return "rescued" if has_signal else "all_wrong"
+        # Outcomes that differ give a signal by themselves
+        return "rescued" if has_signal and max(scored) == min(scored) else "all_wrong"
     return "all_correct" if correct == len(scored) else "mixed"
 
 

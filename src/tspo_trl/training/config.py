@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from ..credit import Aggregation, Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
-from .collapse import WATCHES
+from .collapse import KINDS
 from .progress import ignore_harmless_warnings
 
 _CHOICES = {
@@ -132,7 +132,7 @@ class TSPOConfig(GRPOConfig):
             queries or writes malformed actions. The warning gives the evidence and advice, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
             Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
-            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`. Needs `warn_on_collapse=True`.
+            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`, `"threshold"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -249,7 +249,7 @@ class TSPOConfig(GRPOConfig):
         default_factory=list,
         metadata={
             "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'duplicates', "
-            "'invalid', 'length', 'entropy', 'signal', 'likelihood'."
+            "'invalid', 'length', 'entropy', 'signal', 'likelihood', 'threshold'."
         },
     )
 
@@ -270,9 +270,8 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
             )
-        kinds = [watch.kind for watch in WATCHES]
-        if unknown := sorted(set(self.stop_on_collapse) - set(kinds)):
-            raise ValueError(f"`stop_on_collapse` must hold some of {kinds}, got {unknown}.")
+        if unknown := sorted(set(self.stop_on_collapse) - set(KINDS)):
+            raise ValueError(f"`stop_on_collapse` must hold some of {list(KINDS)}, got {unknown}.")
         if self.stop_on_collapse and not self.warn_on_collapse:
             raise ValueError(
                 f"`stop_on_collapse` is {self.stop_on_collapse}, but `warn_on_collapse=False` disables the warnings. Set "

@@ -1,7 +1,7 @@
 """The metrics of a step: pure functions of trajectories and of values gathered over ranks."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,7 @@ def rollout_metrics(
         "groups/all_correct": _share(kind == "all_correct" for kind, _ in scored),
         "groups/rescued": _share(kind == "rescued" for kind, _ in scored),
         "groups/no_signal": _share(not some for _, some in scored),
+        "reward_max": outcomes[scorable].max() if scorable.any() else torch.tensor(math.nan),
         "logps/correct": logps[correct].nanmean(),
         "search/calls": column.searches.mean(),
         "search/none": (column.searches == 0).float().mean(),
@@ -149,6 +150,23 @@ def evaluation_metrics(
     sizes = {"num_generations": num_generations, "success_threshold": success_threshold}
     ours = rollout_metrics(facts, outcomes, has_signal, logps, **sizes)  # type: ignore[arg-type]
     return ours | {name: value.item() for name, value in values.items()}
+
+
+def add_metrics(logged: Any, values: Mapping[str, float]) -> None:
+    """
+    Add the metrics of a phase to those that TRL will log. TRL logs the mean of all phases, so that of a maximum is kept as
+    one value.
+
+    Args:
+        logged (`dict[str, list[float]]`):
+            The values of the phases since the last log, by name. It is changed.
+        values (`Mapping[str, float]`):
+            The metrics of the phase; NaN for those that are undefined.
+    """
+    for name, value in values.items():
+        phases = [*logged.get(name, ()), value]
+        known = [phase for phase in phases if not math.isnan(phase)]
+        logged[name] = [max(known)] if name == "reward_max" and known else phases
 
 
 def _share(flags: Iterable[bool]) -> torch.Tensor:

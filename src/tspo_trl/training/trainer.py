@@ -46,7 +46,7 @@ from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .evaluations import EvaluationMixin
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
-from .metrics import mean_logprob, rollout_metrics
+from .metrics import add_metrics, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
 from .sharding import check_processes
 
@@ -342,8 +342,7 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, GRPOTrainer):
         logps = [mean_logprob(row["trajectory"]) for row in inputs]
         logps = gather(torch.tensor(logps, device=outcomes.device))
         has_signal = torch.where(uses_turns, (advantages != 0).any(dim=1), self._trajectory_advantages != 0)
-        for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
-            self._metrics[mode][name].append(value)
+        add_metrics(self._metrics[mode], rollout_metrics(facts, outcomes, has_signal, logps, **groups))
 
         # Token advantages: those of the turn, or TRL's advantage of the rollout, to which all options of TRL apply
         local_advantages = torch.where(uses_turns[local, None], advantages[local], trajectory_advantages[:, None])
