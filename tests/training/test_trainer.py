@@ -253,6 +253,13 @@ def test_compute_turn_advantages_can_be_overridden(make_trainer):
         torch.testing.assert_close(inputs["advantages"][row, : len(index)], expected)
 
 
+def test_the_signal_of_a_group_is_that_of_the_advantages_it_is_trained_with(make_trainer):
+    trainer = make_trainer(trainer_class=ByNumber, reward_funcs=lambda trajectories, **_: [0.0] * len(trajectories))
+    prepared(trainer)  # the second of two groups is trained with TRL's advantages, which are 0
+    assert trainer._metrics["train"]["groups/no_signal"] == [0.5]
+    assert trainer._metrics["train"]["groups/rescued"] == [0.5]
+
+
 def test_training_moves_the_policy_and_logs_every_metric(make_trainer):
     trainer = make_trainer(max_steps=3, advantage_level="turn", reward_funcs=varied_reward)
     before = copy.deepcopy(trainer.model.state_dict())

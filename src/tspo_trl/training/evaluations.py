@@ -42,7 +42,7 @@ class EvaluatedRollouts:
             `int`: Number of rollouts that belong to the set. The others come last.
         """
         batch = len(columns[0])
-        kept = batch if self.size is None else min(batch, self.size - self.count)
+        kept = batch if self.size is None else min(batch, max(self.size - self.count, 0))
         self.count += kept
         self._parts.append(tuple(column[:kept] for column in columns))
         return kept
