@@ -10,10 +10,10 @@ from typing import Any, get_args
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..credit import Baseline, Guard, Level, Placement, Scale
+from ..credit import Aggregation, Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
-from .collapse import WATCHES
+from .collapse import KINDS
 from .progress import ignore_harmless_warnings
 
 _CHOICES = {
@@ -137,7 +137,7 @@ class TSPOConfig(GRPOConfig):
             queries or writes malformed actions. The warning gives the evidence and advice, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
             Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
-            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`. Needs `warn_on_collapse=True`.
+            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`, `"threshold"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -254,7 +254,7 @@ class TSPOConfig(GRPOConfig):
         default_factory=list,
         metadata={
             "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'duplicates', "
-            "'invalid', 'length', 'entropy', 'signal', 'likelihood'."
+            "'invalid', 'length', 'entropy', 'signal', 'likelihood', 'threshold'."
         },
     )
 
@@ -275,9 +275,8 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
             )
-        kinds = [watch.kind for watch in WATCHES]
-        if unknown := sorted(set(self.stop_on_collapse) - set(kinds)):
-            raise ValueError(f"`stop_on_collapse` must hold some of {kinds}, got {unknown}.")
+        if unknown := sorted(set(self.stop_on_collapse) - set(KINDS)):
+            raise ValueError(f"`stop_on_collapse` must hold some of {list(KINDS)}, got {unknown}.")
         if self.stop_on_collapse and not self.warn_on_collapse:
             raise ValueError(
                 f"`stop_on_collapse` is {self.stop_on_collapse}, but `warn_on_collapse=False` disables the warnings. Set "
@@ -312,8 +311,10 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(
                 "`loss_type='dr_grpo'` divides by `max_completion_length`, which must be a number, got None."
             )
-        if self.scale_rewards not in get_args(Scale):
-            raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")
+        # After TRL has replaced booleans. TRL itself would check these options after the first rollouts
+        for name, kind in (("scale_rewards", Scale), ("multi_objective_aggregation", Aggregation)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
 
     def _check_types(self) -> None:
         """Refuse values of a wrong type, which would fail later or be misread: `"0.5"`, or a string for a list."""
