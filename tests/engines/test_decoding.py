@@ -5,12 +5,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TopPLogitsWarper,
+)
 
 import tspo_trl.engines.decoding
 from helpers.forwards import counted
-from tspo_trl.engines.decoding import sample
 from tspo_trl.engines.kv_cache import SPARE, GrowingLayer, new_cache
+from tspo_trl.engines.sampling import _DeterministicSums, deterministic_sums, sample
 from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.rollout.tags import TagProtocol
 
@@ -254,14 +261,47 @@ def test_unused_cache_and_nan_logits_are_errors(policy_dir, tokenizer, world):
         generate(model, tokenizer, contexts, [4, 4], do_sample=True)
 
 
-def test_tokens_are_sampled_in_proportion_to_their_probabilities():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_are_sampled_in_proportion_to_their_probabilities(dtype):
     scores = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -30.0, -torch.inf]])
     count = 20_000
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    uniform = ((torch.arange(count) + 0.5) / count).to(dtype)
     drawn = sample(scores.expand(count, -1), uniform).bincount(minlength=7) / count
     torch.testing.assert_close(drawn, scores[0].softmax(dim=0), atol=1.0 / count, rtol=0)
-    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sample(scores.expand(2, -1), edges).tolist() == [1, 5]
+    edges = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2], dtype=dtype)
+    least = 5 if dtype == torch.float64 else 4  # the probability of token 5 is 1e-14
+    assert sample(scores.expand(2, -1), edges).tolist() == [1, least]
+
+
+def test_a_token_without_probability_is_never_sampled():
+    """As after `top_k`: the random number may fall on the edge of any token, or next to it."""
+    torch.manual_seed(0)
+    scores = torch.full((1, 4000), -torch.inf)
+    kept = torch.randperm(4000)[:40].sort().values
+    scores[0, kept] = torch.randn(40)
+    edges = scores.softmax(dim=-1).double().cumsum(dim=-1)[0, kept]
+    near = torch.cat([edges / edges[-1] * (1 + ulps * 2**-53) for ulps in range(-4, 5)]).clamp(0, 1 - 2**-53)
+    tokens = sample(scores.expand(len(near), -1), near)
+    assert set(tokens.tolist()) == set(kept.tolist())
+
+
+def test_cumulative_sums_are_deterministic_when_asked_for():
+    torch.manual_seed(0)
+    scores = 3 * torch.randn(4, 1000)
+    warp = TopPLogitsWarper(0.9)
+    with _DeterministicSums():
+        kept = warp(None, scores)
+        sums = scores.cumsum(dim=0), torch.cumsum(scores, dim=-1, dtype=torch.float64)
+        assert torch.arange(5).cumsum(0).tolist() == [0, 1, 3, 6, 10]
+    assert torch.equal(kept, warp(None, scores))
+    torch.testing.assert_close(sums, (scores.cumsum(dim=0), scores.cumsum(dim=-1, dtype=torch.float64)))
+    assert isinstance(deterministic_sums(torch.device("cuda")), nullcontext)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert isinstance(deterministic_sums(torch.device("cuda")), _DeterministicSums)
+        assert isinstance(deterministic_sums(torch.device("cpu")), nullcontext)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_appending_a_token_does_not_copy_earlier_tokens():

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .kv_cache import CacheBlock, GrowingLayer
+from .sampling import deterministic_sums, draw, sample
 from .shared_prefix import Prefix, attending_to
 from .stopping import ScoreRecorder, TurnBatch
 
@@ -148,12 +149,12 @@ class TurnDecoder:
         for step in range(room):
             # Choose the next token of each row
             seen, scores = ids[:, : width + step], logits
-            for processor in logits_processor:
-                scores = processor(seen, scores)
+            with deterministic_sums(device):
+                for processor in logits_processor:
+                    scores = processor(seen, scores)
             if generation_config.do_sample:
                 # One number for each of the B rows, so that a row does not depend on the rows that have left
-                uniform = torch.rand(len(self._budgets), dtype=_exact(device), device=device)
-                tokens = sample(scores, uniform[index])
+                tokens = sample(scores, draw(len(self._budgets), device)[index])
             else:
                 tokens = scores.argmax(dim=-1)
             self.logprobs[index, step] = self._recorder.logprobs(tokens)
@@ -300,26 +301,3 @@ class TurnDecoder:
         if mask is not None:
             valid[:, :width] &= mask[index][..., :width].flatten(1).bool()
         self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
-
-
-def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """
-    Sample one token from each row of scores.
-
-    Args:
-        scores (`torch.Tensor`):
-            Unnormalised log-probabilities of shape (B, V).
-        uniform (`torch.Tensor`):
-            Random numbers in [0, 1) of shape (B,). Probabilities are summed in their data type.
-
-    Returns:
-        `torch.Tensor`: B tokens. Each is the first token whose cumulative probability exceeds the random number.
-    """
-    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=uniform.dtype)
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return tokens.clamp_(max=scores.shape[1] - 1)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """The most exact floating-point type of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS does not support float64
