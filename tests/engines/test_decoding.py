@@ -304,21 +304,58 @@ def test_cumulative_sums_are_deterministic_when_asked_for():
         torch.use_deterministic_algorithms(False)
 
 
+def append_and_compare(growing, expected, length, rows=3):
+    states = torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 4)
+    for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
+        assert torch.equal(ours, theirs)
+    assert growing.get_seq_length() == expected.get_seq_length()
+
+
 def test_appending_a_token_does_not_copy_earlier_tokens():
     torch.manual_seed(0)
     growing, expected = GrowingLayer(), DynamicCache().layer_class_to_replicate()
     places = []
     for length in (7, *[1] * (SPARE + 3), 5):
-        states = torch.randn(3, 2, length, 4), torch.randn(3, 2, length, 4)
-        for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
-            assert torch.equal(ours, theirs)
-        assert growing.get_seq_length() == expected.get_seq_length()
+        append_and_compare(growing, expected, length)
         places.append(growing.keys.data_ptr())
     assert len(set(places[: SPARE + 1])) == 1
     assert len(set(places)) == 2
     rows = torch.tensor([2, 0, 2])
     growing.batch_select_indices(rows)
     expected.batch_select_indices(rows)
-    states = torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 4)
-    for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
-        assert torch.equal(ours, theirs)
+    place = growing.keys.data_ptr()
+    append_and_compare(growing, expected, 1)
+    assert growing.keys.data_ptr() == place  # selecting rows leaves spare columns too
+
+
+def columns_of(layer):
+    """Number of columns that are allocated."""
+    size, heads, _, width = layer.keys.shape
+    return layer.keys.untyped_storage().nbytes() // (size * heads * width * layer.keys.itemsize)
+
+
+def test_a_layer_allocates_what_a_turn_may_need():
+    short, long = GrowingLayer(), GrowingLayer()
+    expected = DynamicCache().layer_class_to_replicate(), DynamicCache().layer_class_to_replicate()
+    short.limit, long.limit = 30 + 19, 2000 + 1999
+    sizes = {30 + 19: (short, 30, 20), 2000 + 1999: (long, 2000, 2000)}
+    for (limit, (layer, length, budget)), other in zip(sizes.items(), expected, strict=True):
+        allocated = set()
+        append_and_compare(layer, other, length)
+        for _ in range(budget - 1):
+            append_and_compare(layer, other, 1)
+            allocated.add(columns_of(layer))
+            assert columns_of(layer) <= max(1.25 * layer.get_seq_length(), layer.get_seq_length() + SPARE)
+        assert max(allocated) == limit
+        assert len(allocated) == (1 if layer is short else 4)
+        assert layer.get_seq_length() == limit
+        append_and_compare(layer, other, 3)  # a later turn
+
+
+def test_autocast_stores_what_attention_reads():
+    layer = GrowingLayer()
+    states = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        keys, values = layer.update(*states)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert torch.equal(keys, states[0].bfloat16())

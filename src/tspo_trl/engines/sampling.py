@@ -64,8 +64,8 @@ def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     cumulative = scores.softmax(dim=-1).mul_(2.0**52).long().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # The product is rounded, and must not reach the sum of all probabilities
-    threshold = torch.minimum((uniform[:, None] * total).long(), total - 1)
+    # Rounding to the next integer must not reach the sum of all probabilities
+    threshold = (uniform[:, None] * (total - 1)).long()
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
     return tokens.clamp_(max=scores.shape[1] - 1)  # for scores that are not numbers
 

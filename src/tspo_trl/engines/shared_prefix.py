@@ -57,15 +57,20 @@ def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
         context, if the prefix is shorter than `SHORTEST`, or if the model does not call PyTorch's attention through the
         interface of `transformers`.
     """
-    config = model.config
-    replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
-    if len(contexts) < 2 or not replaceable or config.sub_configs:
+    if len(contexts) < 2 or not is_replaceable(model):
         return 0
     # The common prefix of all contexts is that of the first and the last one in lexicographic order
     pairs = zip(min(contexts), max(contexts), strict=False)
     agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     length = min(agreed, min(map(len, contexts)) - 1)
     return length if length >= SHORTEST else 0
+
+
+def is_replaceable(model: PreTrainedModel) -> bool:
+    """Whether a model calls PyTorch's attention, for all its layers, through the interface of `transformers`."""
+    config = model.config
+    replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
+    return replaceable and not config.sub_configs
 
 
 @contextmanager
