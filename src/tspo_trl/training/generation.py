@@ -21,7 +21,7 @@ from ..rollout.loop import SearchLoop
 from ..rollout.protocol import SearchProtocol
 from ..rollout.stats import RolloutStats
 from ..rollout.trajectory import Trajectory
-from .checkpoints import get_rng_state, set_rng_state
+from ..support.devices import get_rng_state, set_rng_state
 from .config import TSPOConfig
 from .masking import replace_last
 from .metrics import retrieval_facts, retrieval_metrics
