@@ -49,6 +49,13 @@ def tokens(trajectories):
 # Rollouts
 
 
+def test_a_build_for_an_accelerator_that_is_not_there_uses_the_cpu(policy_dir, retriever, questions, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args, **kwargs: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever, **LIMITS)
+    assert agent(questions[0]).turns
+
+
 def test_order_and_results_do_not_depend_on_the_batch_size(policy_dir, retriever, questions):
     sizes = {1: None, 3: None, 32: None}
     for size in sizes:

@@ -69,7 +69,7 @@ class Summary:
         all_wrong (`float`):
             Share of groups without a correct rollout, over all steps.
         rescued (`float`):
-            Share of these groups that still gave a learning signal. NaN if there are no such groups.
+            Share of these groups that turn rewards gave a learning signal. NaN if there are no such groups.
         seconds (`float`):
             Mean time of a step, in seconds.
     """

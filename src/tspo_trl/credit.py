@@ -21,6 +21,7 @@ Placement = Literal["first", "up_to_first"]
 Level = Literal["stage", "turn", "trajectory"]
 Baseline = Literal["turn", "group"]
 Scale = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Composition = Literal["unscored", "all_wrong", "rescued", "mixed", "all_correct"]
 
 _EPS = 1e-4  # added to standard deviations before the division, as in TRL
@@ -127,6 +128,28 @@ def folr_rewards(
         `torch.Tensor`: Turn rewards of shape (N, K) with K the largest of `num_turns`, NaN where a rollout has no k-th
         turn.
     """
+    paid = folr_turns(outcomes, first_occurrence, num_turns, placement=placement, success_threshold=success_threshold)
+    return outcomes[:, None] + alpha * paid
+
+
+def folr_turns(
+    outcomes: torch.Tensor,
+    first_occurrence: torch.Tensor,
+    num_turns: torch.Tensor,
+    *,
+    placement: Placement = "first",
+    success_threshold: float = 1.0,
+) -> torch.Tensor:
+    """
+    The turns that earn the First-Occurrence Latent Reward: the product of the brackets in [`folr_rewards`].
+
+    Args:
+        outcomes, first_occurrence, num_turns, placement, success_threshold:
+            As in [`folr_rewards`].
+
+    Returns:
+        `torch.Tensor`: 1 for a turn that earns it, else 0, of shape (N, K), NaN where a rollout has no k-th turn.
+    """
     if placement not in ("first", "up_to_first"):
         raise ValueError(f"`placement` must be 'first' or 'up_to_first', got {placement!r}.")
     num_columns = int(num_turns.max()) if num_turns.numel() else 0
@@ -134,8 +157,7 @@ def folr_rewards(
     occurrence = first_occurrence[:, None]  # (N, 1)
     paid = (turn == occurrence) if placement == "first" else (turn <= occurrence)  # -1 rewards no turn in either case
     paid = paid & (outcomes < success_threshold)[:, None]
-    rewards = outcomes[:, None] + alpha * paid.to(outcomes.dtype)
-    return rewards.masked_fill(turn >= num_turns[:, None], torch.nan)
+    return paid.to(outcomes.dtype).masked_fill(turn >= num_turns[:, None], torch.nan)
 
 
 def uses_turn_level(
@@ -180,16 +202,17 @@ def group_composition(
             A rollout whose outcome is at least this is correct.
 
     Returns:
-        `str`: `"unscored"` (no rollout can be scored), `"all_wrong"` (no rollout is correct and no turn has an
-        advantage), `"rescued"` (no rollout is correct, but turn rewards give a signal), `"mixed"` or `"all_correct"`.
-        Unscorable rollouts do not count.
+        `str`: `"unscored"` (no rollout can be scored), `"rescued"` (no rollout is correct and all outcomes are equal, but
+        turn rewards give a signal), `"all_wrong"` (no rollout is correct, and turn rewards rescue nothing), `"mixed"` or
+        `"all_correct"`. Unscorable rollouts do not count.
     """
     scored = [outcome for outcome in outcomes if outcome is not None and not isnan(outcome)]
     correct = sum(outcome >= success_threshold for outcome in scored)
     if not scored:
         return "unscored"
     if not correct:
-        return "rescued" if has_signal else "all_wrong"
+        # Outcomes that differ give a signal by themselves
+        return "rescued" if has_signal and max(scored) == min(scored) else "all_wrong"
     return "all_correct" if correct == len(scored) else "mixed"
 
 
@@ -256,21 +279,14 @@ def turn_advantages(
     Raises:
         `ValueError`: If N is not a multiple of `num_generations`, or an option is unknown.
     """
-    if outcomes.numel() % num_generations:
-        raise ValueError(
-            f"The {outcomes.numel()} outcomes are not a multiple of `num_generations` ({num_generations}): every group "
-            "must be complete."
-        )
-    if baseline not in ("turn", "group"):
-        raise ValueError(f"`baseline` must be 'turn' or 'group', got {baseline!r}.")
+    _check_groups(outcomes, num_generations, baseline)
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"`scale_rewards` must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
     turn_rewards = turn_rewards.masked_fill(outcomes.isnan()[:, None], torch.nan)
 
     # Both kinds of advantages, for all rollouts
     trajectory = _normalize(outcomes.view(-1, num_generations), (1,), scale_rewards).view(-1, 1)
-    grouped = turn_rewards.view(-1, num_generations, turn_rewards.size(1))  # (N / G, G, K)
-    turn = _normalize(grouped, (1,) if baseline == "turn" else (1, 2), scale_rewards).view_as(turn_rewards)
+    turn = _normalize_turns(turn_rewards, num_generations, baseline, scale_rewards)
 
     # One of them for each group
     turn_level = uses_turn_level(
@@ -278,6 +294,92 @@ def turn_advantages(
     )
     advantages = torch.where(turn_level[:, None], turn, trajectory)
     return advantages.masked_fill(turn_rewards.isnan(), 0.0)
+
+
+def summed_turn_advantages(
+    paid: torch.Tensor,
+    outcomes: torch.Tensor,
+    trajectory_advantages: torch.Tensor,
+    *,
+    num_generations: int,
+    alpha: float = 0.5,
+    level: Level = "stage",
+    baseline: Baseline = "turn",
+    success_threshold: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    The advantages of turns if rewards are normalised one by one and then summed (`multi_objective_aggregation=
+    "normalize_then_sum"` of TRL): the turn reward is one more reward, whose weight is α.
+
+    $$ A_{i,k} = A_i + \alpha \, (p_{i,k} - \mathrm{mean}\,p) / (\mathrm{std}\,p + 10^{-4}) $$
+
+    where \\(A_i\\) is the trajectory advantage of TRL, which holds all reward functions, and \\(p_{i,k}\\) is 1 if the turn
+    earns FOLR, else 0. If all outcomes of a group are equal, the sign is that of the turn reward minus its mean. Without
+    turn rewards, the advantage is TRL's.
+
+    Args:
+        paid (`torch.Tensor`):
+            The turns that earn FOLR, of shape (N, K), see [`folr_turns`].
+        outcomes (`torch.Tensor`):
+            Outcome rewards of shape (N,), NaN for unscorable rollouts, which have advantage 0.
+        trajectory_advantages (`torch.Tensor`):
+            The advantages of TRL, of shape (N,).
+        num_generations (`int`):
+            G, the size of a group; N must be a multiple of it.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            The weight α of the turn reward, as `reward_weights` are those of the reward functions.
+        level, baseline, success_threshold:
+            As in [`turn_advantages`]: which rollouts have turn rewards, and the turns over which mean and std are taken.
+
+    Returns:
+        `torch.Tensor`: Advantages of shape (N, K), 0 where `paid` is NaN.
+
+    Raises:
+        `ValueError`: If N is not a multiple of `num_generations`, or an option is unknown.
+    """
+    _check_groups(outcomes, num_generations, baseline)
+    paid = paid.masked_fill(outcomes.isnan()[:, None], torch.nan)
+    turn = alpha * _normalize_turns(paid, num_generations, baseline, "group")
+    turn_level = uses_turn_level(
+        outcomes, num_generations=num_generations, level=level, success_threshold=success_threshold
+    )
+    advantages = trajectory_advantages[:, None] + turn * turn_level[:, None]
+    return advantages.masked_fill(paid.isnan(), 0.0)
+
+
+def has_variance(values: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Whether the rollouts of a group differ in any value.
+
+    Args:
+        values (`torch.Tensor`):
+            Values of shape (N, F), NaN for unknown ones, which are ignored.
+        num_generations (`int`):
+            G, the size of a group.
+
+    Returns:
+        `torch.Tensor`: Booleans of shape (N,), the same for all rollouts of a group.
+    """
+    grouped = values.view(-1, num_generations, values.size(1))
+    largest = grouped.masked_fill(grouped.isnan(), -torch.inf).amax(dim=1)
+    smallest = grouped.masked_fill(grouped.isnan(), torch.inf).amin(dim=1)
+    return (largest > smallest).any(dim=1).repeat_interleave(num_generations)
+
+
+def _check_groups(outcomes: torch.Tensor, num_generations: int, baseline: str) -> None:
+    if outcomes.numel() % num_generations:
+        raise ValueError(
+            f"The {outcomes.numel()} outcomes are not a multiple of `num_generations` ({num_generations}): every group "
+            "must be complete."
+        )
+    if baseline not in ("turn", "group"):
+        raise ValueError(f"`baseline` must be 'turn' or 'group', got {baseline!r}.")
+
+
+def _normalize_turns(values: torch.Tensor, num_generations: int, baseline: Baseline, scale: Scale) -> torch.Tensor:
+    """Normalise values of turns, of shape (N, K), over the k-th turns of the group, or over all its turns."""
+    grouped = values.view(-1, num_generations, values.size(1))  # (N / G, G, K)
+    return _normalize(grouped, (1,) if baseline == "turn" else (1, 2), scale).view_as(values)
 
 
 def _normalize(values: torch.Tensor, dim: tuple[int, ...], scale: Scale) -> torch.Tensor:

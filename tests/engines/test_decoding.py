@@ -5,12 +5,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TopPLogitsWarper,
+)
 
 import tspo_trl.engines.decoding
 from helpers.forwards import counted
-from tspo_trl.engines.decoding import sample
 from tspo_trl.engines.kv_cache import SPARE, GrowingLayer, new_cache
+from tspo_trl.engines.sampling import _DeterministicSums, deterministic_sums, sample
 from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.rollout.tags import TagProtocol
 
@@ -254,14 +261,54 @@ def test_unused_cache_and_nan_logits_are_errors(policy_dir, tokenizer, world):
         generate(model, tokenizer, contexts, [4, 4], do_sample=True)
 
 
-def test_tokens_are_sampled_in_proportion_to_their_probabilities():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tokens_are_sampled_in_proportion_to_their_probabilities(dtype):
     scores = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -30.0, -torch.inf]])
     count = 20_000
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    uniform = ((torch.arange(count) + 0.5) / count).to(dtype)
     drawn = sample(scores.expand(count, -1), uniform).bincount(minlength=7) / count
     torch.testing.assert_close(drawn, scores[0].softmax(dim=0), atol=1.0 / count, rtol=0)
-    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sample(scores.expand(2, -1), edges).tolist() == [1, 5]
+    edges = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2], dtype=dtype)
+    least = 5 if dtype == torch.float64 else 4  # the probability of token 5 is 1e-14
+    assert sample(scores.expand(2, -1), edges).tolist() == [1, least]
+
+
+def test_a_token_without_probability_is_never_sampled():
+    """As after `top_k`: the random number may fall on the edge of any token, or next to it."""
+    torch.manual_seed(0)
+    scores = torch.full((1, 4000), -torch.inf)
+    kept = torch.randperm(4000)[:40].sort().values
+    scores[0, kept] = torch.randn(40)
+    edges = scores.softmax(dim=-1).double().cumsum(dim=-1)[0, kept]
+    near = torch.cat([edges / edges[-1] * (1 + ulps * 2**-53) for ulps in range(-4, 5)]).clamp(0, 1 - 2**-53)
+    tokens = sample(scores.expand(len(near), -1), near)
+    assert set(tokens.tolist()) == set(kept.tolist())
+
+
+def test_cumulative_sums_are_deterministic_when_asked_for():
+    torch.manual_seed(0)
+    scores = 3 * torch.randn(4, 1000)
+    warp = TopPLogitsWarper(0.9)
+    with _DeterministicSums():
+        kept = warp(None, scores)
+        sums = scores.cumsum(dim=0), torch.cumsum(scores, dim=-1, dtype=torch.float64)
+        assert torch.arange(5).cumsum(0).tolist() == [0, 1, 3, 6, 10]
+    assert torch.equal(kept, warp(None, scores))
+    torch.testing.assert_close(sums, (scores.cumsum(dim=0), scores.cumsum(dim=-1, dtype=torch.float64)))
+    assert isinstance(deterministic_sums(torch.device("cuda")), nullcontext)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert isinstance(deterministic_sums(torch.device("cuda")), _DeterministicSums)
+        assert isinstance(deterministic_sums(torch.device("cpu")), nullcontext)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def append_and_compare(growing, expected, length, rows=3):
+    states = torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 4)
+    for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
+        assert torch.equal(ours, theirs)
+    assert growing.get_seq_length() == expected.get_seq_length()
 
 
 def test_appending_a_token_does_not_copy_earlier_tokens():
@@ -269,16 +316,46 @@ def test_appending_a_token_does_not_copy_earlier_tokens():
     growing, expected = GrowingLayer(), DynamicCache().layer_class_to_replicate()
     places = []
     for length in (7, *[1] * (SPARE + 3), 5):
-        states = torch.randn(3, 2, length, 4), torch.randn(3, 2, length, 4)
-        for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
-            assert torch.equal(ours, theirs)
-        assert growing.get_seq_length() == expected.get_seq_length()
+        append_and_compare(growing, expected, length)
         places.append(growing.keys.data_ptr())
     assert len(set(places[: SPARE + 1])) == 1
     assert len(set(places)) == 2
     rows = torch.tensor([2, 0, 2])
     growing.batch_select_indices(rows)
     expected.batch_select_indices(rows)
-    states = torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 4)
-    for ours, theirs in zip(growing.update(*states), expected.update(*states), strict=True):
-        assert torch.equal(ours, theirs)
+    place = growing.keys.data_ptr()
+    append_and_compare(growing, expected, 1)
+    assert growing.keys.data_ptr() == place  # selecting rows leaves spare columns too
+
+
+def columns_of(layer):
+    """Number of columns that are allocated."""
+    size, heads, _, width = layer.keys.shape
+    return layer.keys.untyped_storage().nbytes() // (size * heads * width * layer.keys.itemsize)
+
+
+def test_a_layer_allocates_what_a_turn_may_need():
+    short, long = GrowingLayer(), GrowingLayer()
+    expected = DynamicCache().layer_class_to_replicate(), DynamicCache().layer_class_to_replicate()
+    short.limit, long.limit = 30 + 19, 2000 + 1999
+    sizes = {30 + 19: (short, 30, 20), 2000 + 1999: (long, 2000, 2000)}
+    for (limit, (layer, length, budget)), other in zip(sizes.items(), expected, strict=True):
+        allocated = set()
+        append_and_compare(layer, other, length)
+        for _ in range(budget - 1):
+            append_and_compare(layer, other, 1)
+            allocated.add(columns_of(layer))
+            assert columns_of(layer) <= max(1.25 * layer.get_seq_length(), layer.get_seq_length() + SPARE)
+        assert max(allocated) == limit
+        assert len(allocated) == (1 if layer is short else 4)
+        assert layer.get_seq_length() == limit
+        append_and_compare(layer, other, 3)  # a later turn
+
+
+def test_autocast_stores_what_attention_reads():
+    layer = GrowingLayer()
+    states = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        keys, values = layer.update(*states)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert torch.equal(keys, states[0].bfloat16())

@@ -115,7 +115,8 @@ def test_contexts_that_do_not_continue_the_kept_ones_share_a_new_prefix(policy, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_equals_that_to_concatenated_keys(dtype, padded):
+def test_attention_equals_that_to_concatenated_keys(dtype, padded, monkeypatch):
+    monkeypatch.setattr(tspo_trl.engines.shared_prefix, "_CHUNK", 500)  # two rows at a time
     torch.manual_seed(0)
     rows, heads, groups, shared, own, size = 5, 6, 2, 40, 7, 16
     query = torch.randn(rows, heads, 1, size, dtype=dtype)
@@ -128,7 +129,8 @@ def test_attention_equals_that_to_concatenated_keys(dtype, padded):
     whole = [part.repeat_interleave(heads // groups, dim=1).double() for part in whole]
     of_both = None if mask is None else torch.cat([mask.new_ones(rows, 1, 1, shared), mask], dim=-1)
     expected = scaled_dot_product_attention(query.double(), *whole, attn_mask=of_both, scale=0.3)
-    result = attend(query, prefix, key, value, mask, 0.3)
+    hidden = None if mask is None else ~mask
+    result = attend(query, prefix, key, value, hidden, 0.3)
     assert result.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(result.double(), expected.transpose(1, 2), atol=tolerance, rtol=0)
@@ -221,3 +223,24 @@ def test_turns_of_other_models_equal_those_without_sharing(policy_dir, tokenizer
         return
     monkeypatch.setattr(tspo_trl.engines.shared_prefix, "SHORTEST", 10**6)
     assert turns == tokens_of(model, tokenizer, contexts, **GREEDY)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 8.0])
+def test_autocast_rounds_no_more_than_pytorch_does(scale):
+    """Scores in half precision would be wrong by far more: those of real models are large."""
+    torch.manual_seed(0)
+    rows, heads, groups, shared, own, size = 6, 4, 2, 200, 40, 32
+    query = torch.randn(rows, heads, 1, size) * scale
+    prefix = torch.randn(2, 1, groups, shared, size).unbind()
+    key, value = torch.randn(2, rows, groups, own, size).unbind()
+    whole = [
+        torch.cat([part.expand(rows, -1, -1, -1), mine], 2) for part, mine in zip(prefix, (key, value), strict=True)
+    ]
+    exact = [part.bfloat16().double() for part in (query, *whole)]  # autocast rounds what attention reads
+    expected = scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attend(query, prefix, key, value, None, size**-0.5)
+        theirs = scaled_dot_product_attention(query, *whole, enable_gqa=True).transpose(1, 2)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    error, rounding = ((result.double() - expected).abs().mean() for result in (ours, theirs))
+    assert error <= rounding

@@ -20,6 +20,7 @@ from tspo_trl.inspect.load import Group
 from tspo_trl.inspect.spans import find_answers, in_utf16
 from tspo_trl.inspect.terminal import print_run
 from tspo_trl.inspect.view import FLAGS
+from tspo_trl.inspect.why import composition
 from tspo_trl.rollout.log import append_rollouts
 from tspo_trl.scoring import contains_answer
 
@@ -93,6 +94,15 @@ def test_the_turn_that_found_the_answer_is_explained():
         "Turn 2 of all 2 rollouts that have one got 0.00, so there is nothing to compare → advantage 0.00, nothing is "
         "learned.",
     )
+
+
+def test_a_group_whose_outcomes_differ_is_not_rescued():
+    group = Group(0, rescued_group())
+    assert composition(group, SETTINGS) == "rescued"
+    group.rollouts[0]["outcome"] = -1.0
+    assert composition(group, SETTINGS) == "all_wrong"
+    assert "so turns are compared with each other" in explain_group(group, SETTINGS)
+    assert "learned" not in explain_group(group, SETTINGS)
 
 
 def test_explanations_of_an_evaluation_do_not_speak_of_learning():

@@ -116,13 +116,13 @@ def test_a_collapse_can_stop_the_run_with_a_checkpoint(make_trainer, capable_pol
     assert state["global_step"] == trainer.state.global_step
 
 
-def feed(callback, entries, history=()):
+def feed(callback, entries, history=(), args=None):
     state = SimpleNamespace(log_history=list(history), global_step=len(history), is_world_process_zero=True)
     control = SimpleNamespace(should_save=False, should_training_stop=False)
-    callback.on_train_begin(None, state, control)
+    callback.on_train_begin(args, state, control)
     for entry in entries:
         state.global_step += 1
-        callback.on_log(None, state, control, logs=entry)
+        callback.on_log(args, state, control, logs=entry)
     return control
 
 
@@ -157,6 +157,44 @@ def test_a_run_that_solves_its_task_gets_no_warning():
     ]
     callback = CollapseCallback()
     feed(callback, steps)
+    assert callback.warned == {}
+
+
+def below(trajectories, **kwargs):
+    return [(i % 4) / 10 for i in range(len(trajectories))]
+
+
+def test_a_threshold_that_no_outcome_reaches_is_warned_about_once(make_trainer, caplog):
+    callback = CollapseCallback(window=2, stop_on=["threshold"])
+    trainer = make_trainer(callbacks=[callback], warn_on_collapse=False, reward_funcs=below, max_steps=4)
+    with caplog.at_level(logging.WARNING, "tspo_trl.training.collapse"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    (message,) = [record.message for record in caplog.records if "success_threshold" in record.message]
+    assert message == callback.warned["threshold"]
+    assert message.startswith(
+        "Step 2: no outcome has reached `success_threshold`. The largest of the first 2 logged steps"
+    )
+    assert "is 0.3, and `success_threshold` is 1. " in message
+
+
+def test_the_threshold_is_checked_once_in_a_run_that_is_resumed():
+    def warned(entries, history=(), threshold=1.0):
+        callback = CollapseCallback(window=3)
+        feed(callback, entries, history, args=SimpleNamespace(success_threshold=threshold))
+        return callback.warned
+
+    low, high, none = {"reward_max": 0.5}, {"reward_max": 1.0}, {"reward_max": None}
+    assert "The largest of the first 3 logged steps is 0.5" in warned([low] * 9)["threshold"]
+    assert "threshold" in warned([low], history=[low] * 2)
+    assert "threshold" in warned([none, low, none], history=[low] * 2)
+    assert warned([low] * 9, threshold=0.5) == {}
+    assert warned([low] * 2 + [high]) == {}
+    assert warned([low] * 9, history=[high]) == {}
+    assert warned([low] * 9, history=[low] * 3) == {}  # the run has warned before it was resumed
+    assert warned([{"eval_reward_max": 0.5}] * 9) == {}
+    callback = CollapseCallback(window=3)
+    feed(callback, [low] * 9)  # a trainer without the option
     assert callback.warned == {}
 
 

@@ -9,7 +9,7 @@ import torch
 from tspo_trl import Trajectory, Turn
 from tspo_trl.rollout.facts import RolloutFacts, rollout_facts
 from tspo_trl.rollout.stats import RolloutStats
-from tspo_trl.training.metrics import mean_logprob, retrieval_facts, retrieval_metrics, rollout_metrics
+from tspo_trl.training.metrics import add_metrics, mean_logprob, retrieval_facts, retrieval_metrics, rollout_metrics
 
 NAN = float("nan")
 
@@ -41,6 +41,7 @@ def test_facts_of_a_rollout():
         "invalid": 1,
         "duplicate": 2,
         "truncated": 0,
+        "tokens": 5,
         "occurrence": 2,
         "credited": 0,
     }
@@ -98,8 +99,9 @@ EXPECTED = {
     "groups/all_wrong": 2 / 4,
     "groups/mixed": 1 / 4,
     "groups/all_correct": 1 / 4,
-    "groups/rescued": 1 / 4,
+    "groups/rescued": 0 / 4,  # the outcomes of the first group differ, so it has a signal without turn rewards
     "groups/no_signal": 2 / 4,
+    "reward_max": 1.0,
     "logps/correct": (-0.5 - 1.5) / 2,
     "search/calls": 16 / 10,
     "search/none": 1 / 10,
@@ -142,6 +144,23 @@ def test_only_all_wrong_groups_are_rescued():
     values = metrics(rows, [0.0, 1.0, 0.0, 0.0], [True, True, False, True], 2)
     assert values["groups/rescued"] == 0.5
     assert metrics(rows, [0.0, 1.0, 0.0, 0.0], [True, True, False, False], 2)["groups/rescued"] == 0.0
+
+
+def test_a_group_whose_outcomes_differ_needs_no_rescue():
+    """As with a reward model, whose values never reach the threshold."""
+    rows = [{"turns": 1}] * 6
+    values = metrics(rows, [-3.0, 0.25, -1.0, -1.0, -1.0, NAN], [True] * 6, 2)
+    shares = [values[f"groups/{name}"] for name in ("all_wrong", "rescued", "no_signal")]
+    assert shares == pytest.approx([1.0, 2 / 3, 0.0])
+    assert values["reward_max"] == 0.25
+    assert math.isnan(metrics(rows, [NAN] * 6, [False] * 6, 2)["reward_max"])
+
+
+def test_the_largest_outcome_of_several_phases_is_logged():
+    logged = {"turns/mean": [4.0]}
+    for largest in (0.5, math.nan, -1.0):
+        add_metrics(logged, {"reward_max": largest, "turns/mean": 2.0})
+    assert logged == {"turns/mean": [4.0, 2.0, 2.0, 2.0], "reward_max": [0.5]}
 
 
 def test_correct_rollouts_are_not_near_misses():

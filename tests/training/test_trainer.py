@@ -17,6 +17,7 @@ from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.scoring import contains_answer
 from tspo_trl.sharing.mixin import SharingMixin
 from tspo_trl.training.checkpoints import ExactResumeMixin
+from tspo_trl.training.evaluations import EvaluationMixin
 from tspo_trl.training.forward import CompactForwardMixin
 from tspo_trl.training.generation import with_end
 from tspo_trl.training.masking import keep_ratios_finite
@@ -264,6 +265,13 @@ def test_compute_turn_advantages_can_be_overridden(make_trainer):
         index = torch.tensor(trajectory.turn_index)
         expected = (index + 1.0) if row < 4 else torch.where(index >= 0, whole[row - 4], 0.0)
         torch.testing.assert_close(inputs["advantages"][row, : len(index)], expected)
+
+
+def test_the_signal_of_a_group_is_that_of_the_advantages_it_is_trained_with(make_trainer):
+    trainer = make_trainer(trainer_class=ByNumber, reward_funcs=lambda trajectories, **_: [0.0] * len(trajectories))
+    prepared(trainer)  # the second of two groups is trained with TRL's advantages, which are 0
+    assert trainer._metrics["train"]["groups/no_signal"] == [0.5]
+    assert trainer._metrics["train"]["groups/rescued"] == [0.5]
 
 
 def test_training_moves_the_policy_and_logs_every_metric(make_trainer):
@@ -731,6 +739,7 @@ def test_few_methods_are_overridden():
         "_generate",
         "_generate_and_score_completions",
         "_set_signature_columns_if_needed",
+        # EvaluationMixin
         "evaluation_loop",
         "get_eval_dataloader",
         "get_test_dataloader",
@@ -752,7 +761,7 @@ def test_few_methods_are_overridden():
     }
     assert len(overridden) == 20  # no method is overridden twice
     assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
-    assert ours == (TSPOTrainer, ExactResumeMixin, SharingMixin, CompactForwardMixin)
+    assert ours == (TSPOTrainer, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from .kv_cache import CacheBlock, GrowingLayer
-from .shared_prefix import Prefix, attending_to
+from .sampling import deterministic_sums, draw, sample
+from .shared_prefix import Prefix, attending_to, is_replaceable
 from .stopping import ScoreRecorder, TurnBatch
 
 #: Processors that identify rows by their index or keep state per row: with them, no row may leave the batch
@@ -133,14 +134,15 @@ class TurnDecoder:
         ids = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), room)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
-            if self.prefix and positions is not None:
-                # In the form that attention uses, so that the model does not convert it for every token
+            if positions is not None and is_replaceable(model):
+                # In the form that attention uses, so that the model does not convert and inspect it for every token
                 mask = mask[:, None, None].bool()
         if positions is not None:
-            positions = positions[:, -1:]
             # A row that stays after its turn has ended must not exceed the positions of the model
-            last_positions = positions + torch.tensor(self._budgets, device=device)[:, None]
+            steps = torch.arange(1, room + 1, device=device)
+            positions = positions[:, -1:] + steps.minimum(torch.tensor(self._budgets, device=device)[:, None])
         self.logprobs = torch.zeros(ids.shape[0], room, device=device)
+        written: list[torch.Tensor] = []  # log-probabilities of the steps since rows left the batch
         rows = list(range(len(ids)))  # the rows that are still in the batch
         index = torch.arange(len(ids), device=device)  # the same as a tensor
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
@@ -148,39 +150,41 @@ class TurnDecoder:
         for step in range(room):
             # Choose the next token of each row
             seen, scores = ids[:, : width + step], logits
-            for processor in logits_processor:
-                scores = processor(seen, scores)
+            with deterministic_sums(device):
+                for processor in logits_processor:
+                    scores = processor(seen, scores)
             if generation_config.do_sample:
                 # One number for each of the B rows, so that a row does not depend on the rows that have left
-                uniform = torch.rand(len(self._budgets), dtype=_exact(device), device=device)
-                tokens = sample(scores, uniform[index])
+                uniform = draw(len(self._budgets), device)
+                tokens = sample(scores, uniform if len(rows) == len(uniform) else uniform[index])
             else:
                 tokens = scores.argmax(dim=-1)
-            self.logprobs[index, step] = self._recorder.logprobs(tokens)
+            written.append(self._recorder.logprobs(tokens))
             ids[:, width + step] = tokens
             self._turns.append(dict(zip(rows, tokens.tolist(), strict=True)))
+            leaving = may_leave and 2 * len(self._turns.open) <= len(rows)
+            if leaving or not self._turns.open or step + 1 == room:
+                self.logprobs[index, step + 1 - len(written) : step + 1] = torch.stack(written, dim=1)
+                written.clear()
             if not self._turns.open:
                 break
 
             # Remove ended rows from the batch once they are at least half of it
-            if may_leave and 2 * len(self._turns.open) <= len(rows):
+            if leaving:
                 open_rows = set(self._turns.open)
                 ended = [i for i, row in enumerate(rows) if row not in open_rows]
                 self._store_block(cache, mask, rows, width, ended)
                 staying = torch.tensor([i for i, row in enumerate(rows) if row in open_rows], device=device)
                 cache.batch_select_indices(staying)
                 ids, index = ids[staying], index[staying]
-                mask = None if mask is None else mask[staying]
-                if positions is not None:
-                    positions, last_positions = positions[staying], last_positions[staying]
+                mask, positions = (None if part is None else part[staying] for part in (mask, positions))
                 rows = list(self._turns.open)
 
             # Read the new tokens
-            if positions is not None:
-                positions = torch.minimum(positions + 1, last_positions)
             length = width + step + 1
             seen_mask = None if mask is None else mask[..., :length]
-            logits = self._forward(model, cache, ids[:, :length], seen_mask, positions, model_kwargs)
+            position = None if positions is None else positions[:, step : step + 1]
+            logits = self._forward(model, cache, ids[:, :length], seen_mask, position, model_kwargs)
 
         self._store_block(cache, mask, rows, width, list(range(len(rows))))
         if self.logprobs.isnan().any():
@@ -199,6 +203,7 @@ class TurnDecoder:
         model_kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Read the tokens of the contexts that are not in the cache. Returns the next logits, of shape (B, V)."""
+        self._limit(cache, input_ids.shape[1])
         # The shared prefix, once for all rows
         if self._prefix_length and not cache.get_seq_length():
             self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
@@ -219,6 +224,11 @@ class TurnDecoder:
         copied = torch.tensor([index_of[row] for row in self._first_equal], device=input_ids.device)
         cache.batch_select_indices(copied)
         return logits[copied]
+
+    def _limit(self, cache: Cache, width: int) -> None:
+        """Tell the layers how many columns they will have: all but the last token of the longest turn."""
+        for layer in cast(list[GrowingLayer], cache.layers):
+            layer.limit = width + max(self._budgets) - 1 - self._prefix_length
 
     def _read_prefix(
         self,
@@ -242,6 +252,7 @@ class TurnDecoder:
             self._prefix_length = 0
             for layer in layers:
                 layer.clear()
+            self._limit(cache, input_ids.shape[1])
 
     def _forward(
         self,
@@ -300,26 +311,3 @@ class TurnDecoder:
         if mask is not None:
             valid[:, :width] &= mask[index][..., :width].flatten(1).bool()
         self.blocks.append(CacheBlock([rows[i] for i in places], layers, valid[:, self._prefix_length :]))
-
-
-def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """
-    Sample one token from each row of scores.
-
-    Args:
-        scores (`torch.Tensor`):
-            Unnormalised log-probabilities of shape (B, V).
-        uniform (`torch.Tensor`):
-            Random numbers in [0, 1) of shape (B,). Probabilities are summed in their data type.
-
-    Returns:
-        `torch.Tensor`: B tokens. Each is the first token whose cumulative probability exceeds the random number.
-    """
-    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=uniform.dtype)
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return tokens.clamp_(max=scores.shape[1] - 1)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """The most exact floating-point type of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS does not support float64

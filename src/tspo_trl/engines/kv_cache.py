@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from .shared_prefix import Prefix
 
-#: Number of unused columns that a layer allocates when it grows
-SPARE = 64
+#: Number of unused columns that a layer allocates when it grows, if so many can be needed. A long layer allocates a quarter
+SPARE = 128
 
 
 class GrowingLayer(DynamicLayer):
@@ -19,7 +19,11 @@ class GrowingLayer(DynamicLayer):
     A layer of a cache whose buffers have spare columns: appending a token does not copy the tokens before it. A prefix that
     all rows share is stored separately, once.
 
+    Under autocast, keys and values are stored in its type, because attention would convert all of them for every token.
+
     Attributes:
+        limit (`int` or `None`):
+            Number of columns, without those of the prefix, that the rows have in the end. No more are allocated.
         prefix (`tuple[torch.Tensor, torch.Tensor]` or `None`):
             Keys and values that all rows share, of shape (1, H, P, D). `keys` and `values` hold the columns after them.
         attended (`bool`):
@@ -31,6 +35,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.limit: int | None = None
         self.prefix: tuple[torch.Tensor, torch.Tensor] | None = None
         self.attended = False
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -52,19 +57,29 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of shape (B, H, T, D). Returns views of all keys and values after the prefix."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = super().get_seq_length()
         end = start + key_states.shape[2]
         if self._buffers is None or end > self._buffers[0].shape[2]:
+            columns = self._columns_for(end)
             self._buffers = (
-                _enlarged(self.keys, start, key_states, end + SPARE),
-                _enlarged(self.values, start, value_states, end + SPARE),
+                _enlarged(self.keys, start, key_states, columns),
+                _enlarged(self.values, start, value_states, columns),
             )
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
+
+    def _columns_for(self, end: int) -> int:
+        """Number of columns to allocate for `end` columns. Few sizes, because a GPU keeps the memory of each for reuse."""
+        columns = end + max(SPARE, end // 4)
+        return columns if self.limit is None else max(end, min(columns, self.limit))
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Replace the keys and values after the prefix, by tensors of shape (B, H, L, D)."""
@@ -74,7 +89,15 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Select these rows, in this order. A row may be selected several times."""
         indices = indices.to(self.keys.device)
-        self.replace(self.keys.index_select(0, indices), self.values.index_select(0, indices))
+        end, columns = self.keys.shape[2], self._columns_for(self.keys.shape[2])
+
+        def selected(stored: torch.Tensor) -> torch.Tensor:
+            buffer = stored.new_empty(len(indices), stored.shape[1], columns, stored.shape[3])
+            torch.index_select(stored, 0, indices, out=buffer[:, :, :end])
+            return buffer
+
+        self._buffers = (selected(self.keys), selected(self.values))
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
 
 def _enlarged(stored: torch.Tensor, start: int, states: torch.Tensor, columns: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -17,7 +18,28 @@ Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
 #: Minimum length of a prefix, in tokens. A shorter one is not worth a separate forward pass
 SHORTEST = 32
 NAME = "tspo_shared_prefix"
-_layers: ContextVar[Sequence[Any]] = ContextVar("layers")
+#: Whether PyTorch (from 2.8) multiplies matrices in half precision with a result in single precision, on CUDA
+_HAS_FLOAT_RESULT = hasattr(torch.ops.aten.bmm, "dtype")
+#: Number of elements that a CPU converts at once, so that they stay in its cache
+_CHUNK = 2**18
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A forward pass: the layers of the cache, and the mask of the layers with its inverse after the prefix."""
+
+    layers: Sequence[Any]
+    mask: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    def hide(self, mask: torch.Tensor | None, start: int) -> torch.Tensor | None:
+        """Invert the columns of a mask from `start` on. Layers share a mask, so this is done once."""
+        if mask is not self.mask:
+            self.mask, self.hidden = mask, None if mask is None else ~mask[..., start:]
+        return self.hidden
+
+
+_pass: ContextVar[_Pass] = ContextVar("pass")
 
 
 def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
@@ -35,15 +57,20 @@ def shared_length(model: PreTrainedModel, contexts: Sequence[list[int]]) -> int:
         context, if the prefix is shorter than `SHORTEST`, or if the model does not call PyTorch's attention through the
         interface of `transformers`.
     """
-    config = model.config
-    replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
-    if len(contexts) < 2 or not replaceable or config.sub_configs:
+    if len(contexts) < 2 or not is_replaceable(model):
         return 0
     # The common prefix of all contexts is that of the first and the last one in lexicographic order
     pairs = zip(min(contexts), max(contexts), strict=False)
     agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     length = min(agreed, min(map(len, contexts)) - 1)
     return length if length >= SHORTEST else 0
+
+
+def is_replaceable(model: PreTrainedModel) -> bool:
+    """Whether a model calls PyTorch's attention, for all its layers, through the interface of `transformers`."""
+    config = model.config
+    replaceable = model._supports_attention_backend and config._attn_implementation == "sdpa"
+    return replaceable and not config.sub_configs
 
 
 @contextmanager
@@ -59,14 +86,14 @@ def attending_to(cache: DynamicCache, model: PreTrainedModel) -> Iterator[None]:
         model ([`~transformers.PreTrainedModel`]):
             A model for which [`shared_length`] is not 0.
     """
-    config, token = model.config, _layers.set(cache.layers)
+    config, token = model.config, _pass.set(_Pass(cache.layers))
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = before
-        _layers.reset(token)
+        _pass.reset(token)
 
 
 def _forward(
@@ -81,14 +108,15 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention function of `transformers`: takes queries of shape (B, H, T, D), returns shape (B, T, H, D)."""
-    layer = _layers.get()[module.layer_idx]
+    of_pass = _pass.get()
+    layer = of_pass.layers[module.layer_idx]
     layer.attended = key is layer.keys and value is layer.values
     if layer.prefix is not None:
         # A single query per row: attend to the prefix without copying it for every row
         if query.shape[2] == 1 and not dropout and position_bias is None:
-            mask = None if attention_mask is None else attention_mask[..., layer.prefix[0].shape[2] :]
+            hidden = of_pass.hide(attention_mask, layer.prefix[0].shape[2])
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return attend(query, layer.prefix, key, value, mask, scaling), None
+            return attend(query, layer.prefix, key, value, hidden, scaling), None
         # Otherwise, copy it before the keys and values of every row
         key, value = (
             torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
@@ -104,12 +132,12 @@ def attend(
     prefix: tuple[torch.Tensor, torch.Tensor],
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """
-    Softmax attention of one query per row to a shared prefix and to the keys of the row. Scores are computed in single
-    precision.
+    Softmax attention of one query per row to a shared prefix and to the keys of the row. Scores and sums are computed in
+    single precision, also under autocast: it only rounds queries, keys and values, as it does for PyTorch's attention.
 
     Args:
         query (`torch.Tensor`):
@@ -120,31 +148,60 @@ def attend(
             Keys of shape (B, K, L, D).
         value (`torch.Tensor`):
             Values of shape (B, K, L, D).
-        mask (`torch.Tensor`, *optional*):
-            Which of its own keys a row attends to, booleans of shape (B, 1, 1, L). All if `None`.
+        hidden (`torch.Tensor`, *optional*):
+            Which of its own keys a row does not attend to, booleans of shape (B, 1, 1, L). It attends to all if `None`.
         scaling (`float`):
             Factor by which scores are multiplied.
 
     Returns:
-        `torch.Tensor`: The result of attention, of shape (B, 1, H, D).
+        `torch.Tensor`: The result of attention, of shape (B, 1, H, D), in the type of the values.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value, *shared = (part.to(dtype) for part in (query, key, value, *prefix))
+        with torch.autocast(kind, enabled=False):
+            return attend(query, (shared[0], shared[1]), key, value, hidden, scaling)
+
     rows, heads, _, size = query.shape
     groups = key.shape[1]
     shared_key, shared_value = (part[0] for part in prefix)
-    shared = shared_key.shape[1]
+    length = shared_key.shape[1]
 
     # Scores of the prefix, for all rows in one product, and of each row's own keys
-    queries = query.view(rows, groups, heads // groups, size).float() * scaling
-    to_shared = _by_row(_by_group(queries) @ shared_key.float().mT, rows)
-    to_own = queries @ key.float().mT
-    if mask is not None:
-        to_own.masked_fill_(~mask, -torch.inf)
+    queries = query.view(rows, groups, heads // groups, size)
+    before = not _multiplies_directly(key)  # scaled queries would be rounded to the type of the keys
+    if before:
+        queries = queries.float() * scaling
+    to_shared = _by_row(_product(_by_group(queries), shared_key.mT), rows)
+    to_own = _product(queries, key.mT)
+    if hidden is not None:
+        to_own.masked_fill_(hidden, -torch.inf)
 
     # One softmax over both, then the weighted values of both
-    weights = torch.cat([to_shared, to_own], dim=-1).softmax(dim=-1).to(value.dtype)
-    result = weights[..., shared:] @ value
-    result += _by_row(_by_group(weights[..., :shared]) @ shared_value, rows)
-    return result.reshape(rows, 1, heads, -1)
+    scores = torch.cat([to_shared, to_own], dim=-1)
+    weights = (scores if before else scores.mul_(scaling)).softmax(dim=-1)
+    result = _product(weights[..., length:], value)
+    result += _by_row(_product(_by_group(weights[..., :length]), shared_value), rows)
+    return result.to(value.dtype).reshape(rows, 1, heads, -1)
+
+
+def _multiplies_directly(matrices: torch.Tensor) -> bool:
+    """Whether products of matrices can be computed in single precision without converting the matrices."""
+    half = matrices.dtype in (torch.bfloat16, torch.float16)
+    return half and matrices.is_cuda and _HAS_FLOAT_RESULT and torch.version.hip is None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Product of matrices in single precision. The right ones are large, and may be of a lower precision."""
+    if _multiplies_directly(right):
+        left_3d, right_3d = (part.to(right.dtype).flatten(0, -3) for part in (left, right))
+        return torch.bmm(left_3d, right_3d, out_dtype=torch.float32).unflatten(0, left.shape[:-2])
+    if right.dtype == left.dtype or right.device.type != "cpu":
+        return left @ right.to(left.dtype)
+    rows = max(1, _CHUNK // right[0].numel())
+    parts = zip(left.split(rows), right.split(rows), strict=True)
+    return torch.cat([some @ others.to(left.dtype) for some, others in parts])
 
 
 def _by_group(values: torch.Tensor) -> torch.Tensor:

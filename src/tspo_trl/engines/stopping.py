@@ -63,8 +63,10 @@ class ScoreRecorder(LogitsProcessor):
     def logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities, of shape (B,), of the tokens sampled from the scores of this step, of shape (B,)."""
         assert self.scores is not None
-        scores = self.scores.float() / self._temperature
-        return scores.gather(1, token_ids[:, None]).squeeze(1) - scores.logsumexp(dim=1)
+        scores = self.scores.float()
+        if self._temperature != 1.0:
+            scores = scores / self._temperature
+        return scores.log_softmax(dim=1).gather(1, token_ids[:, None]).squeeze(1)
 
 
 class TurnBatch:

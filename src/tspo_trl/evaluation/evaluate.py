@@ -33,6 +33,7 @@ from ..rollout.loop import SearchLoop
 from ..rollout.tags import TagProtocol
 from ..rollout.trajectory import Trajectory
 from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match, triviaqa_exact_match
+from ..support.devices import default_device, get_rng_state, set_rng_state
 from .folder import REMEDY, TRAJECTORIES, check_settings, keep_batches, read_records
 from .intervals import pass_at_k
 from .results import METRICS, EvaluationResults, Scores
@@ -393,7 +394,10 @@ class _Evaluation:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Sample from a separate random state, so that a batch does not depend on earlier ones."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    device = default_device()
+    states = get_rng_state(device)
+    torch.manual_seed(seed)
+    try:
         yield
+    finally:
+        set_rng_state(device, states)

@@ -42,9 +42,13 @@ def composition(group: Group, settings: Mapping[str, Any]) -> Composition:
     """The composition of a group, see [`~tspo_trl.credit.group_composition`]."""
     return group_composition(
         [record["outcome"] for record in group.rollouts],
-        has_signal=any(any(record["turn_advantages"]) for record in group.rollouts if record["outcome"] is not None),
+        has_signal=_has_signal(group),
         success_threshold=settings.get("success_threshold", 1.0),
     )
+
+
+def _has_signal(group: Group) -> bool:
+    return any(any(record["turn_advantages"]) for record in group.rollouts if record["outcome"] is not None)
 
 
 def by_turn(group: Group, settings: Mapping[str, Any]) -> bool:
@@ -84,7 +88,7 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
             f"{rollouts}, so a rollout is compared with the others as a whole: all its turns share one advantage.{lost}"
         )
     why = "No rollout is correct" if not correct else f"{rollouts}, but the advantage level is “turn”"
-    if composition(group, settings) == "all_wrong":
+    if not correct and not _has_signal(group):
         learned = "" if evaluated else ": nothing is learned"
         return f"{why}, and no turn differs from the same turn of the others{learned}.{lost}"
     found = sum(record["credited_turn"] is not None and not is_correct(record, settings) for record in scored)
@@ -183,6 +187,9 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
     elif advantage and settings.get("mask_truncated_completions") and record["trajectory"].status == "truncated":
         effect = "but truncated rollouts are left out of the loss"
     result = f"advantage {show(advantage, sign=True)}, {effect}."
+    if settings.get("multi_objective_aggregation") == "normalize_then_sum" and advantage:
+        compared = _compared(value, values, of, any_correct, group, settings)
+        return f"{compared}; each reward function is normalised by itself, and their sum by the batch → {result}"
     expected = _expected(value, values, settings)
     if expected is None and settings.get("scale_rewards") == "batch":
         return f"{_compared(value, values, of, any_correct, group, settings)}, divided by the deviation of the batch → {result}"

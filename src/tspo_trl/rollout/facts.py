@@ -23,6 +23,8 @@ class RolloutFacts(NamedTuple):
             Number of searches that repeat the query of an earlier turn.
         truncated (`int`):
             1 if the rollout reached `max_completion_length`, else 0.
+        tokens (`int`):
+            Number of tokens that the model wrote.
         occurrence (`int`):
             The 0-based turn whose passages first contain a golden answer, for the metrics; -1 if there is none.
         credited (`int`):
@@ -35,6 +37,7 @@ class RolloutFacts(NamedTuple):
     invalid: int
     duplicate: int
     truncated: int
+    tokens: int
     occurrence: int
     credited: int
 
@@ -60,6 +63,7 @@ def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int 
         invalid=sum(turn.action == "invalid" for turn in trajectory.turns),
         duplicate=len(queries) - len(set(queries)),
         truncated=int(trajectory.status == "truncated"),
+        tokens=sum(len(turn.token_ids) for turn in trajectory.turns),
         occurrence=-1 if occurrence is None else occurrence,
         credited=-1 if credited is None else credited,
     )

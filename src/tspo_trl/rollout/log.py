@@ -20,6 +20,7 @@ _SETTINGS = (
     "advantage_level",
     "turn_baseline",
     "scale_rewards",
+    "multi_objective_aggregation",
     "folr_alpha",
     "folr_placement",
     "folr_guard",

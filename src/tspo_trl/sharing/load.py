@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import cached_file
 
 from ..rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
+from ..support.devices import default_device
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def load_model(
     if (
         "device_map" not in kwargs and getattr(model, "hf_quantizer", None) is None
     ):  # a quantised model is on its device already
-        model.to(device or torch.accelerator.current_accelerator() or "cpu")
+        model.to(device or default_device())
     return model, processing_class
 
 

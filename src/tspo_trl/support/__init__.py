@@ -1,4 +1,4 @@
-"""Small helpers that several packages share: atomic replacement of files, HTTP clients, Markdown tables, paths, retries.
+"""Small helpers that several packages share: atomic replacement of files, devices, HTTP clients, Markdown tables, paths, retries.
 
 May import: nothing else of the library.
 """

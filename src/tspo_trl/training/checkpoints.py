@@ -15,6 +15,7 @@ import transformers
 from accelerate.utils import broadcast_object_list, send_to_device
 from transformers.trainer_utils import TrainOutput
 
+from ..support.devices import get_rng_state, set_rng_state
 from ..support.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -156,21 +157,6 @@ def _rotate(newest: Path, limit: int | None, best: str | None, only_models: bool
             shutil.rmtree(path, ignore_errors=True)
 
 
-def get_rng_state(device: torch.device) -> list[torch.Tensor]:
-    """The states of the random generators that sampling uses: of the CPU, and of the devices."""
-    return [
-        torch.get_rng_state(),
-        *([] if device.type == "cpu" else torch.get_device_module(device).get_rng_state_all()),
-    ]
-
-
-def set_rng_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Restore the states returned by [`get_rng_state`]."""
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.get_device_module(device).set_rng_state_all(states[1:])
-
-
 class ExactResumeMixin:
     """
     Exact resume for a [`~trl.GRPOTrainer`]: a resumed run equals a run without interruption.
@@ -284,7 +270,10 @@ class ExactResumeMixin:
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         sizes = {file.name: file.stat().st_size for file in self._growing_files() if file.is_file()}
-        torch.save({"rollouts": self._buffered_inputs, "sizes": sizes}, self._progress_file(output_dir))
+        # transformers saves neither the generators of all kinds of devices, nor those of all devices of a process
+        random = get_rng_state(self.accelerator.device)
+        progress = {"rollouts": self._buffered_inputs, "sizes": sizes, "random": random}
+        torch.save(progress, self._progress_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
@@ -292,6 +281,8 @@ class ExactResumeMixin:
             return
         if self._progress_file(checkpoint).is_file():
             progress = torch.load(self._progress_file(checkpoint), weights_only=True, map_location="cpu")
+            if "random" in progress:
+                set_rng_state(self.accelerator.device, progress["random"])
             # TRL would start at 0, and generate new rollouts instead of using the remaining ones
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             self._buffered_inputs = send_to_device(progress["rollouts"], self.accelerator.device)

@@ -96,6 +96,11 @@ WATCHES = (
 )
 
 
+_LARGEST = "reward_max"
+#: The names of all warnings.
+KINDS = (*(watch.kind for watch in WATCHES), "threshold")
+
+
 class CollapseCallback(TrainerCallback):
     """
     Warns, once for each kind, when a run is about to collapse: `"searches"`, `"duplicates"`, `"invalid"`, `"length"`,
@@ -103,6 +108,8 @@ class CollapseCallback(TrainerCallback):
 
     Each warning compares the mean of one logged metric over the first `window` logged steps of the run with its mean over
     the last `window` ones. A resumed run uses the first steps of the run that it resumes.
+
+    The kind `"threshold"` warns after the first `window` logged steps, if no outcome has reached `success_threshold`.
 
     Args:
         window (`int`, *optional*, defaults to `10`):
@@ -126,13 +133,17 @@ class CollapseCallback(TrainerCallback):
         self._values: dict[str, list[float]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._values = {watch.metric: [] for watch in WATCHES}
+        self._values = {metric: [] for metric in (*(watch.metric for watch in WATCHES), _LARGEST)}
         for logs in state.log_history:
             self._record(logs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Compare the logged metrics with the start of the run, warn, and stop training for the kinds in `stop_on`."""
+        before = len(self._values.get(_LARGEST, ()))
         self._record(logs or {})
+        # Only at this log, so that a run that is resumed later does not warn again
+        if before < len(self._values.get(_LARGEST, ())) == self.window:
+            self._check_threshold(args, state, control)
         for watch in WATCHES:
             values = self._values.get(watch.metric, [])
             if watch.kind in self.warned or watch.metric not in (logs or {}) or len(values) < 2 * self.window:
@@ -140,14 +151,32 @@ class CollapseCallback(TrainerCallback):
             begin, now = (sum(part) / self.window for part in (values[: self.window], values[-self.window :]))
             if not watch.lost(begin, now):
                 continue
-            self.warned[watch.kind] = (
-                f"Step {state.global_step}: {watch.meaning}. `{watch.metric}` was {begin:.3g} in the first {self.window} "
-                f"logged steps and is {now:.3g} in the last {self.window}. {watch.advice}"
+            evidence = (
+                f"`{watch.metric}` was {begin:.3g} in the first {self.window} logged steps and is {now:.3g} in the last "
+                f"{self.window}."
             )
-            if state.is_world_process_zero:
-                logger.warning("%s", self.warned[watch.kind])
-            if watch.kind in self.stop_on:
-                control.should_save = control.should_training_stop = True
+            self._warn(watch.kind, f"{watch.meaning}. {evidence} {watch.advice}", state, control)
+
+    def _check_threshold(self, args: Any, state: Any, control: Any) -> None:
+        threshold = getattr(args, "success_threshold", None)
+        largest = max(self._values[_LARGEST])
+        if threshold is not None and largest < threshold:
+            self._warn(
+                "threshold",
+                f"no outcome has reached `success_threshold`. The largest of the first {self.window} logged steps is "
+                f"{largest:.3g}, and `success_threshold` is {threshold:.3g}. So every group counts as all wrong. If the "
+                "reward functions have another scale, set `success_threshold` to the outcome of a correct rollout. If not, "
+                "the questions are too hard for the model: see `search/hit`, and run `tspo audit`.",
+                state,
+                control,
+            )
+
+    def _warn(self, kind: str, message: str, state: Any, control: Any) -> None:
+        self.warned[kind] = f"Step {state.global_step}: {message}"
+        if state.is_world_process_zero:
+            logger.warning("%s", self.warned[kind])
+        if kind in self.stop_on:
+            control.should_save = control.should_training_stop = True
 
     def _record(self, logs: dict[str, Any]) -> None:
         for metric, values in self._values.items():

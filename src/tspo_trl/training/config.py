@@ -10,10 +10,10 @@ from typing import Any, get_args
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from ..credit import Baseline, Guard, Level, Placement, Scale
+from ..credit import Aggregation, Baseline, Guard, Level, Placement, Scale
 from ..rollout.limits import SearchLimits
 from ..rollout.protocols import ProtocolName
-from .collapse import WATCHES
+from .collapse import KINDS
 from .progress import ignore_harmless_warnings
 
 _CHOICES = {
@@ -42,7 +42,7 @@ _INHERITED: dict[str, Any] = {
     "beta": float,
     "temperature": float,
 }
-_SMALLEST = {"num_generations": 2, "retrieval_cache_size": 0}
+_SMALLEST = {"num_generations": 2, "retrieval_cache_size": 0, "max_sampling_rounds": 1}
 
 
 def _limit(name: str) -> Any:
@@ -121,6 +121,16 @@ class TSPOConfig(GRPOConfig):
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A rollout is correct if its outcome reward (the weighted sum of the reward functions) is at least this.
 
+        > Parameters that control dynamic sampling
+
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Whether to replace groups in which every advantage is zero by groups of further questions of the training set, as
+            in [DAPO](https://huggingface.co/papers/2503.14476). A filter of outcomes would also drop the all-wrong groups
+            that turn rewards rescue; they are kept. `train_dataset` must have a length.
+        max_sampling_rounds (`int`, *optional*, defaults to `3`):
+            Maximum number of further rounds of a step with `dynamic_sampling`. A round samples as many groups as are
+            missing. Groups that are still missing after the last round stay without a signal.
+
         > Parameters that control the loss
 
         compact_forward (`bool`, *optional*):
@@ -144,7 +154,7 @@ class TSPOConfig(GRPOConfig):
             queries or writes malformed actions. The warning gives the evidence and advice, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
             Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
-            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`. Needs `warn_on_collapse=True`.
+            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`, `"threshold"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -237,6 +247,19 @@ class TSPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control dynamic sampling
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to replace groups in which every advantage is zero by groups of further questions. Groups that "
+            "turn rewards rescue are kept."
+        },
+    )
+    max_sampling_rounds: int = field(
+        default=3,
+        metadata={"help": "Maximum number of further rounds of a step with `dynamic_sampling`."},
+    )
+
     # Parameters that control the loss
     compact_forward: bool | None = field(
         default=None,
@@ -271,7 +294,7 @@ class TSPOConfig(GRPOConfig):
         default_factory=list,
         metadata={
             "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'duplicates', "
-            "'invalid', 'length', 'entropy', 'signal', 'likelihood'."
+            "'invalid', 'length', 'entropy', 'signal', 'likelihood', 'threshold'."
         },
     )
 
@@ -292,9 +315,8 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(
                 f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
             )
-        kinds = [watch.kind for watch in WATCHES]
-        if unknown := sorted(set(self.stop_on_collapse) - set(kinds)):
-            raise ValueError(f"`stop_on_collapse` must hold some of {kinds}, got {unknown}.")
+        if unknown := sorted(set(self.stop_on_collapse) - set(KINDS)):
+            raise ValueError(f"`stop_on_collapse` must hold some of {list(KINDS)}, got {unknown}.")
         if self.stop_on_collapse and not self.warn_on_collapse:
             raise ValueError(
                 f"`stop_on_collapse` is {self.stop_on_collapse}, but `warn_on_collapse=False` disables the warnings. Set "
@@ -329,8 +351,10 @@ class TSPOConfig(GRPOConfig):
             raise ValueError(
                 "`loss_type='dr_grpo'` divides by `max_completion_length`, which must be a number, got None."
             )
-        if self.scale_rewards not in get_args(Scale):
-            raise ValueError(f"`scale_rewards` must be one of {list(get_args(Scale))}, got {self.scale_rewards!r}.")
+        # After TRL has replaced booleans. TRL itself would check these options after the first rollouts
+        for name, kind in (("scale_rewards", Scale), ("multi_objective_aggregation", Aggregation)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
 
     def _check_types(self) -> None:
         """Refuse values of a wrong type, which would fail later or be misread: `"0.5"`, or a string for a list."""

@@ -11,7 +11,7 @@ _CURVES = (
     ("search/near_miss", "near miss: found, but answered wrong", "#e0a030"),
 )
 _GROUPS = (
-    ("all wrong, no signal", "#c0504d"),
+    ("all wrong, not rescued", "#c0504d"),
     ("all wrong, rescued by turn rewards", "#e8b04a"),
     ("mixed", "#8d80c4"),
     ("all correct", "#4fae74"),

@@ -21,7 +21,7 @@ from ..rollout.loop import SearchLoop
 from ..rollout.protocol import SearchProtocol
 from ..rollout.stats import RolloutStats
 from ..rollout.trajectory import Trajectory
-from .checkpoints import get_rng_state, set_rng_state
+from ..support.devices import get_rng_state, set_rng_state
 from .config import TSPOConfig
 from .masking import replace_last
 from .metrics import retrieval_facts, retrieval_metrics
@@ -107,7 +107,8 @@ class SearchRollouts:
             [`RetrievalError`]: If more than `max_retrieval_failure_rate` of the searches failed.
         """
         mode = "train" if trainer.model.training else "eval"
-        if mode == "eval" or trainer._step % trainer.args.gradient_accumulation_steps == 0:
+        starts = trainer._step % trainer.args.gradient_accumulation_steps == 0 and not trainer._further_rollouts
+        if mode == "eval" or starts:
             self._rng_state = get_rng_state(trainer.accelerator.device)
         if self.retrievers.log is not None:
             self.retrievers.log.begin(f"{mode} {trainer.state.global_step}")

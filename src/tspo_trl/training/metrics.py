@@ -1,10 +1,11 @@
 """The metrics of a step: pure functions of trajectories and of values gathered over ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from trl.trainer.utils import nanstd
 
 from ..credit import group_composition, is_near_miss
 from ..retrieval.base import FAILURE_KINDS
@@ -88,6 +89,7 @@ def rollout_metrics(
         "groups/all_correct": _share(kind == "all_correct" for kind, _ in scored),
         "groups/rescued": _share(kind == "rescued" for kind, _ in scored),
         "groups/no_signal": _share(not some for _, some in scored),
+        "reward_max": outcomes[scorable].max() if scorable.any() else torch.tensor(math.nan),
         "logps/correct": logps[correct].nanmean(),
         "search/calls": column.searches.mean(),
         "search/none": (column.searches == 0).float().mean(),
@@ -101,6 +103,70 @@ def rollout_metrics(
         "turns/truncated": column.truncated.mean(),
     }
     return {name: value.item() for name, value in values.items()}
+
+
+def evaluation_metrics(
+    facts: torch.Tensor,
+    outcomes: torch.Tensor,
+    has_signal: torch.Tensor,
+    logps: torch.Tensor,
+    rewards: torch.Tensor,
+    *,
+    reward_names: Sequence[str],
+    num_generations: int,
+    success_threshold: float,
+) -> dict[str, float]:
+    """
+    The metrics of an evaluation set over all its rollouts: those of [`rollout_metrics`], and those that TRL computes for
+    a batch.
+
+    Args:
+        facts, outcomes, has_signal, logps, num_generations, success_threshold:
+            The rollouts of the set, see [`rollout_metrics`].
+        rewards (`torch.Tensor`):
+            Rewards of shape (N, F), NaN where a reward function gave none.
+        reward_names (`Sequence[str]`):
+            The F names of the reward functions.
+
+    Returns:
+        `dict[str, float]`: Metrics by name.
+    """
+    column: Any = RolloutFacts(*facts.float().unbind(dim=1))  # type: ignore[arg-type]
+    ended = column.tokens[column.truncated == 0]
+    grouped = outcomes.view(-1, num_generations)
+    deviations = nanstd(grouped, dim=1) if num_generations > 1 else torch.zeros(len(grouped))
+    values = {
+        "reward": outcomes.nanmean(),
+        "reward_std": nanstd(outcomes),
+        "frac_reward_zero_std": deviations.isclose(torch.zeros_like(deviations)).float().mean(),
+        "completions/clipped_ratio": column.truncated.mean(),
+    }
+    for name, by_function in zip(reward_names, rewards.unbind(dim=1), strict=True):
+        values |= {f"rewards/{name}/mean": by_function.nanmean(), f"rewards/{name}/std": nanstd(by_function)}
+    # TRL reports 0 if no rollout has ended
+    for kind, lengths in (("length", column.tokens), ("terminated_length", ended if len(ended) else torch.zeros(1))):
+        for name, value in (("mean", lengths.mean()), ("min", lengths.min()), ("max", lengths.max())):
+            values[f"completions/{name}_{kind}"] = value
+    sizes = {"num_generations": num_generations, "success_threshold": success_threshold}
+    ours = rollout_metrics(facts, outcomes, has_signal, logps, **sizes)  # type: ignore[arg-type]
+    return ours | {name: value.item() for name, value in values.items()}
+
+
+def add_metrics(logged: Any, values: Mapping[str, float]) -> None:
+    """
+    Add the metrics of a phase to those that TRL will log. TRL logs the mean of all phases, so that of a maximum is kept as
+    one value.
+
+    Args:
+        logged (`dict[str, list[float]]`):
+            The values of the phases since the last log, by name. It is changed.
+        values (`Mapping[str, float]`):
+            The metrics of the phase; NaN for those that are undefined.
+    """
+    for name, value in values.items():
+        phases = [*logged.get(name, ()), value]
+        known = [phase for phase in phases if not math.isnan(phase)]
+        logged[name] = [max(known)] if name == "reward_max" and known else phases
 
 
 def _share(flags: Iterable[bool]) -> torch.Tensor:

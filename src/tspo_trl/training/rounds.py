@@ -1,6 +1,7 @@
 """Dynamic sampling: groups without a signal are replaced by groups of further questions, in several rounds."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,56 @@ from torch.nn.functional import pad
 
 from .dealing import LEFT_PADDED, Batch, gather_rows, has_rows, take_rows
 from .masking import has_signal, loss_mask
+from .metrics import add_metrics
+
+
+def replace_without_signal(trainer: Any, batch: Batch, roll_out: Callable[[list[dict[str, Any]]], Batch]) -> Batch:
+    """
+    Replace the groups of a step that have no signal by those of further questions, see `dynamic_sampling` of
+    [`TSPOConfig`]. The metrics of rollouts stay those of the first round, so that runs with and without it can be compared.
+
+    Args:
+        trainer ([`TSPOTrainer`]):
+            The trainer.
+        batch (`dict`):
+            The inputs of the loss for the rollouts of this process.
+        roll_out (`Callable[[list[dict]], dict]`):
+            Makes the inputs of the loss from rows of the training set, one for each rollout of this process.
+
+    Returns:
+        `dict`: The inputs of the loss, of the same size.
+    """
+    args, accelerator, size = trainer.args, trainer.accelerator, trainer.num_generations
+    dataset = trainer._remove_unused_columns(trainer.train_dataset, description="training")
+    metrics = trainer._metrics["train"]
+    first_round = {name: list(values) for name, values in metrics.items()}
+    first = len(batch["completion_ids"]) * accelerator.num_processes
+
+    def sample(count: int, drawn: int) -> tuple[Batch, int]:
+        questions = further_questions(
+            count,
+            len(dataset),
+            num_generations=size,
+            num_processes=accelerator.num_processes,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            step=trainer.state.global_step * args.gradient_accumulation_steps + trainer._step,
+            drawn=drawn,
+        )
+        trainer._further_rollouts = first + drawn * size
+        local = len(questions) * size // accelerator.num_processes
+        start = accelerator.process_index * local
+        return roll_out([dict(dataset[questions[i // size]]) for i in range(start, start + local)]), len(questions)
+
+    try:
+        batch, counts = sample_rounds(
+            batch, sample, accelerator, num_generations=size, max_rounds=args.max_sampling_rounds
+        )
+    finally:
+        trainer._further_rollouts = 0
+    metrics.clear()
+    metrics.update(first_round)
+    add_metrics(metrics, counts)
+    return batch
 
 
 def further_questions(

@@ -1,4 +1,4 @@
-"""The trainer: rollouts, evaluation and turn credit. Only this class and its three mixins override methods of TRL."""
+"""The trainer: rollouts, evaluation and turn credit. Only this class and its four mixins override methods of TRL."""
 
 import textwrap
 from collections.abc import Callable
@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..credit import Scale, first_occurrence, folr_rewards, token_advantages, turn_advantages, uses_turn_level
+from ..credit import (
+    Scale,
+    first_occurrence,
+    folr_rewards,
+    folr_turns,
+    has_variance,
+    summed_turn_advantages,
+    token_advantages,
+    turn_advantages,
+    uses_turn_level,
+)
 from ..retrieval import Retriever
 from ..retrieval.probe import try_retriever
 from ..rewards import exact_match_reward
@@ -31,15 +39,17 @@ from ..rollout.search_config import SearchConfig
 from ..rollout.trajectory import Trajectory
 from ..sharing.mixin import SharingMixin
 from .checkpoints import ExactResumeMixin
-from .checks import check_eval_batches, check_loaded, check_predicted, check_setup, check_tokenizer
+from .checks import check_loaded, check_setup, check_tokenizer
 from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
+from .evaluations import EvaluationMixin
 from .forward import CompactForwardMixin, sampled_logps
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine, show_texts
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
-from .metrics import EVAL_ALIASES, mean_logprob, rollout_metrics
+from .metrics import add_metrics, mean_logprob, rollout_metrics
 from .progress import ignore_harmless_warnings, shorten_output
+from .rounds import replace_without_signal
 from .sharding import check_processes
 from .unsupported import check_keywords
 
@@ -51,7 +61,7 @@ RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callabl
 
 
 # The ignored error: `create_model_card` is as in TRL, which differs from transformers
-class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
+class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
@@ -119,6 +129,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
     num_generations: int
     scale_rewards: Scale
     num_generations_eval: int
+    _further_rollouts = 0  # of all ranks that the step has sampled before this round, with `dynamic_sampling`
 
     _tag_names = ["trl", "tspo"]
     _name = "TSPO"
@@ -238,36 +249,6 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "question", "golden_answers"]))
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # passed to `evaluate`
-            check_eval_batches(self.args)
-            eval_dataset = self._prepare(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        check_predicted(self.args, test_dataset)
-        return super().get_test_dataloader(self._prepare(test_dataset, "test_dataset"))
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate, see [`~transformers.Trainer.evaluation_loop`]. Several data sets log metrics under their own names."""
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        # TRL would log every data set of a `dict` under the same keys
-        if metric_key_prefix.startswith("eval_"):
-            metrics = self._metrics["eval"]
-            metrics.update({alias: metrics[name] for alias, name in EVAL_ALIASES.items() if name in metrics})
-            for name in list(metrics):
-                metrics[f"{metric_key_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
-        return output
-
     def _generate(self, prompts):
         (prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images) = (
             super()._generate(prompts)
@@ -322,27 +303,39 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
             trained with turn advantages. The others are trained with the advantage that TRL computes for the rollout.
         """
         args = self.args
-        rewards = folr_rewards(
-            outcomes,
-            first_occurrence,
-            num_turns,
-            alpha=args.folr_alpha,
-            placement=args.folr_placement,
-            success_threshold=success_threshold,
-        )
+        placed: Any = {"placement": args.folr_placement, "success_threshold": success_threshold}
+        rewards = folr_rewards(outcomes, first_occurrence, num_turns, alpha=args.folr_alpha, **placed)
         stage: Any = {
             "num_generations": num_generations,
             "level": args.advantage_level,
             "success_threshold": success_threshold,
         }
-        advantages = turn_advantages(
-            rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
-        )
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            paid = folr_turns(outcomes, first_occurrence, num_turns, **placed)
+            advantages = summed_turn_advantages(
+                paid,
+                outcomes,
+                self._trajectory_advantages,
+                alpha=args.folr_alpha,
+                baseline=args.turn_baseline,
+                **stage,
+            )
+        else:
+            advantages = turn_advantages(
+                rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
+            )
         return rewards, advantages, uses_turn_level(outcomes, **stage)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL generates, and computes rewards and trajectory advantages. Each row then holds its trajectory
-        output = super()._generate_and_score_completions(inputs)
+        roll_out = super()._generate_and_score_completions
+        output = self._assign_credit(inputs, roll_out(inputs))
+        if self.args.dynamic_sampling and self.model.training:
+            output = replace_without_signal(self, output, lambda rows: self._assign_credit(rows, roll_out(rows)))
+        return output
+
+    def _assign_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Any]:
+        """Replace the advantages of TRL in `output`, the inputs of the loss, by those of the turns, and log the rollouts."""
         trajectory_advantages = output["advantages"]
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -352,6 +345,7 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
 
         # Turn credit, over the rollouts of all ranks, because a group may span several ranks
         outcomes = self._outcomes()
+        self._trajectory_advantages = self._without_residue(gather(trajectory_advantages), outcomes, num_generations)
         facts = gather(torch.tensor([self._facts(row) for row in inputs], device=outcomes.device))
         by_fact: Any = RolloutFacts(*facts.unbind(dim=1))
         turn_rewards, advantages, uses_turns = self.compute_turn_advantages(
@@ -361,9 +355,8 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         # Metrics, over the rollouts of all ranks
         logps = [mean_logprob(row["trajectory"]) for row in inputs]
         logps = gather(torch.tensor(logps, device=outcomes.device))
-        has_signal = (advantages != 0).any(dim=1)
-        for name, value in rollout_metrics(facts, outcomes, has_signal, logps, **groups).items():
-            self._metrics[mode][name].append(value)
+        has_signal = torch.where(uses_turns, (advantages != 0).any(dim=1), self._trajectory_advantages != 0)
+        add_metrics(self._metrics[mode], rollout_metrics(facts, outcomes, has_signal, logps, **groups))
 
         # Token advantages: those of the turn, or TRL's advantage of the rollout, to which all options of TRL apply
         local_advantages = torch.where(uses_turns[local, None], advantages[local], trajectory_advantages[:, None])
@@ -381,10 +374,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         if self.log_completions:
             show_texts(self._logs, inputs, self.search_loop.protocol)
 
-        # Log of the rollouts
+        # Log of the rollouts. An evaluation counts and logs every rollout once
+        before, kept = self._count_once(facts, outcomes, has_signal, logps, self._rewards_per_func)
         if self.args.log_trajectories:
             columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
-            self._log_rollouts(inputs, [*columns, local_advantages], num_generations)
+            rows = inputs[: max(kept - start, 0)]
+            self._log_rollouts(rows, [*columns, local_advantages], num_generations, before + self._further_rollouts + start)
         return output
 
     def _outcomes(self) -> torch.Tensor:
@@ -392,6 +387,12 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
         rewards = self._rewards_per_func
         outcomes = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return outcomes.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+    def _without_residue(self, advantages: torch.Tensor, outcomes: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """TRL's advantages, exactly 0 in groups without variance, where TRL may leave the rounding error of a mean."""
+        one_by_one = self.args.multi_objective_aggregation == "normalize_then_sum"
+        values = self._rewards_per_func * self.reward_weights.to(outcomes.device) if one_by_one else outcomes[:, None]
+        return advantages.masked_fill(~has_variance(values, num_generations), 0.0)
 
     def _facts(self, row: dict[str, Any]) -> RolloutFacts:
         trajectory: Trajectory = row["trajectory"]
@@ -416,11 +417,13 @@ class TSPOTrainer(ExactResumeMixin, SharingMixin, CompactForwardMixin, GRPOTrain
             turn_index[i, : len(index)] = torch.tensor(index)
         return turn_index
 
-    def _log_rollouts(self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int) -> None:
-        """Append the local rollouts to the log. `columns` hold a row for each, see [`rollout_record`]."""
+    def _log_rollouts(
+        self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int, first: int
+    ) -> None:
+        """Append local rollouts to the log, the first of which has the number `first` in the step. `columns` hold a row for
+        each, see [`rollout_record`]."""
         file = self._log_file("train" if self.model.training else "eval")
         rewards, outcomes, facts, turn_rewards, advantages = (column.tolist() for column in columns)
-        first = self.accelerator.process_index * len(rows)
         records = [
             rollout_record(
                 row["trajectory"],

@@ -88,7 +88,7 @@ const KINDS = {
 const FILTERS = {
   near_miss: ["near miss", "found a golden answer, answered wrong"],
   all_wrong: ["all-wrong group", "no rollout of the group is correct"],
-  rescued: ["rescued group", "all wrong, but its turns have advantages"],
+  rescued: ["rescued group", "all wrong with equal outcomes, but turn rewards give advantages"],
   invalid: ["invalid turn", "a turn without a well-formed action"],
   failed: ["failed retrieval", "a search timed out or failed"],
   truncated: ["truncated", "ran out of its tokens"],
