@@ -135,6 +135,7 @@ def test_the_error_for_a_bad_value_names_the_option(make, options, name):
     [
         {"num_generations": 2},
         {"max_searches": 0},
+        {"max_searches": 0, "max_completion_length": 256},
         {"num_passages": 1},
         {"max_turn_tokens": 1, "max_query_tokens": 1},
         {"max_completion_length": 501},

@@ -55,12 +55,16 @@ class SearchLimits:
 
     def check_room(self) -> None:
         """
-        Check that a rollout has room for an answer after an observation.
+        Check that a rollout has room for an answer after an observation. Without searches there are no observations.
 
         Raises:
             `ValueError`: If `max_completion_length` is not larger than `max_observation_tokens`.
         """
-        if self.max_completion_length is not None and self.max_completion_length <= self.max_observation_tokens:
+        if (
+            self.max_searches
+            and self.max_completion_length is not None
+            and self.max_completion_length <= self.max_observation_tokens
+        ):
             raise ValueError(
                 f"`max_completion_length` ({self.max_completion_length}) counts all turns and observations of a "
                 f"rollout, so it must be larger than `max_observation_tokens` ({self.max_observation_tokens}): a "
