@@ -48,6 +48,12 @@ def length_reward_of_others(idle_rank):
     )
 
 
+def length_reward_of_some(trajectories, question, **kwargs):
+    """As above, but most questions give no signal."""
+    rewards = length_reward(trajectories)
+    return [reward if len(text) % 3 == 0 else 0.0 for reward, text in zip(rewards, question, strict=True)]
+
+
 class Uneven:
     """Makes rollouts of rank 0 end after one turn, while those of the other ranks use all their turns."""
 
@@ -108,6 +114,7 @@ def main():
     parser.add_argument("--broken_rank", type=int, help="the rank whose retriever always fails")
     parser.add_argument("--shorter_rank", type=int, help="the rank with one question fewer")
     parser.add_argument("--idle_rank", type=int, help="the rank whose groups have no signal")
+    parser.add_argument("--few_signals", action="store_true", help="most questions give no signal")
     parser.add_argument("--lora", action="store_true")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(900, exit=True)  # a hang ends with a traceback of all threads
@@ -118,6 +125,8 @@ def main():
     reward = length_reward if options.pop("length_reward", True) else None
     if arguments.idle_rank is not None:
         reward = length_reward_of_others(arguments.idle_rank)
+    if arguments.few_signals:
+        reward = length_reward_of_some
     config = TSPOConfig(**options)
     if plugin := getattr(config, "deepspeed_plugin", None):  # otherwise ZeRO-3 does not partition a tiny model
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -172,6 +172,25 @@ def test_a_rank_without_a_signal_does_not_hang_the_others(policy_dir, tmp_path, 
 
 
 @pytest.mark.slow
+def test_dynamic_sampling_is_the_same_on_several_processes(policy_dir, tmp_path):
+    options = {"dynamic_sampling": True, "folr_alpha": 0.0, "max_steps": 4}
+    runs = {}
+    for strategy, num_processes in ((None, 1), ("ddp", 2)):
+        (folder := tmp_path / str(num_processes)).mkdir()
+        arguments = ("--recorded", "--few_signals")
+        runs[num_processes] = launch(strategy, policy_dir, folder, *arguments, num_processes=num_processes, **options)[
+            0
+        ]["history"]
+    for ours, theirs in zip(runs[2], runs[1], strict=True):
+        for name in ours:
+            if name.startswith(("sampling/", "groups/", "reward")):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+    steps = [entry for entry in runs[1] if "loss" in entry]
+    assert sum(step["sampling/replaced_groups"] for step in steps) > 0
+    assert_same_weights(tmp_path / "2", tmp_path / "1", 1e-4)
+
+
+@pytest.mark.slow
 def test_lora_under_zero3(policy_dir, tmp_path):
     ranks = launch("zero3", policy_dir, tmp_path, "--lora", max_steps=4)
     adapter = load_file(tmp_path / "final" / "adapter_model.safetensors")

@@ -137,6 +137,11 @@ def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None
             "more questions, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
             "`steps_per_generation`."
         )
+    if args.dynamic_sampling and not known:
+        raise ValueError(
+            "`dynamic_sampling` needs a `train_dataset` with a length, from which it draws further questions, got "
+            f"`{type(train_dataset).__name__}`. Load it without streaming, or set `dynamic_sampling=False`."
+        )
     if eval_dataset is not None:
         check_eval_batches(args)
 

@@ -42,7 +42,8 @@ def replace_without_signal(trainer: Any, batch: Batch, roll_out: Callable[[list[
             num_generations=size,
             num_processes=accelerator.num_processes,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            step=trainer.state.global_step * args.gradient_accumulation_steps + trainer._step,
+            step=trainer.state.global_step * args.gradient_accumulation_steps
+            + trainer._step % args.gradient_accumulation_steps,
             drawn=drawn,
         )
         trainer._further_rollouts = first + drawn * size

@@ -379,7 +379,9 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwar
         if self.args.log_trajectories:
             columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
             rows = inputs[: max(kept - start, 0)]
-            self._log_rollouts(rows, [*columns, local_advantages], num_generations, before + self._further_rollouts + start)
+            self._log_rollouts(
+                rows, [*columns, local_advantages], num_generations, before + self._further_rollouts + start
+            )
         return output
 
     def _outcomes(self) -> torch.Tensor:
