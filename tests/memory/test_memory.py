@@ -419,3 +419,11 @@ def test_the_module_is_executable():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "Peak: " in result.stdout
+
+
+@pytest.mark.parametrize(("bf16", "itemsize"), [(False, 4), (True, 2)])
+def test_autocast_halves_the_cache(bf16, itemsize):
+    _, setting, shape, _ = make("qwen2", "float32", checkpointing=False)
+    rows = estimate(shape, replace(setting, bf16=bf16))
+    expected = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, itemsize)
+    assert rows["key-value cache"]["generation"] == expected

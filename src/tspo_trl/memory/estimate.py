@@ -198,7 +198,7 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     # The gradient of a tied LM head waits for that of the embedding
     waiting = shape.head * types.trained * (shape.tied and not setting.use_peft)
     prefill, scores = decoding_bytes(shape, setting, types)
-    cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.stream)
+    cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.compute)
     rows: dict[str, tuple[float, float, float, float]] = {
         "parameters": (model * parts,) * 4,
         "reference model": (reference * parts,) * 4,

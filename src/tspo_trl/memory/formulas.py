@@ -153,8 +153,8 @@ class Precision:
     frozen: int
     trained: int
     gradient: int
-    compute: int  # what linear layers return
-    stream: int  # hidden states between layers, keys and values
+    compute: int  # what linear layers return, and cached keys and values
+    stream: int  # hidden states between layers
     states: float  # of the optimizer, for each trained parameter, the master copy included
 
 
