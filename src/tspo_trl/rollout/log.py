@@ -95,6 +95,65 @@ def rollout_record(
     }
 
 
+def batch_records(
+    rows: Sequence[Mapping[str, Any]],
+    rewards: Sequence[Sequence[float]],
+    outcomes: Sequence[float],
+    facts: Sequence[Sequence[float]],
+    turn_rewards: Sequence[Sequence[float]],
+    turn_advantages: Sequence[Sequence[float]],
+    *,
+    reward_names: Sequence[str],
+    step: int,
+    first: int,
+    num_generations: int,
+) -> list[dict[str, Any]]:
+    """
+    Make the records of a batch, see [`rollout_record`].
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            B rows of the data set, each with its `trajectory`. The other columns have at least B values.
+        rewards (`Sequence[Sequence[float]]`):
+            The rewards of the reward functions.
+        outcomes (`Sequence[float]`):
+            The outcome rewards.
+        facts (`Sequence[Sequence[float]]`):
+            The fields of [`RolloutFacts`].
+        turn_rewards (`Sequence[Sequence[float]]`):
+            The rewards of the turns.
+        turn_advantages (`Sequence[Sequence[float]]`):
+            The advantages of the turns.
+        reward_names (`Sequence[str]`):
+            The names of the reward functions.
+        step (`int`):
+            The number of optimizer steps before the rollouts were sampled.
+        first (`int`):
+            The number of the first rollout in the step.
+        num_generations (`int`):
+            Number of rollouts in a group.
+
+    Returns:
+        `list[dict]`: B records.
+    """
+    return [
+        rollout_record(
+            row["trajectory"],
+            row,
+            rewards[i],
+            outcomes[i],
+            RolloutFacts(*facts[i]),  # type: ignore[arg-type]
+            turn_rewards[i],
+            turn_advantages[i],
+            reward_names=reward_names,
+            step=step,
+            group=(first + i) // num_generations,
+            rollout=(first + i) % num_generations,
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
 def _nan_to_none(values: Sequence[float]) -> list[float | None]:
     return [None if isnan(value) else value for value in values]
 

@@ -31,7 +31,7 @@ from ..retrieval.probe import try_retriever
 from ..rewards import exact_match_reward
 from ..rollout.facts import RolloutFacts, rollout_facts
 from ..rollout.limits import SearchLimits
-from ..rollout.log import append_rollouts, log_files, rollout_record, write_settings
+from ..rollout.log import append_rollouts, batch_records, log_files, write_settings
 from ..rollout.loop import SearchLoop
 from ..rollout.protocol import SearchProtocol
 from ..rollout.protocols import make_protocol
@@ -423,25 +423,16 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwar
         self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int, first: int
     ) -> None:
         """Append local rollouts to the log, the first of which has the number `first` in the step. `columns` hold a row for
-        each, see [`rollout_record`]."""
+        each, see [`batch_records`]."""
         file = self._log_file("train" if self.model.training else "eval")
-        rewards, outcomes, facts, turn_rewards, advantages = (column.tolist() for column in columns)
-        records = [
-            rollout_record(
-                row["trajectory"],
-                row,
-                rewards[i],
-                outcomes[i],
-                RolloutFacts(*facts[i]),
-                turn_rewards[i],
-                advantages[i],
-                reward_names=self.reward_func_names,
-                step=self.state.global_step,
-                group=(first + i) // num_generations,
-                rollout=(first + i) % num_generations,
-            )
-            for i, row in enumerate(rows)
-        ]
+        records = batch_records(
+            rows,
+            *(column.tolist() for column in columns),
+            reward_names=self.reward_func_names,
+            step=self.state.global_step,
+            first=first,
+            num_generations=num_generations,
+        )
         if self.accelerator.is_main_process:
             write_settings(file.parent, self.args)
         max_gib = self.args.log_trajectories_max_gib
