@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train evaluate test test-lucene test-quantization test-vllm lint docs study
+.PHONY: install train evaluate test test-lucene test-quantization test-vllm test-lowest test-newest lint docs study
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,25 @@ $(VENV)-vllm/.installed: tests/helpers/vllm_on_cpu/requirements.txt pyproject.to
 
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/pytest tests/engines/test_vllm.py $(ARGS)
+
+# The ends of the ranges in pyproject.toml, each in an environment of its own. Only the package index decides what is newest.
+# Left out: end-to-end runs, and tests that need other tools (of building, DeepSpeed, Jupyter, the clone's own pages)
+FAST_TESTS := -m 'not slow' --ignore tests/benchmarks --ignore tests/commands --ignore tests/test_docs.py \
+	--ignore tests/test_notebooks.py --ignore tests/training/test_strategies.py
+TEST_TOOLS := hypothesis nbclient nbformat pathspec pytest pytest-xdist setuptools
+
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --upgrade pip uv
+	$(VENV)-$*/bin/uv pip compile pyproject.toml --extra server --resolution $(RESOLUTION) --upgrade --quiet --no-header \
+		--no-annotate --python $(VENV)-$*/bin/python --output-file $(VENV)-$*/versions.txt
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --requirement $(VENV)-$*/versions.txt $(TEST_TOOLS)
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --no-deps --editable .
+	$(VENV)-$*/bin/python --version
+	$(VENV)-$*/bin/uv pip tree --python $(VENV)-$*/bin/python --package tspo-trl --depth 1
+	$(VENV)-$*/bin/pytest -n 2 --dist worksteal $(FAST_TESTS) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

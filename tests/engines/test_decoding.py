@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import tspo_trl.engines.decoding
-from helpers.forwards import counted
+from helpers.forwards import counted, without_cache
 from tspo_trl.engines.kv_cache import SPARE, GrowingLayer, new_cache
 from tspo_trl.engines.sampling import _DeterministicSums, deterministic_sums, sample
 from tspo_trl.engines.static import TransformersEngine
@@ -250,12 +250,11 @@ def test_logprobs_in_bfloat16(policy_dir, tokenizer, world):
 
 
 def test_unused_cache_and_nan_logits_are_errors(policy_dir, tokenizer, world):
-    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).train()
-    model.gradient_checkpointing_enable()
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32)
     contexts = prompts(tokenizer, world, 2)
-    with pytest.raises(RuntimeError, match=r"does not write into its key-value cache. Is gradient checkpointing on"):
+    match = r"does not write into its key-value cache. Is gradient checkpointing on"
+    with without_cache(model), pytest.raises(RuntimeError, match=match):
         generate(model, tokenizer, contexts, [4, 4])
-    model.gradient_checkpointing_disable()
     model.get_input_embeddings().weight.data[:] = torch.nan
     with pytest.raises(RuntimeError, match="logits are not numbers"):
         generate(model, tokenizer, contexts, [4, 4], do_sample=True)

@@ -10,6 +10,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from helpers.batching import SMALL_CACHE
 from tspo_trl.engines.continuous import ContinuousBatchingEngine
 from tspo_trl.engines.kv_cache import new_cache
 from tspo_trl.engines.static import TransformersEngine
@@ -155,7 +156,7 @@ def make_continuous(policy, tokenizer):
             model_context or (lambda: nullcontext(policy)),
             tokenizer,
             config,
-            ContinuousBatchingConfig(page_size=32, num_blocks=64, max_batch_tokens=256),
+            ContinuousBatchingConfig(**SMALL_CACHE),
             TagProtocol.stop_strings,
         )
 

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
-import warnings
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from trl import import_utils
 
+from helpers.paths import ROOT
 from tspo_trl.engines import requests as request_engines
 from tspo_trl.engines import vllm as vllm_engines
 from tspo_trl.engines.vllm import VLLMEngine, VLLMServerEngine, check_vllm, vllm_engine
@@ -23,18 +29,29 @@ def test_missing_vllm_is_reported_before_the_model_is_loaded(make_trainer, monke
         make_trainer(use_vllm=True, model="no such model")
 
 
-def test_error_of_an_unsupported_version_names_the_supported_ones(monkeypatch):
-    def old():
-        warnings.warn(
-            "TRL currently supports vLLM versions from 0.22.0 to 0.31.0. You have version 0.8.1", stacklevel=2
-        )
-        return True
-
-    monkeypatch.setattr(vllm_engines, "is_vllm_available", old)
-    with pytest.raises(ImportError, match=r"from 0\.22\.0 to 0\.31\.0. You have version 0\.8\.1"):
+@pytest.mark.parametrize("version", ["0.8.1", "0.21.9", "0.31.1", "0.32.0+cu130"])
+def test_error_of_an_unsupported_version_names_it_and_the_supported_ones(monkeypatch, version):
+    monkeypatch.setattr(import_utils, "_is_package_available", lambda *args, **kwargs: (True, version))
+    expected = (
+        "`use_vllm=True` needs another version of vLLM. TRL currently supports vLLM versions from 0.22.0 to 0.31.0. "
+    )
+    with pytest.raises(ImportError, match=re.escape(f"{expected}You have version {version} installed.")):
         check_vllm()
-    monkeypatch.setattr(vllm_engines, "is_vllm_available", lambda: True)
-    check_vllm()
+
+
+def test_the_extra_and_the_docs_allow_the_versions_of_vllm_that_trl_allows(monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (of_trl,) = (requirement for requirement in project["dependencies"] if requirement.startswith("trl>"))
+    assert project["optional-dependencies"]["vllm"] == [of_trl.replace("trl", "trl[vllm]")]
+    requirements = [Requirement(text) for text in metadata.requires("trl")]
+    (vllm,) = (requirement for requirement in requirements if requirement.name == "vllm")
+    lowest, newest = sorted((part.version for part in vllm.specifier), key=Version)
+    assert f"vLLM {lowest} to {newest}" in (ROOT / "docs/scaling.md").read_text()
+    for version in (lowest, newest, f"{newest}+cu130"):
+        monkeypatch.setattr(
+            import_utils, "_is_package_available", lambda *args, version=version, **kwargs: (True, version)
+        )
+        check_vllm()
 
 
 class FakeServer(BaseHTTPRequestHandler):

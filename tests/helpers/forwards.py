@@ -1,9 +1,11 @@
-"""The tokens that a model reads in each forward pass."""
+"""What a model reads in each forward pass: its tokens and its cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
+
+from tspo_trl.engines.kv_cache import CACHE_NAME
 
 
 @contextmanager
@@ -15,3 +17,14 @@ def counted(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
     )
     yield shapes
     hook.remove()
+
+
+@contextmanager
+def without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model ignore the cache that it gets, as with gradient checkpointing before transformers 5.24."""
+    ignored = {CACHE_NAME: None, "use_cache": False}
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | ignored), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

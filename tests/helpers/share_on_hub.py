@@ -39,7 +39,7 @@ def make_trainer(folder, model, lora=False, **options):
     config = {
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
         "num_generations": 4,

@@ -8,6 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from helpers.batching import SMALL_CACHE
 from helpers.paths import ACCELERATE_CONFIGS, HELPERS, TRAIN_ON_RANKS
 from helpers.servers import free_port
 
@@ -136,7 +137,7 @@ def test_ranks_with_different_numbers_of_turns_do_not_hang(policy_dir, tmp_path,
 def test_continuous_batching_with_different_numbers_of_turns(policy_dir, tmp_path, strategy):
     options = {
         "use_transformers_continuous_batching": True,
-        "transformers_continuous_batching_config": {"page_size": 32, "num_blocks": 64, "max_batch_tokens": 256},
+        "transformers_continuous_batching_config": SMALL_CACHE,
         "per_device_train_batch_size": 4,
         "max_steps": 4,
     }

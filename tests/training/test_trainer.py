@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from helpers.batching import SMALL_CACHE
 from helpers.training import generation_batch, prepared, varied_reward
 from tspo_trl import BM25Retriever, Passage, RetrievalError, TSPOConfig, TSPOTrainer
 from tspo_trl.engines.continuous import ContinuousBatchingEngine
@@ -769,7 +770,7 @@ def test_training_generates_by_continuous_batching(make_trainer):
     trainer = make_trainer(
         reward_funcs=varied_reward,
         use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config={"page_size": 32, "num_blocks": 64, "max_batch_tokens": 256},
+        transformers_continuous_batching_config=SMALL_CACHE,
     )
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()

@@ -19,7 +19,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .kv_cache import CacheBlock, GrowingLayer
+from .kv_cache import CACHE_NAME, CacheBlock, GrowingLayer
 from .sampling import deterministic_sums, draw, sample
 from .shared_prefix import Prefix, attending_to, is_replaceable
 from .stopping import ScoreRecorder, TurnBatch
@@ -122,7 +122,7 @@ class TurnDecoder:
         Raises:
             `RuntimeError`: If the model does not use its cache, or if its logits are not finite.
         """
-        cache: Cache = model_kwargs.pop("past_key_values")
+        cache: Cache = model_kwargs.pop(CACHE_NAME)
         mask: torch.Tensor | None = model_kwargs.pop("attention_mask")  # `None` if nothing is padding
         positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
         device, width, room = input_ids.device, input_ids.shape[1], max(self._budgets)
@@ -271,7 +271,7 @@ class TurnDecoder:
         inputs = model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=ids.shape[1] - cache.get_seq_length(),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             attention_mask=mask,
             is_first_iteration=is_first_iteration,
             **model_kwargs,

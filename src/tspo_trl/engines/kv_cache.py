@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .shared_prefix import Prefix
 
+#: Name of the cache among the arguments of `generate`, which transformers 5.24 has changed
+CACHE_NAME = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 #: Number of unused columns that a layer allocates when it grows, if so many can be needed. A long layer allocates a quarter
 SPARE = 128
 

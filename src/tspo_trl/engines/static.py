@@ -16,7 +16,7 @@ from transformers import (
 
 from .base import BatchEngine, Generation
 from .decoding import TurnDecoder
-from .kv_cache import KeptCache, new_cache
+from .kv_cache import CACHE_NAME, KeptCache, new_cache
 from .shared_prefix import shared_length
 from .stopping import ScoreRecorder, StopRule, TurnBatch, TurnStoppingCriteria
 
@@ -98,7 +98,8 @@ class TransformersEngine(BatchEngine):
             first_equal, prefix = _first_equal(contexts), shared_length(self._model, contexts)
 
         decoder = TurnDecoder(turns, recorder, budgets, first_equal, prefix)
-        self._call_generate(contexts, past, budgets, recorder, prefix, custom_generate=decoder, past_key_values=cache)
+        options = {"custom_generate": decoder, CACHE_NAME: cache}
+        self._call_generate(contexts, past, budgets, recorder, prefix, **options)
         if numbers is not None:
             written = zip(contexts, turns.token_ids, decoder.cached, strict=True)
             cached = [context + turn[:length] for context, turn, length in written]
@@ -117,7 +118,7 @@ class TransformersEngine(BatchEngine):
         """Call `generate` of the model for padded contexts, of which `past` tokens are in the cache."""
         config = copy(self._generation_config)
         config.max_new_tokens = max(budgets)
-        input_ids, mask = _pad_left(contexts, past or [prefix] * len(contexts), prefix, config.pad_token_id)
+        input_ids, mask = _pad_left(contexts, past or [prefix] * len(contexts), prefix)
         self._model.generate(
             input_ids=input_ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
@@ -146,9 +147,7 @@ def _generations(turns: TurnBatch, logprobs: torch.Tensor) -> list[Generation]:
     return [Generation(token_ids=ids, logprobs=values[: len(ids)]) for ids, values in rows]
 
 
-def _pad_left(
-    contexts: Sequence[list[int]], past: Sequence[int], prefix: int, pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(contexts: Sequence[list[int]], past: Sequence[int], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Contexts as a batch with its attention mask, both of shape (B, W). A row consists of the shared prefix, padding, the
     other cached tokens (up to `past`), padding, and the tokens that are not in the cache.
@@ -157,9 +156,9 @@ def _pad_left(
     old, new = max(past), max(len(ids) - n for ids, n in zip(contexts, past, strict=True))
     rows = []
     for ids, n in zip(contexts, past, strict=True):
-        # Padding between tokens repeats the first token: it is masked, but a repetition penalty would see a pad token
-        before, between = (ids[0] if length else pad_token_id for length in (prefix, n))
-        rows.append(ids[:prefix] + [before] * (old - n) + ids[prefix:n] + [between] * (new - (len(ids) - n)) + ids[n:])
+        # Padding repeats the first token: it is masked, but a repetition penalty would see a pad token, which may end turns
+        first = ids[:1]
+        rows.append(ids[:prefix] + first * (old - n) + ids[prefix:n] + first * (new - (len(ids) - n)) + ids[n:])
     # Prefix and cached tokens among the old columns, unread tokens at the end of the new ones
     columns, cached = torch.arange(old + new), torch.tensor(past)[:, None]
     unread = torch.tensor([len(ids) for ids in contexts])[:, None] - cached

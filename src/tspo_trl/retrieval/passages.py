@@ -177,7 +177,7 @@ def _unquote(title: str) -> str:
 def _read_id(value: Any, where: str) -> str:
     if isinstance(value, (str, UUID)):
         return str(value)
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):  # older versions of NumPy take `np.bool_` as an index
         try:
             return str(operator.index(value))
         except TypeError:

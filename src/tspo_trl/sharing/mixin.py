@@ -71,16 +71,17 @@ class SharingMixin:
         Raises:
             `RuntimeError`: If the push fails; the message says where the model is saved, and how to push it again.
         """
+        options = {} if private is None else {"private": private}  # older versions of transformers do not have it
         try:
             if self.hub_model_id is None:
-                self.init_hf_repo(token=token, private=private)  # type: ignore[attr-defined]
+                self.init_hf_repo(token=token, **options)  # type: ignore[attr-defined]
         except Exception as error:  # transformers has not saved anything yet
             self.save_model(_internal_call=True)
             name = kwargs.get("model_name") or Path(self.args.output_dir).resolve().name
             self.create_model_card(name, kwargs.get("dataset_name"), kwargs.get("tags"))
             raise self._push_error(error) from error
         try:
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)  # type: ignore[misc]
+            return super().push_to_hub(commit_message, blocking, token, revision, **options, **kwargs)  # type: ignore[misc]
         except Exception as error:
             raise self._push_error(error) from error
 

@@ -211,7 +211,7 @@ def non_default_options(args: Any) -> dict[str, Any]:
         elsewhere = (
             "protocol",
             "chat_template_kwargs",
-            "gradient_checkpointing",
+            *(["gradient_checkpointing"] if hasattr(args, "activation_checkpointing") else []),  # its new name
             *(limit.name for limit in fields(SearchLimits)),
         )
         if option.name in elsewhere or _NOT_SHOWN.fullmatch(option.name):
