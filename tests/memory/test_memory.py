@@ -5,17 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import trl.kernels.chunked_logprob as chunked
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils
 
 from helpers.paths import ROOT
 from tspo_trl.commands import memory as command
+from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.memory import estimate as memory
 from tspo_trl.memory import formulas
 from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
@@ -190,25 +192,86 @@ def test_memory_of_a_training_step(name, checkpointing, fused):
     assert near(top, expected - fixed)  # without the part that is exact
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_memory_of_generation(name, dtype):
-    model, setting, shape, inputs = make(name, dtype, checkpointing=False)
-    model.eval()
-    turn = 8  # the last turn of rollouts of the maximum length
-    context = {key: value[:, :-turn] for key, value in inputs.items()}
-    cache = DynamicCache(config=model.config)
+GROUPS, SIZE, TURN, OBSERVATION = 2, 4, 24, 40
 
-    def generate():
-        return model.generate(**context, past_key_values=cache, do_sample=True, max_new_tokens=turn, eos_token_id=None)
 
-    top, _, output = allocated(generate)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    tokens = output.shape[1] - 1  # the model does not read the last token
-    assert held == formulas.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
+def roll_out(model, tokenizer, setting, cache_implementation=None):
+    """Rollouts of the maximum length, by the default engine. Half of them leave early in each turn. Returns the engine."""
+    config = GenerationConfig(
+        do_sample=True,
+        eos_token_id=1,
+        suppress_tokens=[1],
+        pad_token_id=0,
+        disable_compile=True,
+        cache_implementation=cache_implementation,
+    )
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, ())
+    shared = torch.randint(5, 1000, (setting.max_prompt_length - 8,)).tolist()
+    prompts = [shared + torch.randint(5, 1000, (8,)).tolist() for _ in range(GROUPS)]
+    contexts = [list(prompts[i // SIZE]) for i in range(GROUPS * SIZE)]
+    with engine.session():
+        while True:
+            room = setting.length - max(map(len, contexts))
+            for number, context in enumerate(contexts):
+                engine.submit(number, context, min(TURN, room) if number % 2 else min(TURN, room) // 2)
+            for number, turn in engine.collect(wait=True):
+                contexts[number] += turn.token_ids
+            width = max(map(len, contexts))
+            if width == setting.length:
+                return engine._kept
+            for context in contexts:
+                context += [7] * (width + OBSERVATION - len(context))
+
+
+def of_rollouts(name, dtype, attention="sdpa", **options):
+    model, setting, shape, _ = make(name, dtype, checkpointing=False, attention=attention)
+    setting = replace(
+        setting,
+        per_device_train_batch_size=GROUPS * SIZE,
+        num_generations=SIZE,
+        max_completion_length=COMPLETION + TURN,
+        max_observation_tokens=OBSERVATION + TURN // 2,
+        **options,
+    )
     rows = estimate(shape, setting)
     expected = sum(row["generation"] for name, row in rows.items() if name not in ("parameters", "optimizer states"))
+    return model.eval(), setting, shape, expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_of_generation(name, dtype, attention, tokenizer):
+    """The peak over all turns, with a cache that is kept between them."""
+    model, setting, shape, expected = of_rollouts(name, dtype, attention)
+    top, _, kept = allocated(lambda: roll_out(model, tokenizer, setting))
+    assert shape.movable_cache
+    held = sum(part.untyped_storage().nbytes() for block in kept.blocks for layer in block.layers for part in layer)
+    cache = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, getattr(torch, dtype).itemsize)
+    assert held <= 1.02 * cache  # with the padding of the rows that left early
     assert near(top, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_of_generation_that_reads_contexts_again(name, tokenizer):
+    model, setting, shape, expected = of_rollouts(name, "float32", cache_implementation="dynamic")
+    top, _, _ = allocated(lambda: roll_out(model, tokenizer, setting, "dynamic"))
+    assert near(top, expected)
+    types = precision(setting)
+    kept, again = (replace(setting, cache_implementation=option) for option in (None, "dynamic"))
+    assert formulas.decoding_bytes(shape, kept, types) < formulas.decoding_bytes(shape, again, types)
+
+
+def test_models_with_sliding_windows_read_contexts_again():
+    config = Qwen2Config(
+        hidden_size=64, num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=1, **SMALL
+    )
+    shape = measure_shape(config, MemorySetting())
+    assert not shape.movable_cache
+    assert not formulas.keeps_cache(shape, MemorySetting())
+    full = replace(shape, movable_cache=True)
+    assert formulas.keeps_cache(full, MemorySetting())
+    assert not formulas.keeps_cache(full, MemorySetting(cache_implementation="static"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -427,3 +490,29 @@ def test_autocast_halves_the_cache(bf16, itemsize):
     rows = estimate(shape, replace(setting, bf16=bf16))
     expected = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, itemsize)
     assert rows["key-value cache"]["generation"] == expected
+
+
+def test_leaving_rows_copy_one_layer_at_a_time(tokenizer):
+    """Rows that leave are copied out of the cache. Their copy and the whole cache are never in memory together."""
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=24, vocab_size=1000, head_dim=64, **SMALL
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shape = measure_shape(config, MemorySetting())
+    options = {"eos_token_id": 1, "suppress_tokens": [1], "pad_token_id": 0, "disable_compile": True}
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, GenerationConfig(**options), ())
+    rows, length, budget = 32, 200, 4
+    contexts = torch.randint(5, 1000, (rows, length)).tolist()
+
+    def turn(budgets):
+        with engine.session():
+            for number, context in enumerate(contexts):
+                engine.submit(number, context, budgets[number])
+            engine.collect(wait=True)
+
+    together, _, _ = allocated(lambda: turn([budget] * rows))
+    apart, _, _ = allocated(lambda: turn([budget] * (rows // 2) + [2] * (rows // 2)))
+    cache = formulas.kv_cache_bytes(shape, rows, length + budget - 1, 4)
+    assert together > cache
+    assert apart < together + cache / 8

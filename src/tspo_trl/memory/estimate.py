@@ -21,6 +21,7 @@ import yaml
 from transformers import CONFIG_MAPPING as MODEL_TYPES
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
 
+from ..engines.kv_cache import new_cache
 from ..support.markdown import markdown_table
 from .formulas import MemorySetting, ModelShape, activation_bytes, decoding_bytes, head_bytes, kv_cache_bytes, precision
 
@@ -118,6 +119,7 @@ def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShap
         largest=max(m.weight.numel() for m in linear.values()),
         tied=tied,
         adapter_inputs=adapter_inputs,
+        movable_cache=new_cache(model) is not None,
     )
 
 
