@@ -20,7 +20,17 @@ from tspo_trl.commands import memory as command
 from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.memory import estimate as memory
 from tspo_trl.memory import formulas
-from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
+from tspo_trl.memory.estimate import (
+    MemorySetting,
+    advice,
+    estimate,
+    levers,
+    load_config,
+    measure_shape,
+    peak,
+    precision,
+)
+from tspo_trl.training.forward import _Head
 
 QWEN_3B = {
     "hidden_size": 2048,
@@ -190,6 +200,31 @@ def test_memory_of_a_training_step(name, checkpointing, fused):
     expected = max(sum(row[p] for row in rows.values()) for p in phases)
     assert near(top + fixed, expected)
     assert near(top, expected - fixed)  # without the part that is exact
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-30M"])
+def test_memory_of_the_compact_forward_has_an_upper_bound(name, fused):
+    """Passages are read, but their hidden states do not reach the head."""
+    model, setting, shape, inputs = make(name)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :PROMPT] = -100
+    trained = labels != -100
+    trained[:, PROMPT + COMPLETION // 4 : PROMPT + 3 * COMPLETION // 4] = False
+    compact = _Head(model, model.model, trained)
+
+    def step(forward):
+        forward(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum().backward()
+
+    whole, _, _ = allocated(lambda: step(model))
+    top, _, _ = allocated(lambda: step(compact))
+    rows = estimate(shape, setting)
+    activations = [rows["activations"][p] + rows["logits, LM head"][p] for p in ("loss: LM head", "loss: layers")]
+    print(f"compact {top / max(activations):.3f}, whole {whole / max(activations):.3f}")
+    assert top < whole
+    assert top < 1.05 * max(activations)
 
 
 GROUPS, SIZE, TURN, OBSERVATION = 2, 4, 24, 40
@@ -366,9 +401,46 @@ def test_memory_of_qlora(qwen):
     assert everything.trainable > shape.trainable
 
 
+def test_memory_of_vllm_is_its_share_of_the_card(qwen):
+    config, shape = qwen
+    setting = MemorySetting(use_vllm=True, vllm_gpu_memory_utilization=0.4, dtype="bfloat16", gpus=8, strategy="zero3")
+    rows = estimate(shape, setting)
+    assert set(rows["vLLM"].values()) == {0.4 * 80 * 2**30}
+    assert "key-value cache" not in rows
+    assert rows["activations"]["generation"] == rows["logits, LM head"]["generation"] == 0
+    # TRL gathers one parameter at a time, but merges adapters in the whole model
+    assert rows["whole copies of parameters"]["generation"] == 2 * shape.head
+    with_adapters = replace(setting, use_peft=True)
+    adapted = measure_shape(config, with_adapters)
+    copies = estimate(adapted, with_adapters)["whole copies of parameters"]["generation"]
+    assert copies == 2 * (adapted.base + adapted.trainable)
+
+    asleep = estimate(shape, replace(setting, vllm_enable_sleep_mode=True))["vLLM"]
+    assert asleep == {"generation": 0.4 * 80 * 2**30} | dict.fromkeys(memory.PHASES[1:], 0)
+    server = estimate(shape, replace(setting, vllm_mode="server"))
+    assert not {"vLLM", "key-value cache"} & set(server)
+
+
+def test_rollouts_that_fit_into_vllm(qwen):
+    _, shape = qwen
+    setting = MemorySetting(use_vllm=True, gpu_memory=10, vllm_gpu_memory_utilization=0.9)
+    rollout = formulas.kv_cache_bytes(shape, 1, 4608, 2)
+    count = formulas.vllm_rollouts(shape, setting)
+    assert count * rollout <= 9 * 2**30 - 2 * shape.base < (count + 1) * rollout
+    # Several processes share one model
+    together = formulas.vllm_rollouts(shape, replace(setting, vllm_tensor_parallel_size=2))
+    assert together * rollout <= 18 * 2**30 - 2 * shape.base < (together + 1) * rollout
+    with pytest.raises(
+        ValueError, match=r"`vllm_gpu_memory_utilization` × `gpu_memory` = 4\.0 GiB must hold .* 5\.9 GiB"
+    ):
+        estimate(shape, replace(setting, vllm_gpu_memory_utilization=0.4))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"vllm_gpu_memory_utilization": 1.5}, "`vllm_gpu_memory_utilization` must be above 0 and at most 1, got 1.5"),
+        ({"vllm_mode": "remote"}, r"`vllm_mode` must be one of \['colocate', 'server'\], got 'remote'"),
         ({"strategy": "zero5"}, r"`strategy` must be one of \['single', .*got 'zero5'"),
         ({"gpus": 4}, "`gpus` must be 1 with `strategy` 'single', got 4"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
@@ -416,6 +488,26 @@ def test_advice_lowers_the_memory(qwen):
     before, after = (float(x) for x in re.search(r"([\d.]+) → ([\d.]+) GiB", line).groups())
     assert before > after
     assert "gradient_checkpointing" in advice(config, replace(setting, gradient_checkpointing=False, gpu_memory=60))
+
+
+def test_advice_prefers_the_cheapest_change_that_fits(qwen):
+    config, shape = qwen
+    setting = MemorySetting(dtype="bfloat16", gradient_accumulation_steps=32)
+    flash = "use attn_implementation flash_attention_2"
+    shared = f"{flash} (each rollout then stores and reads the common beginning of all prompts)"
+    phases = "reduce steps_per_generation to 16 (twice as many rollout phases, each about as long)"
+    # Fewer rollouts at once save more than FlashAttention, but cost time. They change training less than adapters
+    assert shared in advice(config, replace(setting, gpu_memory=90))
+    assert phases in advice(config, replace(setting, gpu_memory=80))
+    # An engine that shares no prefix loses none
+    for options in ({"attn_implementation": "eager"}, {"cache_implementation": "static"}, {"use_vllm": True}):
+        texts = {text for _, text, _ in levers(shape, replace(setting, **options))}
+        assert flash in texts
+        assert (phases in texts) == ("use_vllm" not in options)
+    with_vllm = replace(setting, use_vllm=True, vllm_gpu_memory_utilization=0.58, gpu_memory=110)
+    assert "turn on vllm_enable_sleep_mode" in advice(config, with_vllm)
+    asleep = replace(with_vllm, vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=0.8)
+    assert "reduce vllm_gpu_memory_utilization to 0.4" in advice(config, asleep)
 
 
 def test_command_prints_the_estimate_and_reports_errors(tmp_path, capsys):

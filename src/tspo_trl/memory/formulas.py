@@ -10,7 +10,15 @@ _Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 _Attention = Literal["sdpa", "flash_attention_2", "eager"]
 _Optimizer = Literal["adamw_torch_fused", "adamw_8bit"]
 _Dtype = Literal["float32", "bfloat16"]
-_CHOICES = {"strategy": _Strategy, "attn_implementation": _Attention, "optim": _Optimizer, "dtype": _Dtype}
+_Mode = Literal["colocate", "server"]
+_CHOICES = {
+    "strategy": _Strategy,
+    "attn_implementation": _Attention,
+    "optim": _Optimizer,
+    "dtype": _Dtype,
+    "vllm_mode": _Mode,
+}
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,9 @@ class MemorySetting:
             Number of tokens of the longest observation, which is read at once for all rollouts.
         cache_implementation (`str`, *optional*):
             If it is set, each turn reads its context again.
+        use_vllm, vllm_mode, vllm_gpu_memory_utilization, vllm_enable_sleep_mode, vllm_tensor_parallel_size (*optional*):
+            Whether vLLM generates, in the training processes (`"colocate"`) or on a server, and the share of a card that
+            it takes: while it generates, and without sleep mode also in training.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Whether ZeRO-3 gathers the whole model for the turns of a rollout.
         gpu_memory (`float`, *optional*, defaults to `80.0`):
@@ -84,6 +95,11 @@ class MemorySetting:
     max_completion_length: int = 4096
     max_observation_tokens: int = 500
     cache_implementation: str | None = None
+    use_vllm: bool = False
+    vllm_mode: _Mode = "colocate"
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_enable_sleep_mode: bool = False
+    vllm_tensor_parallel_size: int = 1
     ds3_gather_for_generation: bool = True
     gpu_memory: float = 80.0
 
@@ -99,6 +115,10 @@ class MemorySetting:
             value = getattr(self, option.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"`{option.name}` must be at least 1, got {value}.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`vllm_gpu_memory_utilization` must be above 0 and at most 1, got {self.vllm_gpu_memory_utilization}."
+            )
         if self.strategy == "single" and self.gpus != 1:
             raise ValueError(
                 f"`gpus` must be 1 with `strategy` 'single', got {self.gpus}. For several, 'ddp' or 'zero3'."
@@ -117,6 +137,12 @@ class MemorySetting:
     def rollouts(self) -> int:
         """Rollouts that a process generates at once."""
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def vllm_bytes(self) -> float:
+        """Bytes of the card that vLLM takes while it generates."""
+        colocated = self.use_vllm and self.vllm_mode == "colocate"
+        return colocated * self.vllm_gpu_memory_utilization * self.gpu_memory * GIB
 
     @property
     def length(self) -> int:
@@ -295,6 +321,26 @@ def decoding_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) 
 def keeps_cache(shape: ModelShape, setting: MemorySetting) -> bool:
     """Whether the default engine keeps the key-value cache from turn to turn, so that it reads no context again."""
     return shape.movable_cache and setting.cache_implementation is None
+
+
+def vllm_rollouts(shape: ModelShape, setting: MemorySetting) -> int:
+    """
+    The rollouts of the maximum length whose keys and values fit into vLLM's share of a card, beside its own copy of the
+    model, both in two bytes. An upper bound: vLLM's activations are not counted.
+
+    Raises:
+        `ValueError`: If the share has no room for the model and one rollout.
+    """
+    four_bits = 0.5 + 4 / 64
+    model = 2 * shape.base - (2 - four_bits) * shape.linear * setting.load_in_4bit
+    rollout = kv_cache_bytes(shape, 1, setting.length, 2)
+    parts = setting.vllm_tensor_parallel_size
+    if setting.vllm_bytes * parts < model + rollout:
+        raise ValueError(
+            f"`vllm_gpu_memory_utilization` × `gpu_memory` = {setting.vllm_bytes / GIB:.1f} GiB must hold vLLM's copy of "
+            f"the model and a rollout of the maximum length, {(model + rollout) / parts / GIB:.1f} GiB."
+        )
+    return int((setting.vllm_bytes * parts - model) // rollout)
 
 
 def prefill_bytes(
