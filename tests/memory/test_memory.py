@@ -285,6 +285,7 @@ def test_memory_of_generation(name, dtype, attention, tokenizer):
     held = sum(part.untyped_storage().nbytes() for block in kept.blocks for layer in block.layers for part in layer)
     cache = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, getattr(torch, dtype).itemsize)
     assert held <= 1.02 * cache  # with the padding of the rows that left early
+    assert held >= (0.98 if attention == "eager" else 0.8) * cache  # eager attention shares no prefix
     assert near(top, expected)
 
 

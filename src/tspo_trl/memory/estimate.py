@@ -4,8 +4,8 @@
     tspo memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
     tspo memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
 
-Parameters, gradients, optimizer states and the key-value cache are exact. Activations and buffers are approximate; the
-context of CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
+Parameters, gradients and optimizer states are exact. The cache, activations and buffers are approximate; the context of
+CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
 """
 
 import argparse
