@@ -33,7 +33,7 @@ MAY_IMPORT = {
         *("engines", "retrieval", "questions"),
     },
     "inspect": {"credit", "scoring", "rollout"},
-    "memory": {"support"},
+    "memory": {"support", "engines"},
     "demo": {"engines", "rollout", "retrieval", "scoring"},
     "commands": EVERYTHING - {"commands", "__main__"},
     "__main__": {"commands"},

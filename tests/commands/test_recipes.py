@@ -302,6 +302,12 @@ def test_the_paper_configurations_are_valid(recipe):
             assert (training_args.max_searches, training_args.num_passages) == (4, 3)
             assert training_args.max_observation_tokens == 500
             assert 5 <= training_args.num_generations <= 8
+            # vLLM cannot get the weights of a 4-bit model from TRL. The others generate all rollouts of a step at once
+            assert training_args.use_vllm == (not model_args.load_in_4bit)
+            if training_args.use_vllm:
+                assert (training_args.vllm_mode, training_args.vllm_enable_sleep_mode) == ("colocate", True)
+                assert training_args.vllm_max_model_length == 512 + training_args.max_completion_length
+                assert training_args.steps_per_generation == training_args.gradient_accumulation_steps
 
 
 MODEL = ["--model_name_or_path", "demo"]
@@ -338,6 +344,7 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
         ([*DATA, "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
         (["--protocol", "tool_call"], "`protocol` of the model 'demo' is 'tags', got 'tool_call'"),
         (["--use_vllm", "true"], "pip install 'tspo-trl[vllm]'"),
+        (["--config", "recipes/configs/qwen2.5_7b_lora.yaml", *DEAD], "pip install 'tspo-trl[vllm]'"),
         (["--load_in_4bit", "true", "--use_peft", "true"], "pip install 'tspo-trl[quantization]'"),
         (["--report_to", "wandb"], "pip install wandb"),
         ([*MODEL, "--dataset_name", "FEW", *DEAD, "--gradient_accumulation_steps", "2"], "Nothing would be trained"),

@@ -5,20 +5,32 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import trl.kernels.chunked_logprob as chunked
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils
 
 from helpers.paths import ROOT
 from tspo_trl.commands import memory as command
+from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.memory import estimate as memory
 from tspo_trl.memory import formulas
-from tspo_trl.memory.estimate import MemorySetting, advice, estimate, load_config, measure_shape, peak, precision
+from tspo_trl.memory.estimate import (
+    MemorySetting,
+    advice,
+    estimate,
+    levers,
+    load_config,
+    measure_shape,
+    peak,
+    precision,
+)
+from tspo_trl.training.forward import _Head
 
 QWEN_3B = {
     "hidden_size": 2048,
@@ -190,25 +202,113 @@ def test_memory_of_a_training_step(name, checkpointing, fused):
     assert near(top, expected - fixed)  # without the part that is exact
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_memory_of_generation(name, dtype):
-    model, setting, shape, inputs = make(name, dtype, checkpointing=False)
-    model.eval()
-    turn = 8  # the last turn of rollouts of the maximum length
-    context = {key: value[:, :-turn] for key, value in inputs.items()}
-    cache = DynamicCache(config=model.config)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-30M"])
+def test_memory_of_the_compact_forward_has_an_upper_bound(name, fused):
+    """Passages are read, but their hidden states do not reach the head."""
+    model, setting, shape, inputs = make(name)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :PROMPT] = -100
+    trained = labels != -100
+    trained[:, PROMPT + COMPLETION // 4 : PROMPT + 3 * COMPLETION // 4] = False
+    compact = _Head(model, model.model, trained)
 
-    def generate():
-        return model.generate(**context, past_key_values=cache, do_sample=True, max_new_tokens=turn, eos_token_id=None)
+    def step(forward):
+        forward(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum().backward()
 
-    top, _, output = allocated(generate)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    tokens = output.shape[1] - 1  # the model does not read the last token
-    assert held == formulas.kv_cache_bytes(shape, BATCH, tokens, getattr(torch, dtype).itemsize)
+    whole, _, _ = allocated(lambda: step(model))
+    top, _, _ = allocated(lambda: step(compact))
+    rows = estimate(shape, setting)
+    activations = [rows["activations"][p] + rows["logits, LM head"][p] for p in ("loss: LM head", "loss: layers")]
+    print(f"compact {top / max(activations):.3f}, whole {whole / max(activations):.3f}")
+    assert top < whole
+    assert top < 1.05 * max(activations)
+
+
+GROUPS, SIZE, TURN, OBSERVATION = 2, 4, 24, 40
+
+
+def roll_out(model, tokenizer, setting, cache_implementation=None):
+    """Rollouts of the maximum length, by the default engine. Half of them leave early in each turn. Returns the engine."""
+    config = GenerationConfig(
+        do_sample=True,
+        eos_token_id=1,
+        suppress_tokens=[1],
+        pad_token_id=0,
+        disable_compile=True,
+        cache_implementation=cache_implementation,
+    )
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, ())
+    shared = torch.randint(5, 1000, (setting.max_prompt_length - 8,)).tolist()
+    prompts = [shared + torch.randint(5, 1000, (8,)).tolist() for _ in range(GROUPS)]
+    contexts = [list(prompts[i // SIZE]) for i in range(GROUPS * SIZE)]
+    with engine.session():
+        while True:
+            room = setting.length - max(map(len, contexts))
+            for number, context in enumerate(contexts):
+                engine.submit(number, context, min(TURN, room) if number % 2 else min(TURN, room) // 2)
+            for number, turn in engine.collect(wait=True):
+                contexts[number] += turn.token_ids
+            width = max(map(len, contexts))
+            if width == setting.length:
+                return engine._kept
+            for context in contexts:
+                context += [7] * (width + OBSERVATION - len(context))
+
+
+def of_rollouts(name, dtype, attention="sdpa", **options):
+    model, setting, shape, _ = make(name, dtype, checkpointing=False, attention=attention)
+    setting = replace(
+        setting,
+        per_device_train_batch_size=GROUPS * SIZE,
+        num_generations=SIZE,
+        max_completion_length=COMPLETION + TURN,
+        max_observation_tokens=OBSERVATION + TURN // 2,
+        **options,
+    )
     rows = estimate(shape, setting)
     expected = sum(row["generation"] for name, row in rows.items() if name not in ("parameters", "optimizer states"))
+    return model.eval(), setting, shape, expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"),
+    [*((name, dtype, "sdpa") for name in MODELS for dtype in ("float32", "bfloat16")), ("qwen2", "float32", "eager")],
+)
+def test_memory_of_generation(name, dtype, attention, tokenizer):
+    """The peak over all turns, with a cache that is kept between them."""
+    model, setting, shape, expected = of_rollouts(name, dtype, attention)
+    top, _, kept = allocated(lambda: roll_out(model, tokenizer, setting))
+    assert shape.movable_cache
+    held = sum(part.untyped_storage().nbytes() for block in kept.blocks for layer in block.layers for part in layer)
+    cache = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, getattr(torch, dtype).itemsize)
+    assert held <= 1.02 * cache  # with the padding of the rows that left early
+    assert held >= (0.98 if attention == "eager" else 0.8) * cache  # eager attention shares no prefix
     assert near(top, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_memory_of_generation_that_reads_contexts_again(name, tokenizer):
+    model, setting, shape, expected = of_rollouts(name, "float32", cache_implementation="dynamic")
+    top, _, _ = allocated(lambda: roll_out(model, tokenizer, setting, "dynamic"))
+    assert near(top, expected)
+    types = precision(setting)
+    kept, again = (replace(setting, cache_implementation=option) for option in (None, "dynamic"))
+    assert formulas.decoding_bytes(shape, kept, types) < formulas.decoding_bytes(shape, again, types)
+
+
+def test_models_with_sliding_windows_read_contexts_again():
+    config = Qwen2Config(
+        hidden_size=64, num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=1, **SMALL
+    )
+    shape = measure_shape(config, MemorySetting())
+    assert not shape.movable_cache
+    assert not formulas.keeps_cache(shape, MemorySetting())
+    full = replace(shape, movable_cache=True)
+    assert formulas.keeps_cache(full, MemorySetting())
+    assert not formulas.keeps_cache(full, MemorySetting(cache_implementation="static"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -303,9 +403,46 @@ def test_memory_of_qlora(qwen):
     assert everything.trainable > shape.trainable
 
 
+def test_memory_of_vllm_is_its_share_of_the_card(qwen):
+    config, shape = qwen
+    setting = MemorySetting(use_vllm=True, vllm_gpu_memory_utilization=0.4, dtype="bfloat16", gpus=8, strategy="zero3")
+    rows = estimate(shape, setting)
+    assert set(rows["vLLM"].values()) == {0.4 * 80 * 2**30}
+    assert "key-value cache" not in rows
+    assert rows["activations"]["generation"] == rows["logits, LM head"]["generation"] == 0
+    # TRL gathers one parameter at a time, but merges adapters in the whole model
+    assert rows["whole copies of parameters"]["generation"] == 2 * shape.head
+    with_adapters = replace(setting, use_peft=True)
+    adapted = measure_shape(config, with_adapters)
+    copies = estimate(adapted, with_adapters)["whole copies of parameters"]["generation"]
+    assert copies == 2 * (adapted.base + adapted.trainable)
+
+    asleep = estimate(shape, replace(setting, vllm_enable_sleep_mode=True))["vLLM"]
+    assert asleep == {"generation": 0.4 * 80 * 2**30} | dict.fromkeys(memory.PHASES[1:], 0)
+    server = estimate(shape, replace(setting, vllm_mode="server"))
+    assert not {"vLLM", "key-value cache"} & set(server)
+
+
+def test_rollouts_that_fit_into_vllm(qwen):
+    _, shape = qwen
+    setting = MemorySetting(use_vllm=True, gpu_memory=10, vllm_gpu_memory_utilization=0.9)
+    rollout = formulas.kv_cache_bytes(shape, 1, 4608, 2)
+    count = formulas.vllm_rollouts(shape, setting)
+    assert count * rollout <= 9 * 2**30 - 2 * shape.base < (count + 1) * rollout
+    # Several processes share one model
+    together = formulas.vllm_rollouts(shape, replace(setting, vllm_tensor_parallel_size=2))
+    assert together * rollout <= 18 * 2**30 - 2 * shape.base < (together + 1) * rollout
+    with pytest.raises(
+        ValueError, match=r"`vllm_gpu_memory_utilization` × `gpu_memory` = 4\.0 GiB must hold .* 5\.9 GiB"
+    ):
+        estimate(shape, replace(setting, vllm_gpu_memory_utilization=0.4))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"vllm_gpu_memory_utilization": 1.5}, "`vllm_gpu_memory_utilization` must be above 0 and at most 1, got 1.5"),
+        ({"vllm_mode": "remote"}, r"`vllm_mode` must be one of \['colocate', 'server'\], got 'remote'"),
         ({"strategy": "zero5"}, r"`strategy` must be one of \['single', .*got 'zero5'"),
         ({"gpus": 4}, "`gpus` must be 1 with `strategy` 'single', got 4"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
@@ -353,6 +490,26 @@ def test_advice_lowers_the_memory(qwen):
     before, after = (float(x) for x in re.search(r"([\d.]+) → ([\d.]+) GiB", line).groups())
     assert before > after
     assert "gradient_checkpointing" in advice(config, replace(setting, gradient_checkpointing=False, gpu_memory=60))
+
+
+def test_advice_prefers_the_cheapest_change_that_fits(qwen):
+    config, shape = qwen
+    setting = MemorySetting(dtype="bfloat16", gradient_accumulation_steps=32)
+    flash = "use attn_implementation flash_attention_2"
+    shared = f"{flash} (each rollout then stores and reads the common beginning of all prompts)"
+    phases = "reduce steps_per_generation to 16 (twice as many rollout phases, each about as long)"
+    # Fewer rollouts at once save more than FlashAttention, but cost time. They change training less than adapters
+    assert shared in advice(config, replace(setting, gpu_memory=90))
+    assert phases in advice(config, replace(setting, gpu_memory=80))
+    # An engine that shares no prefix loses none
+    for options in ({"attn_implementation": "eager"}, {"cache_implementation": "static"}, {"use_vllm": True}):
+        texts = {text for _, text, _ in levers(shape, replace(setting, **options))}
+        assert flash in texts
+        assert (phases in texts) == ("use_vllm" not in options)
+    with_vllm = replace(setting, use_vllm=True, vllm_gpu_memory_utilization=0.58, gpu_memory=110)
+    assert "turn on vllm_enable_sleep_mode" in advice(config, with_vllm)
+    asleep = replace(with_vllm, vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=0.8)
+    assert "reduce vllm_gpu_memory_utilization to 0.4" in advice(config, asleep)
 
 
 def test_command_prints_the_estimate_and_reports_errors(tmp_path, capsys):
@@ -427,3 +584,29 @@ def test_autocast_halves_the_cache(bf16, itemsize):
     rows = estimate(shape, replace(setting, bf16=bf16))
     expected = formulas.kv_cache_bytes(shape, setting.rollouts, setting.length, itemsize)
     assert rows["key-value cache"]["generation"] == expected
+
+
+def test_leaving_rows_copy_one_layer_at_a_time(tokenizer):
+    """Rows that leave are copied out of the cache. Their copy and the whole cache are never in memory together."""
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=24, vocab_size=1000, head_dim=64, **SMALL
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shape = measure_shape(config, MemorySetting())
+    options = {"eos_token_id": 1, "suppress_tokens": [1], "pad_token_id": 0, "disable_compile": True}
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, GenerationConfig(**options), ())
+    rows, length, budget = 32, 200, 4
+    contexts = torch.randint(5, 1000, (rows, length)).tolist()
+
+    def turn(budgets):
+        with engine.session():
+            for number, context in enumerate(contexts):
+                engine.submit(number, context, budgets[number])
+            engine.collect(wait=True)
+
+    together, _, _ = allocated(lambda: turn([budget] * rows))
+    apart, _, _ = allocated(lambda: turn([budget] * (rows // 2) + [2] * (rows // 2)))
+    cache = formulas.kv_cache_bytes(shape, rows, length + budget - 1, 4)
+    assert together > cache
+    assert apart < together + cache / 8

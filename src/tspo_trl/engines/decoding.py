@@ -173,9 +173,8 @@ class TurnDecoder:
             if leaving:
                 open_rows = set(self._turns.open)
                 ended = [i for i, row in enumerate(rows) if row not in open_rows]
-                self._store_block(cache, mask, rows, width, ended)
                 staying = torch.tensor([i for i, row in enumerate(rows) if row in open_rows], device=device)
-                cache.batch_select_indices(staying)
+                self._store_block(cache, mask, rows, width, ended, staying)
                 ids, index = ids[staying], index[staying]
                 mask, positions = (None if part is None else part[staying] for part in (mask, positions))
                 rows = list(self._turns.open)
@@ -287,20 +286,27 @@ class TurnDecoder:
         return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)
 
     def _store_block(
-        self, cache: Cache, mask: torch.Tensor | None, rows: Sequence[int], width: int, places: Sequence[int]
+        self,
+        cache: Cache,
+        mask: torch.Tensor | None,
+        rows: Sequence[int],
+        width: int,
+        places: Sequence[int],
+        staying: torch.Tensor | None = None,
     ) -> None:
-        """Store keys and values of some rows of the cache (by their places in the batch) as a block."""
-        # Keys and values of these rows
+        """Store keys and values of some rows of the cache (by their places in the batch) as a block. The others stay."""
+        # Keys and values of these rows, layer by layer, so that at most one layer is in memory twice
         length = cache.get_seq_length()
         index = torch.tensor(places, device=self.logprobs.device)
-        whole = len(places) == len(rows)
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         layer: Any
         for layer in cache.layers:
-            keys, values = layer.keys, layer.values
-            if not whole:
-                keys, values = (part.index_select(0, index.to(part.device)) for part in (keys, values))
-            layers.append((keys, values))
+            if staying is None:
+                layers.append((layer.keys, layer.values))
+            else:
+                keys, values = (part.index_select(0, index.to(part.device)) for part in (layer.keys, layer.values))
+                layers.append((keys, values))
+                layer.batch_select_indices(staying)
 
         # Which columns hold tokens. The last token of the longest turn was sampled, but not read. Rows that ended earlier
         # have read padding since

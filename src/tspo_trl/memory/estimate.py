@@ -4,8 +4,8 @@
     tspo memory --model Qwen/Qwen2.5-7B --dtype bfloat16 --use_peft --load_in_4bit --gpu_memory 24
     tspo memory --model_type qwen2 --hidden_size 2048 --num_hidden_layers 36 --vocab_size 151936 ...
 
-Parameters, gradients, optimizer states and the key-value cache are exact. Activations and buffers are approximate; the
-context of CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
+Parameters, gradients and optimizer states are exact. The cache, activations and buffers are approximate; the context of
+CUDA, fragmentation and the workspaces of libraries are not included (often 1 to 3 GiB): leave 20 % of a card free.
 """
 
 import argparse
@@ -21,13 +21,24 @@ import yaml
 from transformers import CONFIG_MAPPING as MODEL_TYPES
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
 
+from ..engines.kv_cache import new_cache
 from ..support.markdown import markdown_table
-from .formulas import MemorySetting, ModelShape, activation_bytes, decoding_bytes, head_bytes, kv_cache_bytes, precision
+from .formulas import (
+    GIB,
+    MemorySetting,
+    ModelShape,
+    activation_bytes,
+    decoding_bytes,
+    head_bytes,
+    keeps_cache,
+    kv_cache_bytes,
+    precision,
+    vllm_rollouts,
+)
 
 PHASES = ("generation", "loss: LM head", "loss: layers", "optimizer step")
 CARDS = (24, 40, 80, 141)
 HEADROOM = 0.8  # usable share of a card; the rest is for memory that is not calculated
-GIB = 2**30
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements; DeepSpeed's `reduce_bucket_size`, `stage3_max_live_parameters`
 
 
@@ -118,6 +129,7 @@ def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShap
         largest=max(m.weight.numel() for m in linear.values()),
         tied=tied,
         adapter_inputs=adapter_inputs,
+        movable_cache=new_cache(model) is not None,
     )
 
 
@@ -183,6 +195,8 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     else:
         backward = live
     gathered = every * types.compute if zero3 and setting.ds3_gather_for_generation else live * sharded
+    if setting.use_vllm and not (zero3 and setting.use_peft):  # TRL gives vLLM one parameter at a time
+        gathered = max(shape.head, shape.largest) * types.trained * sharded
     # DDP's buckets are a second copy of the gradients; DeepSpeed has one bucket, ZeRO-2 in the backward pass only
     bucket = BUCKET * types.compute
     buffers = {"ddp": shape.trainable * types.gradient, "zero3": bucket, "zero3_offload": bucket}.get(strategy, 0)
@@ -199,6 +213,11 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     waiting = shape.head * types.trained * (shape.tied and not setting.use_peft)
     prefill, scores = decoding_bytes(shape, setting, types)
     cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.compute)
+    if setting.use_vllm:
+        prefill = scores = cache = 0
+    if share_of_vllm := setting.vllm_bytes:
+        vllm_rollouts(shape, setting)
+    beside = 0 if setting.vllm_enable_sleep_mode else share_of_vllm
     rows: dict[str, tuple[float, float, float, float]] = {
         "parameters": (model * parts,) * 4,
         "reference model": (reference * parts,) * 4,
@@ -207,6 +226,7 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
         "optimizer states": (shape.trainable * types.states * states,) * 4,
         "buckets, fp32 gradients": (buffers, training_buffers, training_buffers, buffers + copies),
         "key-value cache": (cache, 0, 0, 0),
+        "vLLM": (share_of_vllm, beside, beside, beside),
         "activations": (prefill, kept, kept + layer_extra, 0),
         "logits, LM head": (scores, head, waiting, 0),
     }
@@ -220,32 +240,47 @@ def peak(rows: dict[str, dict[str, float]]) -> tuple[float, str]:
     return totals[phase], phase
 
 
-def levers(setting: MemorySetting) -> Iterator[tuple[bool, str, MemorySetting]]:
-    """Settings that may need less memory: whether they change the training result, the advice, and the setting."""
+def levers(shape: ModelShape, setting: MemorySetting) -> Iterator[tuple[int, str, MemorySetting]]:
+    """
+    Settings that may need less memory: their price, the advice, and the setting. Prices: 0 little, 1 the time of the
+    rollouts, 2 another result of training.
+    """
     size, steps = setting.per_device_train_batch_size, setting.gradient_accumulation_steps
     half = (setting.steps_per_generation or steps) // 2
     length = setting.max_completion_length // 2
     stage = {"ddp": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}.get(setting.strategy)
+    utilization = round(setting.vllm_gpu_memory_utilization / 2, 3)
     smaller = {
         "per_device_train_batch_size": size // 2,
         "gradient_accumulation_steps": 2 * steps,
         "steps_per_generation": 2 * (setting.steps_per_generation or steps),
     }
-    changes: list[tuple[bool, str, dict[str, Any]]] = [
-        (False, "turn on gradient_checkpointing", {"gradient_checkpointing": True}),
-        (False, f"reduce steps_per_generation to {half}", {"steps_per_generation": half}),
-        (False, f"reduce per_device_train_batch_size to {size // 2}, gradient_accumulation_steps {2 * steps}", smaller),
-        (False, "use attn_implementation flash_attention_2", {"attn_implementation": "flash_attention_2"}),
-        (False, f"change strategy to {stage}", {"strategy": stage}),
-        (True, "use optim adamw_8bit", {"optim": "adamw_8bit"}),
-        (True, "set beta to 0", {"beta": 0.0}),
-        (True, "train adapters (use_peft)", {"use_peft": True}),
-        (True, "train adapters of a 4-bit model (load_in_4bit)", {"use_peft": True, "load_in_4bit": True}),
-        (True, f"reduce max_completion_length to {length}", {"max_completion_length": length}),
+    flash = "use attn_implementation flash_attention_2"
+    if setting.attn_implementation == "sdpa" and keeps_cache(shape, setting) and not setting.use_vllm:
+        flash += " (each rollout then stores and reads the common beginning of all prompts)"
+    changes: list[tuple[int, str, dict[str, Any]]] = [
+        (0, "turn on gradient_checkpointing", {"gradient_checkpointing": True}),
+        (0, f"reduce per_device_train_batch_size to {size // 2}, gradient_accumulation_steps {2 * steps}", smaller),
+        (0, "use attn_implementation sdpa", {"attn_implementation": "sdpa"}),
+        (0, flash, {"attn_implementation": "flash_attention_2"}),
+        (0, f"change strategy to {stage}", {"strategy": stage}),
+        (2, "use optim adamw_8bit", {"optim": "adamw_8bit"}),
+        (2, "set beta to 0", {"beta": 0.0}),
+        (2, "train adapters (use_peft)", {"use_peft": True}),
+        (2, f"reduce max_completion_length to {length}", {"max_completion_length": length}),
     ]
-    for other, text, change in changes:
+    if not setting.use_vllm:
+        text = f"reduce steps_per_generation to {half} (twice as many rollout phases, each about as long)"
+        changes.append((1, text, {"steps_per_generation": half}))
+        four_bits = {"use_peft": True, "load_in_4bit": True}
+        changes.append((2, "train adapters of a 4-bit model (load_in_4bit)", four_bits))
+    if setting.vllm_bytes:
+        changes.append((0, "turn on vllm_enable_sleep_mode", {"vllm_enable_sleep_mode": True}))
+        text = f"reduce vllm_gpu_memory_utilization to {utilization}"
+        changes.append((1, text, {"vllm_gpu_memory_utilization": utilization}))
+    for price, text, change in changes:
         try:
-            yield other, text, replace(setting, **change)
+            yield price, text, replace(setting, **change)
         except ValueError:  # a change that this setting does not allow
             continue
 
@@ -258,14 +293,14 @@ def advice(config: PreTrainedConfig, setting: MemorySetting) -> str | None:
     if before <= room:
         return None
     found = []
-    for other, text, changed in levers(setting):
+    for price, text, changed in levers(shape, setting):
         try:
             same = changed.use_peft == setting.use_peft
             after, _ = peak(estimate(shape if same else measure_shape(config, changed), changed))
-        except ValueError:  # PEFT has no default for this architecture
+        except ValueError:  # PEFT has no default for this architecture, or vLLM no room
             continue
-        # Prefer changes that fit and train the same, then changes that fit, then those that save most
-        found.append((after > room, other and after <= room, after, text))
+        # Prefer changes that fit, the cheapest first, then those that save most
+        found.append((after > room, price if after <= room else 0, after, text))
     *_, after, text = min(found)
     return f"Biggest lever (the peak is in {phase}): {text}: {before / GIB:.1f} → {after / GIB:.1f} GiB."
 
@@ -329,10 +364,14 @@ def main(arguments: Sequence[str] | None = None, known: Collection[str] | None =
         config = load_config(options.model, options.model_type, **numbers)
         setting = MemorySetting(**{f.name: getattr(options, f.name) for f in fields(MemorySetting)})
         shape = measure_shape(config, setting)
+        rows = estimate(shape, setting)
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    print(f"{shape.base:,} parameters, {shape.trainable:,} trained; {setting.rollouts} rollouts at once.\n")
-    print(render(estimate(shape, setting)))
+    at_once = f"{setting.rollouts} rollouts at once"
+    if setting.vllm_bytes:
+        at_once += f"; vLLM has room for at most {vllm_rollouts(shape, setting)} of the maximum length"
+    print(f"{shape.base:,} parameters, {shape.trainable:,} trained; {at_once}.\n")
+    print(render(rows))
     if line := advice(config, setting):
         print(line)
 

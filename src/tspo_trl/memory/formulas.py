@@ -10,7 +10,15 @@ _Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 _Attention = Literal["sdpa", "flash_attention_2", "eager"]
 _Optimizer = Literal["adamw_torch_fused", "adamw_8bit"]
 _Dtype = Literal["float32", "bfloat16"]
-_CHOICES = {"strategy": _Strategy, "attn_implementation": _Attention, "optim": _Optimizer, "dtype": _Dtype}
+_Mode = Literal["colocate", "server"]
+_CHOICES = {
+    "strategy": _Strategy,
+    "attn_implementation": _Attention,
+    "optim": _Optimizer,
+    "dtype": _Dtype,
+    "vllm_mode": _Mode,
+}
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,13 @@ class MemorySetting:
             Number of rollouts for each question.
         max_prompt_length, max_completion_length (`int`, *optional*, default to `512` and `4096`):
             Number of tokens of the longest prompt, and of the longest completion.
+        max_observation_tokens (`int`, *optional*, defaults to `500`):
+            Number of tokens of the longest observation, which is read at once for all rollouts.
+        cache_implementation (`str`, *optional*):
+            If it is set, each turn reads its context again.
+        use_vllm, vllm_mode, vllm_gpu_memory_utilization, vllm_enable_sleep_mode, vllm_tensor_parallel_size (*optional*):
+            Whether vLLM generates, in the training processes (`"colocate"`) or on a server, and the share of a card that
+            it takes: while it generates, and without sleep mode also in training.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Whether ZeRO-3 gathers the whole model for the turns of a rollout.
         gpu_memory (`float`, *optional*, defaults to `80.0`):
@@ -78,6 +93,13 @@ class MemorySetting:
     num_generations: int = 8
     max_prompt_length: int = 512
     max_completion_length: int = 4096
+    max_observation_tokens: int = 500
+    cache_implementation: str | None = None
+    use_vllm: bool = False
+    vllm_mode: _Mode = "colocate"
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_enable_sleep_mode: bool = False
+    vllm_tensor_parallel_size: int = 1
     ds3_gather_for_generation: bool = True
     gpu_memory: float = 80.0
 
@@ -93,6 +115,10 @@ class MemorySetting:
             value = getattr(self, option.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"`{option.name}` must be at least 1, got {value}.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`vllm_gpu_memory_utilization` must be above 0 and at most 1, got {self.vllm_gpu_memory_utilization}."
+            )
         if self.strategy == "single" and self.gpus != 1:
             raise ValueError(
                 f"`gpus` must be 1 with `strategy` 'single', got {self.gpus}. For several, 'ddp' or 'zero3'."
@@ -111,6 +137,12 @@ class MemorySetting:
     def rollouts(self) -> int:
         """Rollouts that a process generates at once."""
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def vllm_bytes(self) -> float:
+        """Bytes of the card that vLLM takes while it generates."""
+        colocated = self.use_vllm and self.vllm_mode == "colocate"
+        return colocated * self.vllm_gpu_memory_utilization * self.gpu_memory * GIB
 
     @property
     def length(self) -> int:
@@ -138,6 +170,7 @@ class ModelShape:
     largest: int  # the largest of them
     tied: bool  # whether the LM head is the embedding
     adapter_inputs: int  # the sum of the widths that the adapters of one layer read
+    movable_cache: bool  # whether the default engine can keep the cache between turns
 
 
 @dataclass(frozen=True)
@@ -266,16 +299,68 @@ def _with_cast(itemsize: int) -> int:
 
 def decoding_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) -> tuple[int, int]:
     """
-    The bytes of a generation in addition to parameters and cache: a layer of the prefill, and the scores of a step.
+    The bytes of a generation in addition to parameters and cache: the largest prefill, and the scores of a step.
 
-    Each turn reads its whole context again, so the last prefill has almost all tokens of all rollouts: 3·f + 4·h in an
-    MLP, or 4·q + 2·h and the scores in an attention. The scores of a step are kept as logits and as four fp32 copies
-    (scores, tempered, sorted, probabilities). Approximate.
+    The default engine keeps the cache of all rollouts from turn to turn. The first turn reads each prompt once for its
+    group, later turns read only observations. A layer is in memory twice while its buffers grow. Without a cache that is
+    kept, each turn reads its context again, so the last prefill has almost all tokens of all rollouts. The scores of a
+    step are kept as logits and as four fp32 copies (scores, tempered, sorted, probabilities). Approximate.
     """
-    batch, length, c = setting.rollouts, setting.length, types.compute
-    square = 0 if setting.attn_implementation == "flash_attention_2" else batch * length**2
-    mlp = batch * length * (3 * shape.intermediate + 4 * shape.hidden) * c + square
-    attention = batch * length * (4 * shape.heads * shape.head_dim + 2 * shape.hidden) * c + square * (1 + c)
-    if setting.attn_implementation == "eager":
-        attention += square * shape.heads * (8 if c == 4 else 8 + c)
-    return max(mlp, attention), batch * shape.vocab * (c + 16)
+    batch, length = setting.rollouts, setting.length
+    if keeps_cache(shape, setting):
+        prompts = -(-batch // setting.num_generations)
+        first = prefill_bytes(shape, setting, types, prompts, setting.max_prompt_length, setting.max_prompt_length)
+        later = prefill_bytes(shape, setting, types, batch, min(setting.max_observation_tokens, length), length)
+        growth = kv_cache_bytes(shape, batch, length, types.compute) // shape.layers
+        prefill = growth + max(first, later)
+    else:
+        prefill = prefill_bytes(shape, setting, types, batch, length, length)
+    return prefill, batch * shape.vocab * (types.compute + 16)
+
+
+def keeps_cache(shape: ModelShape, setting: MemorySetting) -> bool:
+    """Whether the default engine keeps the key-value cache from turn to turn, so that it reads no context again."""
+    return shape.movable_cache and setting.cache_implementation is None
+
+
+def vllm_rollouts(shape: ModelShape, setting: MemorySetting) -> int:
+    """
+    The rollouts of the maximum length whose keys and values fit into vLLM's share of a card, beside its own copy of the
+    model, both in two bytes. An upper bound: vLLM's activations are not counted.
+
+    Raises:
+        `ValueError`: If the share has no room for the model and one rollout.
+    """
+    four_bits = 0.5 + 4 / 64
+    model = 2 * shape.base - (2 - four_bits) * shape.linear * setting.load_in_4bit
+    rollout = kv_cache_bytes(shape, 1, setting.length, 2)
+    parts = setting.vllm_tensor_parallel_size
+    if setting.vllm_bytes * parts < model + rollout:
+        raise ValueError(
+            f"`vllm_gpu_memory_utilization` × `gpu_memory` = {setting.vllm_bytes / GIB:.1f} GiB must hold vLLM's copy of "
+            f"the model and a rollout of the maximum length, {(model + rollout) / parts / GIB:.1f} GiB."
+        )
+    return int((setting.vllm_bytes * parts - model) // rollout)
+
+
+def prefill_bytes(
+    shape: ModelShape, setting: MemorySetting, types: Precision, rows: int, new: int, columns: int
+) -> int:
+    """
+    The bytes of one layer that reads `new` tokens for each row, and attends to `columns` of them. Approximate.
+
+    An MLP has 3·f + 4·h for each new token. An attention has queries and output, 2·q + 2·h, and copies of keys and
+    values of all columns: for each head (SDPA with a mask, eager) or without padding (FlashAttention), and, where the
+    cache is kept, after the shared prefix. To these add the mask and, in eager attention, the scores.
+    """
+    c, attention = types.compute, setting.attn_implementation
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    tokens = rows * new
+    square = 0 if attention == "flash_attention_2" else tokens * columns
+    copied = keys if attention == "flash_attention_2" else queries
+    copied += keys * (attention == "sdpa" and keeps_cache(shape, setting))
+    mlp = tokens * (3 * shape.intermediate + 4 * shape.hidden) * c + square
+    attended = tokens * 2 * (queries + shape.hidden) * c + rows * columns * 2 * copied * c + square * (1 + c)
+    if attention == "eager":
+        attended += square * shape.heads * (8 if c == 4 else 8 + c)
+    return max(mlp, attended)
