@@ -13,6 +13,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import compute_module_sizes
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
+from trl.kernels import chunked_logprob
 
 from .functions import Functions
 from .tensors import DispatchMode, VirtualTensor, full_device, grouped, restore, state
@@ -41,6 +42,7 @@ def enter_all(owner, enter) -> None:
             if hasattr(module, name):
                 enter(mock.patch.object(module, name, stub))
     enter(mock.patch.object(torch.version, "cuda", "13.0"))
+    enter(mock.patch.object(chunked_logprob, "_TRITON_AVAILABLE", False))  # kernels need a real device
     stream = types.SimpleNamespace(is_capturing=lambda: False, synchronize=lambda: None, wait_stream=lambda other: None)
     for name, stub in {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
