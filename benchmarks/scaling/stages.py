@@ -143,7 +143,7 @@ def timed_stages(trainer: TSPOTrainer, watch: Stopwatch) -> Iterator[None]:
         (loop.protocol, "cut_query", "parsing, observations"),
         (trainer, "_calculate_rewards", "reward"),
         (trainer, "_generate_and_score_completions", "credit, metrics, packing"),
-        (module, "rollout_record", "writing rollouts"),
+        (module, "batch_records", "writing rollouts"),
         (module, "append_rollouts", "writing rollouts"),
         (trainer, "log", "logging"),
         (trainer, "compute_loss", "loss"),

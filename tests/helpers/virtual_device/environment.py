@@ -13,6 +13,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import compute_module_sizes
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
+from transformers.utils import import_utils
 from trl.kernels import chunked_logprob
 
 from .functions import Functions
@@ -60,11 +61,20 @@ def enter_all(owner, enter) -> None:
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     enter(contextlib.ExitStack()).callback(torch.__future__.set_swap_module_params_on_conversion, swap)
+    # transformers remembers which devices there are
+    _forget_devices()
+    enter(contextlib.ExitStack()).callback(_forget_devices)
     _replace_load(owner, enter)
     enter(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
     _replace_from_pretrained(owner, enter)
     enter(DispatchMode(owner))
     enter(Functions(owner))
+
+
+def _forget_devices() -> None:
+    for name, function in vars(import_utils).items():
+        if name.startswith("is_torch_") and hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _number(device) -> int:
