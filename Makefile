@@ -64,7 +64,7 @@ test-vllm: $(VENV)-vllm/.installed
 # Left out: end-to-end runs, and tests that need other tools (of building, DeepSpeed, Jupyter, the clone's own pages)
 FAST_TESTS := -m 'not slow' --ignore tests/benchmarks --ignore tests/commands --ignore tests/test_docs.py \
 	--ignore tests/test_notebooks.py --ignore tests/training/test_strategies.py
-TEST_TOOLS := hypothesis nbclient nbformat pathspec pytest pytest-xdist setuptools
+TEST_TOOLS := hypothesis nbclient nbformat pathspec pytest pytest-xdist setuptools tensorboard wandb
 
 test-lowest: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest

@@ -7,6 +7,7 @@ import pytest
 from transformers import Trainer
 from trl import GRPOTrainer
 
+from helpers.batching import SMALL_CACHE
 from tspo_trl import TSPOTrainer
 from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.rollout.search_config import SearchConfig
@@ -74,7 +75,7 @@ def test_an_option_without_an_effect_is_reported_once(make_trainer, caplog, numb
 
 CONTINUOUS = {
     "use_transformers_continuous_batching": True,
-    "transformers_continuous_batching_config": {"page_size": 32, "num_blocks": 64, "max_batch_tokens": 256},
+    "transformers_continuous_batching_config": SMALL_CACHE,
 }
 
 
