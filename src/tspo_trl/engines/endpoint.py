@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from copy import deepcopy
+from threading import Lock
 from typing import Any
 
 import httpx2
@@ -110,7 +112,8 @@ class EndpointEngine(RequestEngine):
         super().__init__(address, max_requests=max_requests, timeout=timeout, headers=headers)
         self.model = model
         self.failures: dict[int, str] = {}
-        self._tokenizer = tokenizer
+        # Turns are read in threads, and a tokenizer may refuse two calls at a time
+        self._tokenizer, self._encoding = deepcopy(tokenizer), Lock()
         self._stop_strings = list(stop_strings)
         self._eos_token_ids = list(eos_token_ids)
         self._sampling = {
@@ -216,7 +219,8 @@ class EndpointEngine(RequestEngine):
 
         # Encode the text if the sampled tokens are unknown, and add a missing end-of-sequence token
         if not token_ids:
-            token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            with self._encoding:
+                token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         ended = choice.get("finish_reason") == "stop" and not stopped
         if not token_ids or (ended and token_ids[-1] not in self._eos_token_ids):
             token_ids = [*token_ids, self._eos_token_ids[0]]
