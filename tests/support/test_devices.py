@@ -58,7 +58,10 @@ def test_random_generators_of_every_device_are_restored(device):
 
 def test_states_of_more_devices_than_there_are_now(device):
     device, generators = device
-    set_rng_state(device, [*get_rng_state(device), generators[0].get_state()])
+    states = get_rng_state(device)
+    torch.rand(3, generator=generators[0])
+    set_rng_state(device, [*states, generators[0].get_state()])
+    assert all(torch.equal(now, then) for now, then in zip(get_rng_state(device), states, strict=True))
 
 
 def test_random_generator_of_the_cpu_is_restored():

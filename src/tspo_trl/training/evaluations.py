@@ -67,14 +67,11 @@ class EvaluationMixin:
     state: Any
     num_generations_eval: int
     reward_func_names: list[str]
+    _prepare: Any  # method of the trainer: check a data set and add its prompts
     _metrics: Any
     _logs: Any
     _evaluated: EvaluatedRollouts | None = None
     _logged_at: tuple[int, int] = (-1, 0)  # a step, and the number of its evaluated rollouts before this evaluation
-
-    def _prepare(self, dataset: Any, name: str) -> Any:
-        """Check a data set and add its prompts. The trainer does it."""
-        raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         """Make the batches of an evaluation set, see [`~transformers.Trainer.get_eval_dataloader`]."""
