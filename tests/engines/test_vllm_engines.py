@@ -333,7 +333,7 @@ def test_processes_that_share_a_model_generate_together_until_all_are_done(tmp_p
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("fine") == 2

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import trl.kernels.chunked_logprob as chunked
+from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils
@@ -289,6 +290,9 @@ def test_memory_of_generation(name, dtype, attention, tokenizer):
     assert near(top, expected)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="before PyTorch 2.9, masked attention on a CPU keeps all scores"
+)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_memory_of_generation_that_reads_contexts_again(name, tokenizer):
     model, setting, shape, expected = of_rollouts(name, "float32", cache_implementation="dynamic")
