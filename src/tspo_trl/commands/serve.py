@@ -33,6 +33,7 @@ LIMITS = {
     "max_queries": "maximum number of queries in a request",
     "max_query_chars": "maximum number of characters of a query",
     "max_topk": "maximum number of passages for each query",
+    "max_waiting": "maximum number of queries that wait; further requests get HTTP 503 with Retry-After",
 }
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from pydantic import BaseModel, Field, StrictStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .base import Passage, Retriever, failure_kind
-from .results import search_queries
+from .results import Outcome, search_queries
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,15 @@ class ServerLimits:
             Maximum number of characters of a query.
         max_topk (`int`, *optional*, defaults to `100`):
             Maximum number of passages for each query.
+        max_waiting (`int`, *optional*, defaults to `16384`):
+            Maximum number of queries that wait. Further requests get an HTTP 503 with `Retry-After`.
     """
 
     max_body_bytes: int = 16 * 2**20
     max_queries: int = 1024
     max_query_chars: int = 10_000
     max_topk: int = 100
+    max_waiting: int = 16_384
 
 
 class RetrieveRequest(BaseModel):
@@ -78,8 +82,8 @@ def create_app(
     Create the server as an ASGI application.
 
     A bad request is answered with 422 (400 for an empty `query` of `/search`, 413 for a body that is too large) and one
-    sentence in `detail`. While the retriever is being opened, every search is answered with 503; if it cannot be opened
-    or a search fails, with 500. If the retriever returns malformed passages for some queries of `/retrieve`, their results
+    sentence in `detail`. While the retriever is being opened, or too many queries wait, a search is answered with 503; if it
+    cannot be opened or a search fails, with 500. Requests that arrive during a search are searched together after it. If the retriever returns malformed passages for some queries of `/retrieve`, their results
     are `null`.
 
     Args:
@@ -165,7 +169,7 @@ def check_request(queries: Sequence[str], k: int, limits: ServerLimits) -> None:
 
 
 class _Service:
-    """The retriever of a server: opened in the background, then searched for one request at a time."""
+    """The retriever of a server: opened in the background, then searched for all waiting requests at once."""
 
     def __init__(
         self,
@@ -177,8 +181,8 @@ class _Service:
         self._open_retriever, self._topk, self._limits, self._on_failure = open_retriever, topk, limits, on_failure
         # One thread opens the retriever and searches: backends need not be thread-safe, and health is answered meanwhile
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
-        # Requests wait for this lock and not in the worker's queue, which would serve clients that have disconnected
-        self._turn = asyncio.Lock()
+        self._waiting: deque[_Waiting] = deque()
+        self._searching: asyncio.Task[None] | None = None
         self._opening: asyncio.Future[Retriever] | None = None
 
     def start(self) -> None:
@@ -188,6 +192,8 @@ class _Service:
 
     def stop(self) -> None:
         """Cancel waiting searches, and end the thread after the current one."""
+        if self._searching is not None:
+            self._searching.cancel()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _report_failure(self, opening: asyncio.Future[Retriever]) -> None:
@@ -220,28 +226,94 @@ class _Service:
         """
         k = self._topk if k is None else k
         check_request(queries, k, self._limits)
-        retriever = self.retriever()
+        self.retriever()
+        waiting = sum(len(request.queries) for request in self._waiting)
+        if self._waiting and waiting + len(queries) > self._limits.max_waiting:
+            raise HTTPException(503, f"{waiting} queries are waiting.", headers={"Retry-After": "1"})
+        request = _Waiting(http, queries, k, encode, partial, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        if self._searching is None or self._searching.done():
+            self._searching = asyncio.create_task(self._search_all())
+        try:
+            content = await request.reply
+        except Exception as error:
+            raise HTTPException(500, f"The retriever failed: {type(error).__name__}.") from error
+        return Response(content, media_type="application/json") if content else Response(status_code=499)
 
-        def answer() -> str:
-            results: list[Any] = search_queries(retriever, queries, k)
-            failed = [outcome for outcome in results if isinstance(outcome, Exception)]
-            if failed and partial and all(failure_kind(error) == "reply" for error in failed):
-                logger.error("The retriever failed for %d of %d queries: %s", len(failed), len(queries), failed[0])
-                results = [None if isinstance(outcome, Exception) else outcome for outcome in results]
-            elif failed:
-                raise failed[0]
-            # `json.dumps` escapes lone surrogates, which a corpus may contain and UTF-8 cannot encode
-            return json.dumps(encode(results))
+    async def _search_all(self) -> None:
+        """Search until no request waits. Each search takes all requests that have arrived, with the same number of passages."""
+        while self._waiting:
+            k, batch, rest = self._waiting[0].k, list[_Waiting](), list[_Waiting]()
+            room = max(self._limits.max_queries, len(self._waiting[0].queries))
+            for request in self._waiting:
+                if request.k == k and len(request.queries) <= room:
+                    batch.append(request)
+                    room -= len(request.queries)
+                else:
+                    rest.append(request)
+            self._waiting = deque(rest)
+            connected = [request for request in batch if not await request.http.is_disconnected()]
+            for request in batch:
+                if request not in connected:  # the client has already repeated its request
+                    request.reply.set_result("")
+            if connected:
+                await asyncio.get_running_loop().run_in_executor(self._worker, self._answer, connected, k)
 
-        async with self._turn:
-            if await http.is_disconnected():  # the client has already repeated its request
-                return Response(status_code=499)
+    def _answer(self, batch: Sequence["_Waiting"], k: int) -> None:
+        """Search for the queries of several requests, and reply to each."""
+        queries = list(dict.fromkeys(query for request in batch for query in request.queries))
+        try:
+            found = dict(zip(queries, search_queries(self.retriever(), queries, k), strict=True))
+        except Exception as error:
+            if len(batch) > 1:  # one request must not fail the others
+                for request in batch:
+                    self._answer([request], k)
+                return
+            logger.exception("The retriever failed")
+            batch[0].finish(error)
+            return
+        for request in batch:
             try:
-                content = await asyncio.get_running_loop().run_in_executor(self._worker, answer)
+                request.finish(request.content([found[query] for query in request.queries]))
             except Exception as error:
-                logger.exception("The retriever failed")
-                raise HTTPException(500, f"The retriever failed: {type(error).__name__}.") from error
-        return Response(content, media_type="application/json")
+                logger.error("The retriever failed: %s", error)
+                request.finish(error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A request that waits for its passages."""
+
+    http: Request
+    queries: Sequence[str]
+    k: int
+    encode: Callable[[list[Any]], Any]
+    partial: bool
+    reply: asyncio.Future[str]
+
+    def content(self, outcomes: Sequence[Outcome]) -> str:
+        """The reply to the request."""
+        results: list[Any] = list(outcomes)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if failed and self.partial and all(failure_kind(error) == "reply" for error in failed):
+            logger.error("The retriever failed for %d of %d queries: %s", len(failed), len(results), failed[0])
+            results = [None if isinstance(outcome, Exception) else outcome for outcome in results]
+        elif failed:
+            raise failed[0]
+        # `json.dumps` escapes lone surrogates, which a corpus may contain and UTF-8 cannot encode
+        return json.dumps(self.encode(results))
+
+    def finish(self, outcome: str | Exception) -> None:
+        """Reply from the thread of the retriever."""
+
+        def reply() -> None:
+            if not self.reply.done():  # the request may have been cancelled
+                if isinstance(outcome, Exception):
+                    self.reply.set_exception(outcome)
+                else:
+                    self.reply.set_result(outcome)
+
+        self.reply.get_loop().call_soon_threadsafe(reply)
 
 
 def _documents(passages: Sequence[Passage]) -> list[Any]:
