@@ -13,9 +13,11 @@ _MODULES = {
     "Benchmark": "questions",
     "CachedRetriever": "retrieval",
     "CollapseCallback": "training.collapse",
+    "DenseRetriever": "retrieval.dense",
     "EndpointEngine": "engines.endpoint",
     "EvaluationResults": "evaluation.results",
     "HTTPRetriever": "retrieval",
+    "HybridRetriever": "retrieval",
     "LoggedRetriever": "retrieval",
     "LuceneRetriever": "retrieval",
     "Passage": "retrieval",
@@ -28,6 +30,7 @@ _MODULES = {
     "TSPOConfig": "training.config",
     "TSPOTrainer": "training.trainer",
     "TagProtocol": "rollout.tags",
+    "TextEncoder": "retrieval.dense",
     "ToolCallProtocol": "rollout.tool_call",
     "Trajectory": "rollout.trajectory",
     "Turn": "rollout.trajectory",
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from .retrieval import BM25Retriever as BM25Retriever
     from .retrieval import CachedRetriever as CachedRetriever
     from .retrieval import HTTPRetriever as HTTPRetriever
+    from .retrieval import HybridRetriever as HybridRetriever
     from .retrieval import LoggedRetriever as LoggedRetriever
     from .retrieval import LuceneRetriever as LuceneRetriever
     from .retrieval import Passage as Passage
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
     from .retrieval import index_corpus as index_corpus
     from .retrieval import load_corpus as load_corpus
     from .retrieval import open_retriever as open_retriever
+    from .retrieval.dense import DenseRetriever as DenseRetriever
+    from .retrieval.dense import TextEncoder as TextEncoder
     from .rollout.limits import SearchLimits as SearchLimits
     from .rollout.log import read_rollouts as read_rollouts
     from .rollout.loop import SearchLoop as SearchLoop

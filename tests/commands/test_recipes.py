@@ -336,7 +336,7 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
         ),
         (["--resume_from_checkpoint", "true"], "There is no complete checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` is 'nowhere'"),
-        ([*DATA, "--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
+        ([*DATA, "--index", "nowhere"], "no saved index in 'nowhere'"),
         ([*DATA, *CORPUS, "--retriever_backend", "elastic"], "'elastic'"),
         ([*DATA, *CORPUS, "--retriever_url", "http://x"], "not both"),
         ([*DATA, "--corpus", "BROKEN"], "broken.jsonl, line 2: not valid JSON"),

@@ -565,7 +565,7 @@ def test_passages_with_lone_surrogates_are_served():
     ("arguments", "message"),
     [
         (["--corpus", "nowhere.jsonl"], "'nowhere.jsonl' does not exist"),
-        (["--index", "nowhere"], "no saved BM25 index in 'nowhere'"),
+        (["--index", "nowhere"], "no saved index in 'nowhere'"),
         (["--corpus", CORPUS, "--backend", "elastic"], "'elastic'"),
         (["--backend", "lucene", "--corpus", CORPUS], "needs an index"),
         ([], "--corpus or --index is required"),

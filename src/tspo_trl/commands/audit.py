@@ -249,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             url=args.retriever_url,
             backend=args.retriever_backend,
             language=args.retriever_language,
+            encoder=args.retriever_encoder,
         )
     audit = summarize(rows, search_all(rows, retriever, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
     audit = replace(audit, about=vars(args))

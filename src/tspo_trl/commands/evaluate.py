@@ -224,7 +224,12 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
             raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
         if (which := tuple(options.values())) not in opened:
             retriever = CachedRetriever(
-                open_retriever(**options, backend=args.retriever_backend, language=args.retriever_language)
+                open_retriever(
+                    **options,
+                    backend=args.retriever_backend,
+                    language=args.retriever_language,
+                    encoder=args.retriever_encoder,
+                )
             )
             if not isinstance(retriever.retriever, BM25Retriever):
                 retriever.search(["test"], k=1)  # fail now if the server does not answer

@@ -9,19 +9,21 @@ from typing import Any, NoReturn
 from ..retrieval import HTTPRetriever
 from ..support.paths import check_model_path, looks_local, suggest_path
 
-BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene")
+BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene", "dense", "hybrid")
 BACKEND = "retriever of the corpus or index"
 LANGUAGE = "language of BM25's stop words and stemmer, or 'none' (default: english, or that of the index)"
+ENCODER = "embedding model of the backends dense and hybrid (default: that of the index)"
 QUESTION_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 ALIASES = {  # other name of an option -> its name
     "dataset": "dataset_name",
     "columns": "dataset_columns",
     "backend": "retriever_backend",
+    "encoder": "retriever_encoder",
     "model": "model_name_or_path",
 }
 RETRIEVER_OPTIONS = {  # name of the option -> its text in `--help`
     "corpus": "JSONL file of passages",
-    "index": "saved BM25 index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
+    "index": "saved index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
     "retriever_url": "address of a retrieval server, instead of a corpus or an index",
 }
 DATA_FLAGS = {  # argument of `load_questions` -> the flag of a command that names it in its errors
@@ -81,6 +83,7 @@ def add_retriever_options(parser: Any, *, url: bool = True, several: bool = Fals
         help=f"{BACKEND} (default: %(default)s)",
     )
     add("--retriever_language", metavar="LANGUAGE", help=LANGUAGE)
+    add("--retriever_encoder", metavar="MODEL", help=ENCODER)
 
 
 def add_columns_option(parser: Any) -> None:
@@ -135,7 +138,7 @@ def check_input_files(*, corpus: Any = None, index: Any = None, url: Any = None,
             raise FileNotFoundError(f"--corpus: {path!r} does not exist.{suggest_path(path)}")
     for path in _listed(index):
         if backend != "lucene" and not Path(path).exists():
-            raise FileNotFoundError(f"--index: there is no saved BM25 index in {path!r}.")
+            raise FileNotFoundError(f"--index: there is no saved index in {path!r}.")
 
 
 def check_question_files(names: Sequence[str], label: str = "--dataset_name") -> None:

@@ -4,6 +4,7 @@
     tspo serve --corpus passages.jsonl --save_index wiki-bm25     # index once ...
     tspo serve --index wiki-bm25 --host 0.0.0.0 --port 8000       # ... start at once
     tspo serve --retriever_backend lucene --index wikipedia-kilt-doc
+    tspo serve --retriever_backend dense --corpus passages.jsonl --retriever_encoder intfloat/e5-base-v2 --save_index wiki-e5
     tspo serve --corpus demo                                      # the demo's encyclopedia
 
 Train with it: `accelerate launch recipes/train.py --retriever_url http://localhost:8000 ...`. The server supports the
@@ -17,8 +18,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from ..retrieval import BM25Retriever, Retriever, open_retriever
+from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER
 from .options import add_retriever_options, check_at_least_one, check_input_files, make_parser
 
 try:
@@ -42,7 +45,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_retriever_options(parser, url=False)
-    add("--save_index", metavar="FOLDER", help="save the BM25 index of the corpus in this folder, for --index")
+    add("--save_index", metavar="FOLDER", help="save the index of the corpus in this folder, for --index")
+    add(
+        "--index_form",
+        choices=("exact", "small"),
+        default="exact",
+        help="vectors of --save_index: 'exact', or 'small' with one bit per dimension in memory (default: %(default)s)",
+    )
     add(
         "--host",
         default="127.0.0.1",
@@ -59,8 +68,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.corpus is None and args.index is None:
         parser.error("--corpus or --index is required")
-    if args.corpus == "demo" and args.retriever_backend == "lucene":
-        parser.error("--corpus demo is not for --retriever_backend lucene, which needs an index")
+    if args.corpus == "demo" and args.retriever_backend not in ("bm25", "bm25s"):
+        parser.error(f"--corpus demo is for --retriever_backend bm25, not {args.retriever_backend}")
+    if args.save_index is not None and (args.corpus is None or args.retriever_backend in ("rank_bm25", "lucene")):
+        parser.error("--save_index saves the index of a --corpus with --retriever_backend bm25, dense or hybrid")
+    if args.index is None and args.retriever_backend in ("dense", "hybrid") and args.retriever_encoder is None:
+        parser.error(
+            f"--retriever_backend {args.retriever_backend} needs --retriever_encoder, the name of an embedding model"
+        )
     if not 0 <= args.port <= 65535:
         parser.error(f"--port must be from 0 to 65535, got {args.port}")
     check_at_least_one(parser, args, "topk", *LIMITS)
@@ -70,23 +85,38 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
 
 def open_as_asked(arguments: Namespace) -> Retriever:
     """The retriever of the options. Saves its index if asked to."""
-    retriever: Retriever
     if arguments.corpus == "demo":
         from ..demo import make_world
 
         retriever = BM25Retriever(make_world(arguments.demo_seed).passages)
-    else:
-        retriever = open_retriever(
-            corpus=arguments.corpus,
-            index=arguments.index,
-            backend=arguments.retriever_backend,
-            language=arguments.retriever_language,
-        )
+        if arguments.save_index is not None:
+            retriever.save(arguments.save_index)
+        return retriever
+    index, backend = arguments.index, arguments.retriever_backend
     if arguments.save_index is not None:
-        if not isinstance(retriever, BM25Retriever):
-            raise ValueError(f"--save_index can save only an index of BM25, got {retriever!r}.")
-        retriever.save(arguments.save_index)
-    return retriever
+        index = arguments.save_index
+        save_index(arguments, Path(index))
+    return open_retriever(
+        corpus=arguments.corpus if arguments.save_index is None else None,
+        index=index,
+        backend=backend,
+        language=arguments.retriever_language,
+        encoder=arguments.retriever_encoder,
+    )
+
+
+def save_index(arguments: Namespace, folder: Path) -> None:
+    """Index the corpus of the options. An index of vectors that was interrupted goes on."""
+    backend, language = arguments.retriever_backend, arguments.retriever_language or "english"
+    if backend != "dense":
+        bm25 = BM25Retriever.from_jsonl(arguments.corpus, language=None if language == "none" else language)
+        bm25.save(folder / BM25_FOLDER if backend == "hybrid" else folder)
+    if backend in ("dense", "hybrid"):
+        from ..retrieval.dense import TextEncoder, build_index
+
+        encoder = TextEncoder(arguments.retriever_encoder)
+        target = folder / DENSE_FOLDER if backend == "hybrid" else folder
+        build_index(arguments.corpus, target, encoder, form=arguments.index_form)
 
 
 def address(host: str, port: int) -> str:

@@ -51,6 +51,7 @@ from .errors import keeping_tracebacks
 from .options import (
     BACKEND,
     BACKENDS,
+    ENCODER,
     LANGUAGE,
     RETRIEVER_OPTIONS,
     check_input_files,
@@ -97,14 +98,16 @@ class SearchArguments(ScriptArguments):
         corpus (`str`, *optional*):
             JSONL file of passages. The demo has its own.
         index (`str`, *optional*):
-            Saved BM25 index, used instead of `corpus`; with the backend `"lucene"`, a path or the name of a prebuilt index. See
+            Saved index, used instead of `corpus`; with the backend `"lucene"`, a path or the name of a prebuilt index. See
             [`~retrieval.open_retriever`].
         retriever_url (`str`, *optional*):
             Address of a retrieval server, used instead of `corpus`, for instance of `tspo serve`.
         retriever_backend (`str`, *optional*, defaults to `"bm25"`):
-            `"bm25"`, `"rank_bm25"` or `"lucene"`.
+            `"bm25"`, `"rank_bm25"`, `"lucene"`, `"dense"` or `"hybrid"`.
         retriever_language (`str`, *optional*):
             Language of BM25's stop words and stemmer, or `"none"`. Defaults to English, or to the language of the index.
+        retriever_encoder (`str`, *optional*):
+            Embedding model of the backends `"dense"` and `"hybrid"`. Defaults to the model that the index names.
         max_train_questions (`int`, *optional*):
             Number of training questions, drawn with a fixed seed; the first ones of the demo or of a stream. Defaults to all.
         max_eval_questions (`int`, *optional*):
@@ -138,6 +141,7 @@ class SearchArguments(ScriptArguments):
     retriever_url: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["retriever_url"]})
     retriever_backend: str = field(default="bm25", metadata={"help": f"{BACKEND}: {', '.join(BACKENDS)}"})
     retriever_language: str | None = field(default=None, metadata={"help": LANGUAGE})
+    retriever_encoder: str | None = field(default=None, metadata={"help": ENCODER, "aliases": ["--encoder"]})
     max_train_questions: int | None = field(
         default=None, metadata={"help": "number of training questions; all of them if not given"}
     )
@@ -203,7 +207,10 @@ def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | No
     options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
     if any(options.values()):
         retriever = open_retriever(
-            **options, backend=script_args.retriever_backend, language=script_args.retriever_language
+            **options,
+            backend=script_args.retriever_backend,
+            language=script_args.retriever_language,
+            encoder=script_args.retriever_encoder,
         )
         if not isinstance(retriever, BM25Retriever):
             retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start

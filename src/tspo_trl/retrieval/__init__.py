@@ -5,6 +5,7 @@ from .bm25 import BM25Retriever
 from .cache import CachedRetriever
 from .corpus import iter_corpus, load_corpus
 from .http import HTTPRetriever
+from .hybrid import HybridRetriever
 from .log import LoggedRetriever
 from .lucene import LuceneRetriever, index_corpus
 from .open import open_retriever
@@ -14,6 +15,7 @@ __all__ = [
     "BM25Retriever",
     "CachedRetriever",
     "HTTPRetriever",
+    "HybridRetriever",
     "LoggedRetriever",
     "LuceneRetriever",
     "Passage",
