@@ -16,7 +16,7 @@ from tspo_trl.commands.main import COMMANDS, main
 from tspo_trl.commands.serve import open_as_asked
 from tspo_trl.commands.serve import parse_arguments as parse_serve_arguments
 
-RETRIEVER = ["--corpus", "--index", "--retriever_backend", "--retriever_language"]
+RETRIEVER = ["--corpus", "--index", "--retriever_backend", "--retriever_language", "--retriever_encoder"]
 OPTIONS = {
     "train": [*RETRIEVER, "--retriever_url", "--max_searches", "--output_dir"],
     "evaluate": [*RETRIEVER, "--backend", "--retriever_url", "--max_searches", "--compare", "--output_dir"],
@@ -24,6 +24,7 @@ OPTIONS = {
     "serve": [*RETRIEVER, "--backend", "--port"],
     "inspect": ["--steps", "--terminal"],
     "memory": ["--model", "--strategy", "--gpus"],
+    "wiki18": ["--subset", "--backend", "--form", "--encoder"],
 }
 
 
@@ -101,7 +102,7 @@ def test_the_same_thing_has_the_same_flag(command, dash):
         ("inspect nowhere", "nowhere"),
         ("serve --corpus nowhere.jsonl", "--corpus: 'nowhere.jsonl' does not exist"),
         ("serve --corpus demo --port 70000", "--port must be from 0 to 65535, got 70000"),
-        ("serve --corpus demo --backend lucene", "needs an index"),
+        ("serve --corpus demo --backend lucene", "--corpus demo is for --retriever_backend bm25"),
         ("serve --corpus demo --topk 0", "--topk must be at least 1, got 0"),
         ("memory --config nowhere.yaml", "nowhere.yaml"),
         ("train --config nowhere.yaml", "nowhere.yaml"),

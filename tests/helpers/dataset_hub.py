@@ -6,6 +6,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,7 +33,8 @@ class DatasetHub:
                     return self.send({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
                 files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
                 if match[2] == "paths-info":
-                    paths = json.loads(body)["paths"]
+                    form = "urlencoded" in self.headers.get("Content-Type", "")
+                    paths = parse_qs(body.decode())["paths"] if form else json.loads(body)["paths"]
                     return self.send([entry(name, files[name]) for name in paths if name in files])
                 if match[2] == "tree":
                     prefix = f"{match[3]}/" if match[3] else ""

@@ -14,6 +14,7 @@ COMMANDS = {
     "audit": "Check whether a retriever and its corpus support training on given questions.",
     "serve": "Serve a retriever over HTTP.",
     "inspect": "Write the rollouts of a run as one page, with rewards and advantages.",
+    "wiki18": "Get the Wikipedia of 2018, with its published vectors, and serve it.",
     "memory": "Estimate the peak GPU memory of training.",
 }
 

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -130,6 +130,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serve a retriever until it is stopped."""
     args = parse_arguments(arguments)
     limits = ServerLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)})
+    serve(lambda: open_as_asked(args), host=args.host, port=args.port, topk=args.topk, limits=limits)
+
+
+def serve(
+    open_retriever: Callable[[], Retriever], *, host: str, port: int, topk: int, limits: ServerLimits | None = None
+) -> None:
+    """
+    Serve a retriever until the process is stopped. If the retriever cannot be opened, the process ends with exit code 1.
+
+    Args:
+        open_retriever (`Callable[[], Retriever]`):
+            Opens the retriever. It is called while the server already answers `GET /health`.
+        host (`str`):
+            Address to serve.
+        port (`int`):
+            Port to serve.
+        topk (`int`):
+            Number of passages for requests that do not give one.
+        limits ([`~retrieval.server.ServerLimits`], *optional*):
+            Largest request that is answered.
+    """
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -137,14 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server.should_exit = True
 
     def open_and_report() -> Retriever:
-        retriever = open_as_asked(args)
-        url = address(args.host, listener.getsockname()[1])
+        retriever = open_retriever()
+        url = address(host, listener.getsockname()[1])
         print(f"{retriever!r} is ready at {url}", file=sys.stderr, flush=True)
         return retriever
 
-    app = create_app(open_and_report, topk=args.topk, limits=limits, on_failure=stop)
+    app = create_app(open_and_report, topk=topk, limits=limits, on_failure=stop)
     # Clients keep their connections while the model generates
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_keep_alive=120)
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=120)
     server = uvicorn.Server(config)
     listener = config.bind_socket()  # a port in use is an error now, not after the index is loaded
     # asyncio sets this only on sockets that it opens. Without it, a small reply waits 40 ms for an acknowledgement

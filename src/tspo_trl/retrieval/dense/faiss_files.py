@@ -4,10 +4,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ...support.files import replacing
 from .vectors import import_faiss
 
 _FLAT = {b"IxFI": "inner product", b"IxF2": "squared distance"}
@@ -96,6 +97,35 @@ def open_flat(parts: Sequence[str | Path]) -> FlatFile:
             + ("a part is missing, or the download is incomplete." if size < expected else "a part is given twice.")
         )
     return FlatFile(files, rows, dimensions, len(header))
+
+
+def write_head(source: BinaryIO, path: str | Path, rows: int) -> None:
+    """
+    Write the first vectors of a flat index of FAISS as an index of their own.
+
+    Args:
+        source (`BinaryIO`):
+            The file, or its first part, open for reading at its beginning.
+        path (`str` or `Path`):
+            The new file.
+        rows (`int`):
+            Number of vectors.
+
+    Raises:
+        `ValueError`: If the file is not a flat index, or has fewer vectors.
+    """
+    header = source.read(_HEADER.size + _COUNT.size)
+    if header[:4] not in _FLAT:
+        raise ValueError(f"Not a flat index of FAISS: it begins with {header[:4]!r}, expected b'IxFI'.")
+    kind, dimensions, available, *rest = _HEADER.unpack_from(header)
+    with replacing(path) as file:
+        file.write(_HEADER.pack(kind, dimensions, rows, *rest) + _COUNT.pack(rows * dimensions))
+        left = rows * dimensions * 4
+        while left and (block := source.read(min(left, 2**24))):
+            file.write(block)
+            left -= len(block)
+        if left:
+            raise ValueError(f"The file ends before vector {rows} of {available}.")
 
 
 class FaissVectors:
