@@ -6,9 +6,11 @@ text (passages) so that a passage cannot become a control token, close its block
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +61,11 @@ class SearchProtocol(ABC):
         before (`str`, *optional*, defaults to `""`):
             The end of the text before an observation. It shows how the tokenizer encodes the opening after it.
         tags (`Sequence[str]`, *optional*, defaults to `()`):
-            Names of the tags that the model or the parser reads. They are replaced in passages.
+            Names of the tags that the model or the parser reads. They are replaced in passages. A name with `=` stands for
+            every tag that begins with the part before it.
+        escape (`Callable`, *optional*):
+            Changes the content of an observation to what is written, for instance to the text inside a JSON string. It
+            changes each character on its own.
         prompt_template (`str`, *optional*):
             Template of the prompts, with `{question}` and optionally `{max_searches}`. Defaults to the template of the
             protocol.
@@ -86,6 +92,7 @@ class SearchProtocol(ABC):
         closing: str = "",
         before: str = "",
         tags: Sequence[str] = (),
+        escape: Callable[[str], str] | None = None,
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
@@ -102,8 +109,12 @@ class SearchProtocol(ABC):
         self._close = self._encode(closing.removeprefix("\n"), "\n")
         self._close_cut = self._encode(closing, ".")
         self._line_end = "\n" if closing.startswith("\n") else ""
-        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end, self._opened)
-        self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
+        self._escape = escape
+        self._nothing_found = self._encode(self._as_written(NOTHING_FOUND + self._line_end), self._opened)
+        names = "|".join(
+            re.escape(name) + sign + "[^<>]*" * bool(sign) for name, sign, _ in (t.partition("=") for t in tags)
+        )
+        self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{names})\s*(?:/\s*)?)>", re.IGNORECASE)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
         added = control_tokens(tokenizer)
@@ -177,6 +188,25 @@ class SearchProtocol(ABC):
             `tuple[str, str]`: The action, and its stripped content: a query, an answer or `""`.
         """
 
+    def read(self, token_ids: Sequence[int], *, ended: bool, before: Sequence[int] = ()) -> tuple[str, Action, str]:
+        """
+        Read a turn.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+            ended (`bool`):
+                Whether the model ended its message (the last token is an end-of-sequence token).
+            before (`Sequence[int]`, *optional*):
+                Tokens before the turn: the prompt, or the last observation.
+
+        Returns:
+            `tuple[str, str, str]`: The text of the turn, its action, and the content of the action as in
+                [`SearchProtocol.parse`].
+        """
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return text, *self.parse(text, ended=ended)
+
     @property
     @abstractmethod
     def hint_ids(self) -> list[int]:
@@ -194,6 +224,19 @@ class SearchProtocol(ABC):
             `list[int]`: The tokens. They are the beginning of the observation.
         """
         return []
+
+    def hint_after(self, token_ids: Sequence[int]) -> list[int]:
+        """
+        The observation after a turn with an invalid action.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+
+        Returns:
+            `list[int]`: The end of the turn, where the model did not sample it, and the hint.
+        """
+        return self.closing_ids(token_ids) + self.hint_ids
 
     @property
     def min_observation_tokens(self) -> int:
@@ -243,11 +286,15 @@ class SearchProtocol(ABC):
         shares = _split_budget([len(p.token_ids) for p in encoded], budget)
         token_ids, shown, close = list(self._open), [], self._close
         for passage, item, share in zip(passages, encoded, shares, strict=True):
-            if share > 0:
+            if (share := item.whole(share)) > 0:
                 token_ids += item.token_ids[:share]
                 shown.append(item.as_shown(passage, share))
                 close = self._close if share == len(item.token_ids) else self._close_cut
         return Observation(token_ids + close, shown)
+
+    def _as_written(self, text: str) -> str:
+        """A part of the content of an observation as it is written."""
+        return text if self._escape is None else self._escape(text)
 
     def cut_query(self, query: str, max_tokens: int) -> str:
         """
@@ -326,8 +373,11 @@ class SearchProtocol(ABC):
 
     def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
+        content = f"{before}{title}{after}{text}\n"
         ids, spans = self._encode_spans(
-            f"{before}{title}{after}{text}\n", self._opened if number == 1 else "\n", split_special_tokens=True
+            self._as_written(content),
+            self._opened if number == 1 else self._as_written("\n"),
+            split_special_tokens=True,
         )
         if self.tokenizer.is_fast:
             # Several tokens may share a character: it is shown only if all of them are
@@ -335,7 +385,16 @@ class SearchProtocol(ABC):
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
         else:
             ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-        return _EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after))
+        cuts = frozenset[int]()
+        if self._escape is not None:
+            # Positions in the content for those in the written text; a cut inside an escape would change the text after it
+            starts = list(accumulate((len(self._escape(char)) for char in content), initial=0))
+            numbers = [bisect_right(starts, end) - 1 for end in ends]
+            cuts = frozenset(
+                n for n, (k, end) in enumerate(zip(numbers, ends, strict=True), start=1) if starts[k] != end
+            )
+            ends = numbers
+        return _EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after), cuts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +407,13 @@ class _EncodedPassage:
     title_start: int
     text: str
     text_start: int
+    inside: frozenset[int]  # numbers of tokens that end inside an escape
+
+    def whole(self, num_tokens: int) -> int:
+        """The largest number of tokens up to `num_tokens` that does not end inside an escape."""
+        while num_tokens in self.inside:
+            num_tokens -= 1
+        return num_tokens
 
     def as_shown(self, passage: Passage, num_tokens: int) -> Passage:
         """The part of the passage in its first tokens; the same object if it is complete and unchanged."""

@@ -1,0 +1,84 @@
+"""The response template of a chat template, with which a tokenizer parses messages. Only this module of the package needs TRL.
+
+TRL knows its chat templates by their exact text. The templates that it trains with are other texts: they are read like the
+templates that they were made from.
+"""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_OWN = (
+    'set `tokenizer.response_template` (see "Response parsing" in the documentation of transformers), or set '
+    "`protocol='tags'`."
+)
+
+
+def find_response_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, Any]:
+    """
+    The response template of a tokenizer: its own, or else TRL's for its chat template.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer. It is not changed.
+        chat_template (`str`):
+            The chat template that renders its conversations.
+
+    Raises:
+        `ValueError`: If the tokenizer has no response template and TRL has none for the chat template.
+    """
+    own: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
+    if own is not None:
+        return own
+    from trl.chat_template_utils import add_response_schema
+
+    names = _names()
+    name = names.get(chat_template)
+    reader: Any = copy.copy(tokenizer)
+    texts = {name: text for text, name in names.items()}
+    reader.chat_template = texts.get(str(name).removesuffix("_training"), chat_template)
+    try:
+        add_response_schema(reader)
+    except ValueError:
+        raise ValueError(_unknown(name, chat_template, names)) from None
+    found: dict[str, Any] = reader.response_template
+    return found
+
+
+def template_name(chat_template: str) -> str | None:
+    """
+    The name that TRL has for a chat template, for instance `"qwen3"` or `"qwen3_training"`.
+
+    Args:
+        chat_template (`str`):
+            The chat template.
+    """
+    return _names().get(chat_template)
+
+
+def _names() -> dict[str, str]:
+    """The names of TRL's chat templates by their texts."""
+    from trl import chat_template_utils
+
+    suffix = "_chat_template"
+    templates = {name: text for name, text in vars(chat_template_utils).items() if name.endswith(suffix)}
+    return {text: name.removesuffix(suffix) for name, text in templates.items() if isinstance(text, str)}
+
+
+def _unknown(name: str | None, chat_template: str, names: dict[str, str]) -> str:
+    """Why a chat template cannot be read, and what to do."""
+    if name is not None:
+        return (
+            f"`protocol='tool_call'` cannot read the messages of this chat template: it is TRL's {name!r}, for which TRL has "
+            f"no response template. Take a model of another family, {_OWN}"
+        )
+    lines = set(chat_template.split("\n"))
+    shared = {text: len(lines & set(text.split("\n"))) / len(lines | set(text.split("\n"))) for text in names}
+    nearest = max(shared, key=lambda text: shared[text])
+    return (
+        "`protocol='tool_call'` cannot read the messages of this chat template: the tokenizer has no "
+        "`response_template`, and TRL does not know the template. "
+        f"TRL's {names[nearest]!r} is the most similar: it shares {shared[nearest]:.0%} of the lines. If it was changed by "
+        f"hand, set `tokenizer.chat_template = trl.chat_template_utils.{names[nearest]}_chat_template`; otherwise {_OWN}"
+    )
