@@ -1,7 +1,6 @@
 """What a chat template writes around messages, calls, responses and thoughts. It is found out by rendering conversations."""
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class ChatFormat:
         call_marks (`tuple[str, ...]`):
             Texts that calls contain and answers do not.
         tags (`tuple[str, ...]`):
-            The names of the tags in a conversation, without angle brackets.
+            The names of the tags in messages and responses, without angle brackets.
     """
 
     response_template: dict[str, Any]
@@ -138,10 +137,10 @@ def read_chat_format(
     written = {"tools": tool["function"]["description"], "calls": _QUERY, "responses": response}
     if missing := [name for name, part in written.items() if part not in text]:
         raise ValueError(
-            "`protocol='tool_call'` needs a chat template that writes tools, their calls and their responses; this one "
+            f"`protocol='tool_call'` needs a chat template that writes tools, their calls and their responses; {chat.label} "
             f"leaves out the {' and the '.join(missing)}. {ADVICE}"
         )
-    response_template = find_response_template(tokenizer, tokenizer.get_chat_template(tools=[tool]))
+    response_template = find_response_template(tokenizer, chat.template)
     conversation, _, closing = text.rpartition(response)
     before, _, after = conversation.rpartition(_QUESTION)[2].rpartition(_QUERY)
     # An answer, as the last message and before another one
@@ -163,7 +162,7 @@ def read_chat_format(
         user_hint=chat.user_hint(),
         thought=thought,
         call_marks=_find_call_marks(before, call_tail, answer + after_answer, tool["function"]["name"]),
-        tags=_find_tags(text + answer + (thought.close if thought else "")),
+        tags=_find_tags(before + after + closing + answer + (thought.close if thought else "")),
     )
     _check_calls(chat, found)
     return found
@@ -181,6 +180,9 @@ class _Chat:
         self.tool = tool
         self.name: str = tool["function"]["name"]
         self.kwargs = kwargs
+        self.template = tokenizer.get_chat_template(tools=[tool])
+        name = template_name(self.template)
+        self.label = "this one" if name is None else f"this one (TRL's {name!r})"
 
     def render(self, messages: Sequence[Any], *, start: bool = False) -> str:
         """The text of a conversation, with the beginning of the model's next message if `start` is set."""
@@ -201,7 +203,7 @@ class _Chat:
                 failure = error
                 arguments = json.dumps({"query": query})  # some templates take a text
         raise ValueError(
-            f"`protocol='tool_call'` needs a chat template that renders tool calls, this one fails: {failure!r}. {ADVICE}"
+            f"`protocol='tool_call'` needs a chat template that renders tool calls, {self.label} fails: {failure!r}. {ADVICE}"
         ) from failure
 
     def user_hint(self) -> tuple[str, str] | None:
@@ -237,10 +239,10 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 def _find_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int], kind: str, texts: list[str]) -> str:
     """The token that ends a message: the first one in the text after it."""
-    tokens: list[str] = tokenizer.convert_ids_to_tokens(list(eos_token_ids))
+    tokens: Any = tokenizer.convert_ids_to_tokens(list(eos_token_ids))
     for text in texts:
         if ends := [token for token in tokens if token in text]:
-            return min(ends, key=text.find)
+            return str(min(ends, key=text.find))
     raise ValueError(
         f"`protocol='tool_call'`: after {'a call' if kind == 'call' else 'an answer'}, this chat template writes "
         f"{texts[-1]!r}, but generation ends only at {tokens}. Set `tokenizer.eos_token` to the token that ends a message of "
@@ -274,7 +276,8 @@ def _find_call_marks(before: str, after: str, answer: str, name: str) -> tuple[s
     marks = dict.fromkeys(mark for mark in _MARKUP.findall(before + after) if mark not in answer)
     if marks:
         return tuple(marks)
-    call = before[len(os.path.commonprefix([before, answer])) :]
+    same = next((n for n, (a, b) in enumerate(zip(before, answer, strict=False)) if a != b), 0)
+    call = before[same:]
     return (call[: call.find(name) + len(name)].lstrip("{"),)
 
 
@@ -296,9 +299,8 @@ def _check_calls(chat: _Chat, found: ChatFormat) -> None:
         except ValueError as error:
             read = str(error)
         if read != query:
-            name = template_name(tokenizer.get_chat_template(tools=[chat.tool]))
             raise ValueError(
-                f"`protocol='tool_call'`: the calls of this chat template{f', {name!r} in TRL,' if name else ''} are not read "
-                f"as they are written. A search for {query!r} is read as {read!r}. The response template of this family is "
-                f"wrong, or the tokenizer does not decode the call as it was encoded. {ADVICE}"
+                f"`protocol='tool_call'` needs a chat template whose calls are read as they are written, but with {chat.label} "
+                f"a search for {query!r} is read as {read!r}. The response template of this family is wrong, or the tokenizer "
+                f"does not decode a call as it was encoded. {ADVICE}"
             )

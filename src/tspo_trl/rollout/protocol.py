@@ -111,10 +111,7 @@ class SearchProtocol(ABC):
         self._line_end = "\n" if closing.startswith("\n") else ""
         self._escape = escape
         self._nothing_found = self._encode(self._as_written(NOTHING_FOUND + self._line_end), self._opened)
-        names = "|".join(
-            re.escape(name) + sign + "[^<>]*" * bool(sign) for name, sign, _ in (t.partition("=") for t in tags)
-        )
-        self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{names})\s*(?:/\s*)?)>", re.IGNORECASE)
+        self._tag = _tag_pattern(tags)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
         added = control_tokens(tokenizer)
@@ -422,6 +419,14 @@ class _EncodedPassage:
         if (title, text) == (passage.title, passage.text):
             return passage
         return replace(passage, title=title, text=text)
+
+
+def _tag_pattern(tags: Sequence[str]) -> re.Pattern[str]:
+    """Opening and closing tags with any of the names; a name with `=` stands for all that begin with the part before it."""
+    names = [re.escape(name) + sign + "[^<>]*" * bool(sign) for name, sign, _ in (tag.partition("=") for tag in tags)]
+    if not names:
+        return re.compile("<((?!))>")
+    return re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(dict.fromkeys(names))})\s*(?:/\s*)?)>", re.IGNORECASE)
 
 
 def _unchanged(text: str) -> str:

@@ -184,7 +184,7 @@ class ToolCallProtocol(SearchProtocol):
             template = self._without_thought  # the search for the end of a thought takes long in a long text
         try:
             message = self.tokenizer.parse_response(text + end_text, template, prefix=start, tools=list(self.tools))
-        except (ValueError, RecursionError):
+        except (ValueError, KeyError, RecursionError):
             return "invalid", ""
         thoughts = "" if thought is None else str(message.get(thought.field, ""))
         if thoughts.endswith(end_text):  # a thought that is never closed has the end of the message in it
