@@ -272,13 +272,13 @@ def _find_thought(response_template: Mapping[str, Any]) -> Thought | None:
 
 
 def _find_call_marks(before: str, after: str, answer: str, name: str) -> tuple[str, ...]:
-    """The markup that a call has and an answer has not; without any, the text of a call up to the name of the tool."""
+    """The markup that a call has and an answer has not; without any, the text of a call before the name of the tool."""
     marks = dict.fromkeys(mark for mark in _MARKUP.findall(before + after) if mark not in answer)
     if marks:
         return tuple(marks)
     same = next((n for n, (a, b) in enumerate(zip(before, answer, strict=False)) if a != b), 0)
     call = before[same:]
-    return (call[: call.find(name) + len(name)].lstrip("{"),)
+    return (call[: call.find(name)].lstrip("{"),)
 
 
 def _find_tags(text: str) -> tuple[str, ...]:

@@ -63,6 +63,8 @@ class SearchProtocol(ABC):
         tags (`Sequence[str]`, *optional*, defaults to `()`):
             Names of the tags that the model or the parser reads. They are replaced in passages. A name with `=` stands for
             every tag that begins with the part before it.
+        ends_line (`bool`, *optional*, defaults to `True`):
+            Whether the last passage ends with a line feed.
         escape (`Callable`, *optional*):
             Changes the content of an observation to what is written, for instance to the text inside a JSON string. It
             changes each character on its own.
@@ -92,6 +94,7 @@ class SearchProtocol(ABC):
         closing: str = "",
         before: str = "",
         tags: Sequence[str] = (),
+        ends_line: bool = True,
         escape: Callable[[str], str] | None = None,
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -106,8 +109,9 @@ class SearchProtocol(ABC):
         self._open = self._encode(opening, before)
         # A passage ends with a line feed. Tokenizers join it to the text before it, so the closing is encoded without it.
         # A passage that is cut has no line feed: the closing after it is encoded with one.
-        self._close = self._encode(closing.removeprefix("\n"), "\n")
         self._close_cut = self._encode(closing, ".")
+        self._close = self._encode(closing.removeprefix("\n"), "\n") if ends_line else self._close_cut
+        self._ends_line = ends_line
         self._line_end = "\n" if closing.startswith("\n") else ""
         self._escape = escape
         self._nothing_found = self._encode(self._as_written(NOTHING_FOUND + self._line_end), self._opened)
@@ -277,7 +281,7 @@ class SearchProtocol(ABC):
             return Observation(self._open + self._nothing_found[:budget] + close, [])
         # Encode the passages, split the budget over them, and cut each to its share
         encoded = [
-            self._encode_passage(number, passage.title, passage.text, budget)
+            self._encode_passage(number, passage.title, passage.text, budget, number == len(passages))
             for number, passage in enumerate(passages, start=1)
         ]
         shares = _split_budget([len(p.token_ids) for p in encoded], budget)
@@ -334,13 +338,16 @@ class SearchProtocol(ABC):
             text = self._added_token.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
         return text
 
-    def _encode_passage_uncached(self, number: int, title: str, text: str, budget: int) -> "_EncodedPassage":
+    def _encode_passage_uncached(
+        self, number: int, title: str, text: str, budget: int, is_last: bool = False
+    ) -> "_EncodedPassage":
         limit = budget * _CHARS_PER_TOKEN
+        end = "\n" if self._ends_line or not is_last else ""
         title, text = title[:limit], text[:limit]
         # Tokenizers may change text (NFKC, lower case…) and so make tags of other characters. A passage is changed as little
         # as is needed.
         for change in (_unchanged, self._normalizer.to_ascii, self._normalizer.to_text, _plain_text, _no_text):
-            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)))
+            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)), end)
             if self._is_harmless(passage):
                 break
         return passage
@@ -368,9 +375,9 @@ class SearchProtocol(ABC):
         patterns = [self._tag] if self._added_token is None else [self._tag, self._added_token]
         return not any(pattern.search(text) for pattern in patterns for text in texts)
 
-    def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
+    def _encode_changed(self, number: int, title: str, text: str, end: str) -> "_EncodedPassage":
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
-        content = f"{before}{title}{after}{text}\n"
+        content = f"{before}{title}{after}{text}{end}"
         ids, spans = self._encode_spans(
             self._as_written(content),
             self._opened if number == 1 else self._as_written("\n"),

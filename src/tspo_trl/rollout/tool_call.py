@@ -98,6 +98,7 @@ class ToolCallProtocol(SearchProtocol):
             closing=self._format.closing,
             before=str(tokenizer.convert_ids_to_tokens(self._end)),
             tags=self._format.tags,
+            ends_line=self._format.closing.startswith("\n"),  # then that line feed is the closing's own
             escape=escape if self._format.escaped else None,
             prompt_template=prompt_template,
             chat_template_kwargs=chat_template_kwargs,
