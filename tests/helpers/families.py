@@ -1,8 +1,9 @@
 """The chat templates of TRL that render tool calls, by family: what a model writes in them and what it reads.
 
-`python -m helpers.families` prints the table of docs/protocols.md.
+`PYTHONPATH=src:tests python -m helpers.families` prints the table of docs/protocols.md.
 """
 
+import html
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -60,9 +61,11 @@ GEMMA4 = {
 
 FAMILIES = [
     Family("Qwen2.5", ("qwen2_5",), call=JSON_CALL, **{**QWEN, "added": TAGS[:2]}),
-    Family("Qwen3, Qwen3-VL", ("qwen3", "qwen3_instruct_2507", "qwen3_vl"), call=JSON_CALL, **QWEN),
-    Family("Qwen3.5 small", ("qwen3_5_nothink",), call=XML_CALL, **QWEN),
-    Family("Qwen3.5, 3.6, 3.8", ("qwen3_5_think", "qwen3_6", "qwen3_8"), call=XML_CALL, **QWEN, **OPENED),
+    Family("Qwen3", ("qwen3",), call=JSON_CALL, **QWEN),
+    Family("Qwen3-2507, Qwen3-VL", ("qwen3_instruct_2507", "qwen3_vl"), call=JSON_CALL, **QWEN),
+    Family("Qwen3.5 without thoughts", ("qwen3_5_nothink",), call=XML_CALL, **QWEN),
+    Family("Qwen3.5, Qwen3.6", ("qwen3_5_think", "qwen3_6"), call=XML_CALL, **QWEN, **OPENED),
+    Family("Qwen3.8", ("qwen3_8",), call=XML_CALL, **QWEN, **OPENED),
     Family(
         "Nemotron 3, 3.5",
         ("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"),
@@ -174,3 +177,66 @@ def end_ids(tokenizer, name):
 def make_family_protocol(name, **options):
     tokenizer = make_family_tokenizer(name)
     return ToolCallProtocol(tokenizer, eos_token_ids=end_ids(tokenizer, name), chat_template_kwargs=options)
+
+
+def rendered_thoughts(name):
+    """What becomes of earlier thoughts when the template renders a conversation anew."""
+    tokenizer = make_family_tokenizer(name)
+    thoughts = [
+        dict.fromkeys(("reasoning_content", "thinking", "reasoning"), text) for text in ("first thought", "second")
+    ]
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "x"}}}
+    first, second = ({"role": "assistant", "content": "", "tool_calls": [call], **thought} for thought in thoughts)
+    answer = {"role": "assistant", "content": "x", **thoughts[1]}
+    user, response = {"role": "user", "content": "x"}, {"role": "tool", "name": "search", "content": "x"}
+    texts = [
+        tokenizer.apply_chat_template(messages, tools=[SEARCH_TOOL], tokenize=False)
+        for messages in ([user, first, response, second, response], [user, first, response, answer, user])
+    ]
+    kept = ["first thought" in text for text in texts]
+    return {(True, True): "kept", (True, False): "kept until the next question", (False, False): "left out"}[*kept]
+
+
+def _code(text):
+    """Text as code in a cell: Markdown ends a cell at a bar, so it is written in HTML."""
+    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>".replace("\n", "⏎")
+
+
+def _row(family):
+    protocols = [make_family_protocol(name) for name in family.templates]
+    opening, closing, escaped, thoughts = {
+        (p._format.opening, p._format.closing, p._format.escaped, rendered_thoughts(name))
+        for name, p in zip(family.templates, protocols, strict=True)
+    }.pop()
+    call = family.call % "…" + family.call_end
+    ends = dict.fromkeys([family.call_end, family.answer_end])
+    if family.thought is None:
+        thought = "no form of their own"
+    else:
+        thought = _code(family.thought.strip() % "…") + (", opened by the template" if family.opened else "")
+    return [
+        f"{family.models}: {', '.join(f'`{name}`' for name in family.templates)}",
+        _code(call),
+        _code(f"{opening}…{closing}") + (", in JSON" if escaped else ""),
+        " for a call, ".join(_code(end) for end in ends) + (" for an answer" if len(ends) > 1 else ""),
+        thought,
+        thoughts,
+    ]
+
+
+def table():
+    """The table of docs/protocols.md."""
+    head = [
+        "family, and TRL's templates",
+        "a call",
+        "its response",
+        "end tokens",
+        "a thought",
+        "thoughts, rendered anew",
+    ]
+    rows = [head, ["---"] * len(head), *map(_row, FAMILIES)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

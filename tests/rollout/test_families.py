@@ -16,6 +16,7 @@ from helpers.families import (
     end_ids,
     make_family_protocol,
     make_family_tokenizer,
+    rendered_thoughts,
     template_text,
 )
 from helpers.passages import HOSTILE, ROOMY
@@ -395,6 +396,15 @@ def test_budgets_count_what_is_written(name):
     (shown,) = observation.passages
     text = protocol.tokenizer.decode(observation.token_ids)
     assert text.count('\\"') == shown.text.count('"') < 100
+
+
+def test_the_templates_of_a_family_are_alike():
+    for family in FAMILIES:
+        facts = {
+            (p._format.opening, p._format.closing, p._format.escaped, rendered_thoughts(name))
+            for name, p in ((name, make_family_protocol(name)) for name in family.templates)
+        }
+        assert len(facts) == 1, family.models
 
 
 def test_refused_templates_are_those_that_are_not_read():
