@@ -264,7 +264,9 @@ class SearchAgent:
             path = cached_file(tokenizer, SEARCH_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
             config = config if path is None else SearchConfig.load(path)
             path = cached_file(tokenizer, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-            generation_config = generation_config if path is None else GenerationConfig.from_pretrained(Path(path).parent)
+            generation_config = (
+                generation_config if path is None else GenerationConfig.from_pretrained(Path(path).parent)
+            )
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         config = config.replace(**search_settings)
         if tokenizer.eos_token_id is None:

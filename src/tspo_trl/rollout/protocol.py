@@ -6,16 +6,15 @@ text (passages) so that a passage cannot become a control token, close its block
 
 import re
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
+from .encoded_passages import EncodedPassage, escaped_positions, split_budget
 from .tokens import Normalizer, adds_space, control_tokens, first_tokens
 from .trajectory import Action
 
@@ -284,7 +283,7 @@ class SearchProtocol(ABC):
             self._encode_passage(number, passage.title, passage.text, budget, number == len(passages))
             for number, passage in enumerate(passages, start=1)
         ]
-        shares = _split_budget([len(p.token_ids) for p in encoded], budget)
+        shares = split_budget([len(p.token_ids) for p in encoded], budget)
         token_ids, shown, close = list(self._open), [], self._close
         for passage, item, share in zip(passages, encoded, shares, strict=True):
             if (share := item.whole(share)) > 0:
@@ -340,7 +339,7 @@ class SearchProtocol(ABC):
 
     def _encode_passage_uncached(
         self, number: int, title: str, text: str, budget: int, is_last: bool = False
-    ) -> "_EncodedPassage":
+    ) -> EncodedPassage:
         limit = budget * _CHARS_PER_TOKEN
         end = "\n" if self._ends_line or not is_last else ""
         title, text = title[:limit], text[:limit]
@@ -365,7 +364,7 @@ class SearchProtocol(ABC):
                     "tokens that are ordinary words from its special tokens, or take another tokenizer."
                 )
 
-    def _is_harmless(self, passage: "_EncodedPassage") -> bool:
+    def _is_harmless(self, passage: EncodedPassage) -> bool:
         """Whether neither the tokens nor their text have a tag or a control token."""
         if not self._forbidden.isdisjoint(passage.token_ids):
             return False
@@ -375,7 +374,7 @@ class SearchProtocol(ABC):
         patterns = [self._tag] if self._added_token is None else [self._tag, self._added_token]
         return not any(pattern.search(text) for pattern in patterns for text in texts)
 
-    def _encode_changed(self, number: int, title: str, text: str, end: str) -> "_EncodedPassage":
+    def _encode_changed(self, number: int, title: str, text: str, end: str) -> EncodedPassage:
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
         content = f"{before}{title}{after}{text}{end}"
         ids, spans = self._encode_spans(
@@ -389,43 +388,10 @@ class SearchProtocol(ABC):
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
         else:
             ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-        cuts = frozenset[int]()
-        if self._escape is not None:
-            # Positions in the content for those in the written text; a cut inside an escape would change the text after it
-            starts = list(accumulate((len(self._escape(char)) for char in content), initial=0))
-            numbers = [bisect_right(starts, end) - 1 for end in ends]
-            cuts = frozenset(
-                n for n, (k, end) in enumerate(zip(numbers, ends, strict=True), start=1) if starts[k] != end
-            )
-            ends = numbers
-        return _EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after), cuts)
-
-
-@dataclass(frozen=True, slots=True)
-class _EncodedPassage:
-    """The tokens of a passage with its header, the end of each in characters, and the positions of title and text."""
-
-    token_ids: list[int]
-    ends: list[int]
-    title: str
-    title_start: int
-    text: str
-    text_start: int
-    inside: frozenset[int]  # numbers of tokens that end inside an escape
-
-    def whole(self, num_tokens: int) -> int:
-        """The largest number of tokens up to `num_tokens` that does not end inside an escape."""
-        while num_tokens in self.inside:
-            num_tokens -= 1
-        return num_tokens
-
-    def as_shown(self, passage: Passage, num_tokens: int) -> Passage:
-        """The part of the passage in its first tokens; the same object if it is complete and unchanged."""
-        end = self.ends[num_tokens - 1]
-        title, text = self.title[: max(end - self.title_start, 0)], self.text[: max(end - self.text_start, 0)]
-        if (title, text) == (passage.title, passage.text):
-            return passage
-        return replace(passage, title=title, text=text)
+        inside = frozenset[int]()
+        if self._escape is not None:  # a cut inside an escape would change the text after it
+            ends, inside = escaped_positions(content, ends, self._escape)
+        return EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after), inside)
 
 
 def _tag_pattern(tags: Sequence[str]) -> re.Pattern[str]:
@@ -447,11 +413,3 @@ def _plain_text(text: str) -> str:
 
 def _no_text(text: str) -> str:
     return ""
-
-
-def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:
-    """Split a budget of tokens evenly; long passages get the tokens that short ones do not need."""
-    shares = [0] * len(lengths)
-    for done, i in enumerate(sorted(range(len(lengths)), key=lambda i: lengths[i])):
-        shares[i] = min(lengths[i], (budget - sum(shares)) // (len(lengths) - done))
-    return shares
