@@ -21,7 +21,7 @@ from helpers.families import (
 )
 from helpers.passages import HOSTILE, ROOMY
 from helpers.scripted import RecordingRetriever, ScriptedEngine
-from tspo_trl import Passage, SearchLoop
+from tspo_trl import Passage, SearchLoop, ToolCallProtocol
 from tspo_trl.rollout.limits import SearchLimits
 from tspo_trl.rollout.protocol import NOTHING_FOUND
 from tspo_trl.rollout.tool_call import HINT, PROMPT, SEARCH_TOOL
@@ -298,6 +298,37 @@ def test_a_message_after_a_response_may_begin_inside_a_thought():
     ids = encode(protocol, "hm, Rome<turn|>")
     assert protocol.read(ids, ended=True, before=observation)[1:] == ("invalid", "")
     assert protocol.read(ids, ended=True, before=prompt)[1:] == ("answer", "hm, Rome")
+
+
+def test_a_tokenizer_with_its_own_response_template_is_read_with_it():
+    """That of Gemma's repositories knows only one beginning of a message, which is not written after a response."""
+    tokenizer = make_family_tokenizer("gemma4_v5")
+    own = {**trl_templates.gemma4_template, "start_anchor": "<|turn>model\n"}
+    del own["start_anchor_pattern"]
+    tokenizer.response_template = own
+    protocol = ToolCallProtocol(tokenizer, eos_token_ids=end_ids(tokenizer, "gemma4_v5"))
+    assert protocol._format.response_template is own
+    observation = protocol.observe(ROME, ROOMY).token_ids
+    for before in ([], observation):
+        ids = encode(protocol, "Rome<turn|>")
+        assert protocol.read(ids, ended=True, before=before)[1:] == ("answer", "Rome")
+        ids = encode(protocol, FAMILY["gemma4_v5"].call % "Paris" + "<|tool_response>")
+        assert protocol.read(ids, ended=True, before=before)[1:] == ("search", "Paris")
+
+
+def test_the_template_for_tools_is_used_if_a_tokenizer_has_several():
+    tokenizer = make_family_tokenizer("llama3_2")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": template_text("llama3_2")}
+    protocol = ToolCallProtocol(tokenizer)
+    ids = encode(protocol, FAMILY["llama3_2"].call % "Rome" + "<|eot_id|>")
+    assert protocol.read(ids, ended=True)[1:] == ("search", "Rome")
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = make_family_tokenizer("gptoss")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"generation ends only at \[\]. Set `tokenizer.eos_token`"):
+        ToolCallProtocol(tokenizer)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("nemotron", "qwen3_", "glm", "qwen3"))])

@@ -83,7 +83,7 @@ class ToolCallProtocol(SearchProtocol):
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        ends = [tokenizer.eos_token_id] if eos_token_ids is None else list(eos_token_ids)
+        ends = [i for i in (eos_token_ids or [tokenizer.eos_token_id]) if i is not None]
         self._format = read_chat_format(tokenizer, SEARCH_TOOL, ends, chat_template_kwargs or {})
         thought = self._format.thought
         if prompt_template in (None, PROMPT) and (thought is None or thought.close != "</think>"):
@@ -187,8 +187,10 @@ class ToolCallProtocol(SearchProtocol):
             message = self.tokenizer.parse_response(text + end_text, template, prefix=start, tools=list(self.tools))
         except (ValueError, KeyError, RecursionError):
             return "invalid", ""
-        thoughts = "" if thought is None else str(message.get(thought.field, ""))
-        if thoughts.endswith(end_text):  # a thought that is never closed has the end of the message in it
+        thoughts = message.get(thought.field) if thought is not None else None
+        if str(thoughts[-1] if isinstance(thoughts, list) else thoughts).endswith(
+            end_text
+        ):  # a thought that is never closed has the end of the message in it
             return "invalid", ""
         if query := first_query(message, SEARCH_TOOL["function"]["name"]):
             return "search", query
