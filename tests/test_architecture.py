@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -75,6 +77,25 @@ def test_each_package_imports_only_allowed_packages():
     packages = imports_by_package()
     assert set(packages) == set(MAY_IMPORT)
     assert {name: found - MAY_IMPORT[name] for name, found in packages.items() if found - MAY_IMPORT[name]} == {}
+
+
+def test_trl_is_imported_only_where_it_is_extended_or_called():
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(str(name).split(".")[0] == "trl" for name in names):
+                found.add(path.relative_to(SOURCE).as_posix())
+    packages = {name.partition("/")[0] for name in found - {"rollout/response_format.py", "engines/vllm.py"}}
+    assert packages == {"training", "sharing", "memory", "commands"}
+    assert {"rollout/response_format.py", "engines/vllm.py"} <= found
+
+
+def test_the_protocol_of_tags_does_not_import_trl():
+    code = "import sys, tspo_trl.rollout.protocols, tspo_trl.agent; print('trl' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "False"
 
 
 def test_the_table_has_no_cycle():

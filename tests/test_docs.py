@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, ModelConfig
 
 import tspo_trl
+from helpers import families
 from helpers.chats import make_chat
 from helpers.paths import ROOT
 from tspo_trl import Passage, TagProtocol, ToolCallProtocol, TSPOConfig
@@ -239,6 +240,18 @@ def test_rollouts_of_the_protocols_page_equal_the_text_that_the_model_reads():
     protocol = ToolCallProtocol(tokenizer)
     observation = tokenizer.decode(protocol.observe(passages, 500).token_ids)
     assert f"</tool_call><|im_end|>{observation}Steventon<|im_end|>" in calls.replace("<|im_end|>\n\n", "<|im_end|>\n")
+
+
+def test_the_table_of_the_protocols_page_is_that_of_the_families():
+    assert families.table() in (DOCS / "protocols.md").read_text(), "run `python -m helpers.families`"
+
+
+def test_the_protocols_page_names_every_template_that_is_refused():
+    page = (DOCS / "protocols.md").read_text()
+    refused = "\n".join(re.findall(r"^\| `\w+`[^|]*\|[^|]*\|$", page, re.MULTILINE))
+    named = re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in refused.splitlines()))
+    assert sorted(named) == sorted([*families.UNREADABLE, *families.WRONG])
+    assert f"{len(named)} are\n[refused]" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("protocol", "module"), [("tags", "tags"), ("tool calls", "tool_call")])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .engines.endpoint import EndpointEngine
 from .engines.sampling import sampling_by
@@ -184,10 +184,7 @@ class SearchAgent:
         check_retriever(retriever)
         config = config or SearchConfig()
         network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        eos = network.generation_config.eos_token_id
-        eos_token_ids = [eos] if isinstance(eos, int) else list(eos or [])
-        if processing_class.eos_token_id not in (None, *eos_token_ids):
-            eos_token_ids = [processing_class.eos_token_id, *eos_token_ids]
+        eos_token_ids = _eos_token_ids(processing_class, network.generation_config.eos_token_id)
         if not eos_token_ids:
             raise ValueError(
                 "Neither the tokenizer nor the model has an end-of-sequence token. Set `tokenizer.eos_token`."
@@ -239,7 +236,8 @@ class SearchAgent:
                 The name of the model on the server.
             tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`]):
                 Its tokenizer: a folder, a name on the Hub, or a tokenizer object. If the folder or repository has a
-                `search_config.json`, its settings apply.
+                `search_config.json`, its settings apply. If it has a `generation_config.json`, its end-of-sequence tokens
+                apply too: some chat templates end a tool call with another token than an answer.
             retriever ([`Retriever`]):
                 Executes the searches.
             temperature (`float`, *optional*, defaults to `0.0`):
@@ -261,15 +259,19 @@ class SearchAgent:
             `ValueError`: If the tokenizer has no end-of-sequence token.
         """
         check_retriever(retriever)
-        config = SearchConfig()
+        config, generation_config = SearchConfig(), GenerationConfig()
         if isinstance(tokenizer, str):
             path = cached_file(tokenizer, SEARCH_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
             config = config if path is None else SearchConfig.load(path)
+            path = cached_file(tokenizer, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+            generation_config = (
+                generation_config if path is None else GenerationConfig.from_pretrained(Path(path).parent)
+            )
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         config = config.replace(**search_settings)
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-sequence token. Set its `eos_token`.")
-        eos_token_ids = [tokenizer.eos_token_id]
+        eos_token_ids = _eos_token_ids(tokenizer, generation_config.eos_token_id)
         protocol = _protocol(config, tokenizer, eos_token_ids)
         engine = EndpointEngine(
             url,
@@ -353,6 +355,14 @@ class SearchAgent:
             for i, trajectory in zip(batch, rolled_out, strict=True):
                 trajectories[i] = trajectory
         return trajectories
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+    """The tokens that end a message: that of the tokenizer, and those of the generation configuration."""
+    eos_token_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    if tokenizer.eos_token_id not in (None, *eos_token_ids):
+        eos_token_ids = [tokenizer.eos_token_id, *eos_token_ids]
+    return eos_token_ids
 
 
 def _protocol(config: SearchConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> SearchProtocol:

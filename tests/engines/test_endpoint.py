@@ -1,6 +1,7 @@
 """Generation by servers with and without extensions of the API, and by servers that fail."""
 
 import pytest
+from transformers import AutoTokenizer, GenerationConfig
 
 from helpers.fake_endpoint import FakeEndpoint
 from helpers.limits import LIMITS
@@ -142,3 +143,12 @@ def test_constructor_reports_unusable_servers(serve, policy_dir, tokenizer):
         EndpointEngine(server.url, "tiny", tokenizer, **arguments)
     with pytest.raises(ValueError, match="must be like 'http://localhost:8000', got 'localhost:8000'"):
         EndpointEngine("localhost:8000", "tiny", tokenizer, **arguments)
+
+
+def test_the_generation_configuration_beside_the_tokenizer_gives_further_ends(serve, policy_dir, tmp_path):
+    AutoTokenizer.from_pretrained(policy_dir).save_pretrained(tmp_path)
+    _, agent = serve("vllm", tokenizer=str(tmp_path))
+    (eos,) = agent.search_loop.eos_token_ids
+    GenerationConfig(eos_token_id=[eos, eos + 1]).save_pretrained(tmp_path)
+    _, agent = serve("vllm", tokenizer=str(tmp_path))
+    assert agent.search_loop.eos_token_ids == {eos, eos + 1}

@@ -24,13 +24,14 @@ def varied_reward(trajectories, **kwargs):
 
 
 def prompted_to_search(trainer):
-    """Parse every third turn as a search, because an untrained model never writes a call."""
+    """Read every third turn as a search, because an untrained model never writes a call."""
     protocol = trainer.search_loop.protocol
-    original, calls = protocol.parse, []
+    original, calls = protocol.read, []
 
-    def parse(text, *, ended=False):
-        calls.append(original(text, ended=ended))
-        return ("search", "novel") if len(calls) % 3 == 0 else calls[-1]
+    def read(token_ids, **context):
+        text, *action = original(token_ids, **context)
+        calls.append(tuple(action))
+        return (text, "search", "novel") if len(calls) % 3 == 0 else (text, *action)
 
-    protocol.parse = parse
+    protocol.read = read
     return calls

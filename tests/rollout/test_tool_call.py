@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trl import chat_template_utils as trl_templates
 
 from helpers.chats import CALL, OTHER, PROTOCOLS, WELL, make_chat
+from helpers.families import UNREADABLE, WRONG, make_family_tokenizer, template_text
 from tspo_trl import ToolCallProtocol
 from tspo_trl.training.datasets import prepare_dataset
 
@@ -34,9 +35,10 @@ from tspo_trl.training.datasets import prepare_dataset
         # the first well-formed call counts
         (CALL % "a" + "\n" + CALL % "b", "search", "a"),
         (OTHER + WELL, "search", "Rome"),
-        ("<tool_call>{</tool_call>" + WELL, "search", "Rome"),
-        ("<tool_call>" + WELL, "search", "Rome"),
         ("</tool_call>" + WELL, "search", "Rome"),
+        # a message that cannot be parsed is invalid as a whole
+        ("<tool_call>{</tool_call>" + WELL, "invalid", ""),
+        ("<tool_call>" + WELL, "invalid", ""),
         # no well-formed call
         (OTHER, "invalid", ""),
         ('<tool_call>{"name": "Search", "arguments": {"query": "x"}}</tool_call>', "invalid", ""),
@@ -67,8 +69,7 @@ from tspo_trl.training.datasets import prepare_dataset
         ("\n Rome,\nItaly \n", "answer", "Rome,\nItaly"),
         ("<think>hm</think>\n\nRome", "answer", "Rome"),
         ("<think>a</think> Rome <think>b</think>", "answer", "Rome"),
-        ("hm, so</think>\n\nRome", "answer", "Rome"),
-        ("Rome <think>or", "answer", "Rome"),
+        ("hm, so</think>\n\nRome", "answer", "hm, so</think>\n\nRome"),
         ("<answer>Rome</answer>", "answer", "<answer>Rome</answer>"),
         (
             '{"name": "search", "arguments": {"query": "x"}}',
@@ -80,13 +81,14 @@ from tspo_trl.training.datasets import prepare_dataset
         ("", "none", ""),
         (" \n", "none", ""),
         ("<think>hm</think>", "none", ""),
-        ("<think>hm", "none", ""),
-        ("hm</think>\n", "none", ""),
-        ("<think>a<think>b</think>c</think>", "none", ""),
         # thoughts are ignored
         (f"<think>{WELL}</think>Rome", "answer", "Rome"),
         (f"<think>maybe {OTHER}</think>\n{WELL}", "search", "Rome"),
-        (f"<think>never ends {WELL}", "search", "Rome"),
+        # a message that ends inside a thought is invalid, whatever it has before
+        ("<think>hm", "invalid", ""),
+        ("Rome <think>or", "invalid", ""),
+        (f"<think>never ends {WELL}", "invalid", ""),
+        (f"{WELL}<think>hm", "invalid", ""),
         (f"half a thought</think>{WELL}", "search", "Rome"),
     ],
 )
@@ -123,9 +125,10 @@ def test_a_template_may_open_the_thought(qwen):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "assistant\\n' }}\n{%- endif", "assistant\\n<think>\\n' }}\n{%- endif"
     )
+    tokenizer.response_template = trl_templates.qwen3_template
     protocol = ToolCallProtocol(tokenizer)
     assert tokenizer.decode(protocol.hint_ids).endswith("<think>\n")
-    assert protocol.parse("Rome", ended=True) == ("none", "")
+    assert protocol.parse("Rome", ended=True) == ("invalid", "")
     assert protocol.parse("hm</think>Rome", ended=True) == ("answer", "Rome")
     assert protocol.parse(f"{CALL % 'a'}</think>{CALL % 'b'}", ended=True) == ("search", "b")
     assert qwen.parse("Rome", ended=True) == ("answer", "Rome")
@@ -151,9 +154,6 @@ def test_prompts_of_a_data_set_are_conversations(qwen):
         prepare_dataset(Dataset.from_list([{**row, "prompt": "Where?"}]), qwen)
 
 
-LLAMA = (trl_templates._CHAT_TEMPLATES_DIR / "llama3_1.jinja").read_text().replace("bos_token", "''")
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -166,13 +166,15 @@ LLAMA = (trl_templates._CHAT_TEMPLATES_DIR / "llama3_1.jinja").read_text().repla
             "{{ tools }}{% for m in messages if m.role != 'tool' %}{{ m }}<|im_end|>{% endfor %}",
             "leaves out the responses",
         ),
-        (trl_templates.llama3_chat_template, "this one fails.*bos_token"),
-        (LLAMA, "reads calls as"),
-        (trl_templates.qwen3_5_nothink_chat_template, "reads calls as"),
+        (trl_templates.llama3_chat_template, r"this one \(TRL's 'llama3'\) fails.*bos_token"),
+        (trl_templates.cohere2_chat_template, r"TRL's 'cohere2'.*fails|leaves out"),
+        (trl_templates.gemma4_v5_chat_template, r"'<\|turn>'.*no such tokens.*another family"),
+        (trl_templates.glm4moe_chat_template, r"'<\|assistant\|>'.*no such tokens.*another family"),
         ("{{ raise_exception('no tools here') }}", "this one fails.*no tools here"),
         (
             trl_templates.qwen2_5_chat_template.replace("<|im_end|>", "<|end|>"),
-            r"after a call.*<\|end\|>.*<\|im_end\|>",
+            r"does not know the template.*'qwen2_5' is the most similar: it shares 7.%.*qwen2_5_chat_template`.*"
+            r"tokenizer.response_template = trl.chat_template_utils.qwen3_template`",
         ),
     ],
 )
@@ -185,8 +187,58 @@ def test_a_tokenizer_without_usable_tool_calls_is_refused(template, message):
     assert "tokenizer." in str(error.value)
 
 
-def test_a_tokenizer_whose_decoding_removes_calls_is_refused():
+def test_a_template_that_ends_messages_otherwise_than_generation_is_refused():
     tokenizer = make_chat("qwen2_5")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<tool_call>"]})
-    with pytest.raises(ValueError, match="special tokens"):
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(
+        ValueError, match=r"after a call.*<\|im_end\|>.*ends only at \['<\|endoftext\|>'\].*Set `tokenizer"
+    ):
         ToolCallProtocol(tokenizer)
+
+
+def test_a_template_whose_answers_have_another_end_is_refused():
+    tokenizer = make_family_tokenizer("gptoss")
+    ends = tokenizer.convert_tokens_to_ids(["<|call|>", "<|endoftext|>"])
+    with pytest.raises(ValueError, match=r"after an answer.*ends only at \['<\|call\|>', '<\|endoftext\|>'\]"):
+        ToolCallProtocol(tokenizer, eos_token_ids=ends)
+
+
+def test_a_changed_template_with_a_response_template_is_used():
+    tokenizer = make_chat("qwen2_5")
+    tokenizer.chat_template = "{# changed #}" + tokenizer.chat_template
+    tokenizer.response_template = trl_templates.qwen3_template
+    protocol = ToolCallProtocol(tokenizer)
+    assert protocol.parse(WELL, ended=True) == ("search", "Rome")
+    assert tokenizer.response_template is trl_templates.qwen3_template
+
+
+def test_the_tokenizer_of_the_user_is_not_changed(qwen):
+    assert getattr(qwen.tokenizer, "response_template", None) is None
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_template_without_a_response_template_is_refused_by_name(name):
+    tokenizer = make_chat("qwen2_5")
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.chat_template = template_text(name)
+    with pytest.raises(ValueError, match=f"TRL's '{name}'.*(has no response template|leaves out the tools)"):
+        ToolCallProtocol(tokenizer)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_template_whose_response_template_is_wrong_is_refused_by_name(name):
+    """LFM2's response template ends a query at `'` and takes `, word(` for a call."""
+    tokenizer = make_chat("qwen2_5")
+    marks = [f"<|tool_{kind}_{edge}|>" for kind in ("call", "response", "list") for edge in ("start", "end")]
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": ["<|im_start|>", *marks]})
+    tokenizer.chat_template = template_text(name)
+    with pytest.raises(ValueError, match=f"TRL's '{name}'.*Emma's author.*is read as.*response template.*wrong"):
+        ToolCallProtocol(tokenizer)
+
+
+def test_calls_are_read_if_their_tags_are_special_tokens():
+    tokenizer = make_chat("qwen2_5")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<tool_call>", "</tool_call>"]})
+    protocol = ToolCallProtocol(tokenizer)
+    ids = tokenizer(WELL + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert protocol.read(ids, ended=True) == (WELL, "search", "Rome")

@@ -5,18 +5,13 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from helpers.chats import encode, make_chat, render
+from helpers.families import FAMILIES, end_ids, make_family_tokenizer
 from helpers.training import prepared, prompted_to_search, varied_reward
 from tspo_trl.rewards import exact_match_reward, format_reward
 from tspo_trl.rollout.tool_call import HINT
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_training_and_sampling_logprobs_agree(make_chat_trainer, temperature):
-    trainer = make_chat_trainer(temperature=temperature)
-    prompted_to_search(trainer)
-    inputs, trajectories = prepared(trainer)
-    assert any(turn.passages for t in trajectories for turn in t.turns)
-    assert any(turn.action == "invalid" and turn.observation_ids for t in trajectories for turn in t.turns)
+def assert_logprobs_agree(trainer, inputs, trajectories):
     with torch.no_grad():
         logps, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
@@ -34,6 +29,37 @@ def test_training_and_sampling_logprobs_agree(make_chat_trainer, temperature):
                 compared += 1
                 assert logps[row, position].item() == pytest.approx(sampled, abs=1e-4)
     assert compared > 100
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_training_and_sampling_logprobs_agree(make_chat_trainer, temperature):
+    trainer = make_chat_trainer(temperature=temperature)
+    prompted_to_search(trainer)
+    inputs, trajectories = prepared(trainer)
+    assert any(turn.passages for t in trajectories for turn in t.turns)
+    assert any(turn.action == "invalid" and turn.observation_ids for t in trajectories for turn in t.turns)
+    assert_logprobs_agree(trainer, inputs, trajectories)
+
+
+@pytest.mark.parametrize("name", [family.templates[-1] for family in FAMILIES])
+def test_every_family_trains(make_chat_trainer, chat_dir, name):
+    tokenizer = make_family_tokenizer(name)
+    model = Qwen2ForCausalLM.from_pretrained(chat_dir, dtype="float32")
+    model.resize_token_embeddings(len(tokenizer))
+    model.generation_config.eos_token_id = end_ids(tokenizer, name)
+    trainer = make_chat_trainer(model=model, processing_class=tokenizer, max_steps=1)
+    prompted_to_search(trainer)
+    inputs, trajectories = prepared(trainer)
+    turns = [turn for t in trajectories for turn in t.turns]
+    assert any(turn.passages for turn in turns)
+    protocol = trainer.search_loop.protocol
+    hints = [turn.observation_ids for turn in turns if turn.action == "invalid" and turn.observation_ids]
+    assert hints
+    assert {protocol.observation_text(ids) for ids in hints} == {HINT}
+    assert_logprobs_agree(trainer, inputs, trajectories)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.train()
+    assert any((before[k] != v).any() for k, v in trainer.model.state_dict().items())
 
 
 def test_two_training_steps(make_chat_trainer):

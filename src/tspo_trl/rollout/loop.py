@@ -200,12 +200,15 @@ class SearchLoop:
         stats.generate_seconds += time.perf_counter() - start
         if not written:
             return []
-        texts = self.protocol.tokenizer.batch_decode([g.token_ids for _, g in written], skip_special_tokens=True)
-        for (number, generation), text in zip(written, texts, strict=True):
+        for number, generation in written:
             item = items[number]
-            ended = generation.token_ids[-1] in self.eos_token_ids
-            action, content = self.protocol.parse(text, ended=ended)
-            item.trajectory.turns.append(
+            turns = item.trajectory.turns
+            text, action, content = self.protocol.read(
+                generation.token_ids,
+                ended=generation.token_ids[-1] in self.eos_token_ids,
+                before=turns[-1].observation_ids if turns else item.trajectory.prompt_ids,
+            )
+            turns.append(
                 Turn(
                     token_ids=generation.token_ids,
                     logprobs=generation.logprobs,
@@ -222,7 +225,6 @@ class SearchLoop:
         trajectory = item.trajectory
         turn = trajectory.turns[-1]
         final = len(trajectory.turns) > self.limits.max_searches
-        closing = self.protocol.closing_ids(turn.token_ids)
         if turn.action == "answer":
             trajectory.status = "answered"
         elif turn.action == "invalid" and item.room == 0:
@@ -232,7 +234,7 @@ class SearchLoop:
         elif turn.action == "search" and item.room > self.protocol.min_observation_tokens:
             turn.content = self.protocol.cut_query(turn.content, self.limits.max_query_tokens)
             return True
-        elif turn.action == "invalid" and item.room > len(hint := closing + self.protocol.hint_ids):
+        elif turn.action == "invalid" and item.room > len(hint := self.protocol.hint_after(turn.token_ids)):
             turn.observation_ids = hint
             item.completion += hint
         else:

@@ -6,14 +6,15 @@ text (passages) so that a passage cannot become a control token, close its block
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
+from .encoded_passages import EncodedPassage, escaped_positions, split_budget
 from .tokens import Normalizer, adds_space, control_tokens, first_tokens
 from .trajectory import Action
 
@@ -59,7 +60,13 @@ class SearchProtocol(ABC):
         before (`str`, *optional*, defaults to `""`):
             The end of the text before an observation. It shows how the tokenizer encodes the opening after it.
         tags (`Sequence[str]`, *optional*, defaults to `()`):
-            Names of the tags that the model or the parser reads. They are replaced in passages.
+            Names of the tags that the model or the parser reads. They are replaced in passages. A name with `=` stands for
+            every tag that begins with the part before it.
+        ends_line (`bool`, *optional*, defaults to `True`):
+            Whether the last passage ends with a line feed.
+        escape (`Callable`, *optional*):
+            Changes the content of an observation to what is written, for instance to the text inside a JSON string. It
+            changes each character on its own.
         prompt_template (`str`, *optional*):
             Template of the prompts, with `{question}` and optionally `{max_searches}`. Defaults to the template of the
             protocol.
@@ -86,6 +93,8 @@ class SearchProtocol(ABC):
         closing: str = "",
         before: str = "",
         tags: Sequence[str] = (),
+        ends_line: bool = True,
+        escape: Callable[[str], str] | None = None,
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
@@ -99,11 +108,13 @@ class SearchProtocol(ABC):
         self._open = self._encode(opening, before)
         # A passage ends with a line feed. Tokenizers join it to the text before it, so the closing is encoded without it.
         # A passage that is cut has no line feed: the closing after it is encoded with one.
-        self._close = self._encode(closing.removeprefix("\n"), "\n")
         self._close_cut = self._encode(closing, ".")
+        self._close = self._encode(closing.removeprefix("\n"), "\n") if ends_line else self._close_cut
+        self._ends_line = ends_line
         self._line_end = "\n" if closing.startswith("\n") else ""
-        self._nothing_found = self._encode(NOTHING_FOUND + self._line_end, self._opened)
-        self._tag = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(map(re.escape, tags))})\s*(?:/\s*)?)>", re.IGNORECASE)
+        self._escape = escape
+        self._nothing_found = self._encode(self._as_written(NOTHING_FOUND + self._line_end), self._opened)
+        self._tag = _tag_pattern(tags)
         # Tokenizers match added tokens that are not special (Qwen3's <think>, <tool_response>…) in any text, so passages
         # are changed. Added words are ordinary text: changing them would hide them from the model and from the scores.
         added = control_tokens(tokenizer)
@@ -177,6 +188,25 @@ class SearchProtocol(ABC):
             `tuple[str, str]`: The action, and its stripped content: a query, an answer or `""`.
         """
 
+    def read(self, token_ids: Sequence[int], *, ended: bool, before: Sequence[int] = ()) -> tuple[str, Action, str]:
+        """
+        Read a turn.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+            ended (`bool`):
+                Whether the model ended its message (the last token is an end-of-sequence token).
+            before (`Sequence[int]`, *optional*):
+                Tokens before the turn: the prompt, or the last observation.
+
+        Returns:
+            `tuple[str, str, str]`: The text of the turn, its action, and the content of the action as in
+                [`SearchProtocol.parse`].
+        """
+        text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return text, *self.parse(text, ended=ended)
+
     @property
     @abstractmethod
     def hint_ids(self) -> list[int]:
@@ -194,6 +224,19 @@ class SearchProtocol(ABC):
             `list[int]`: The tokens. They are the beginning of the observation.
         """
         return []
+
+    def hint_after(self, token_ids: Sequence[int]) -> list[int]:
+        """
+        The observation after a turn with an invalid action.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+
+        Returns:
+            `list[int]`: The end of the turn, where the model did not sample it, and the hint.
+        """
+        return self.closing_ids(token_ids) + self.hint_ids
 
     @property
     def min_observation_tokens(self) -> int:
@@ -237,17 +280,21 @@ class SearchProtocol(ABC):
             return Observation(self._open + self._nothing_found[:budget] + close, [])
         # Encode the passages, split the budget over them, and cut each to its share
         encoded = [
-            self._encode_passage(number, passage.title, passage.text, budget)
+            self._encode_passage(number, passage.title, passage.text, budget, number == len(passages))
             for number, passage in enumerate(passages, start=1)
         ]
-        shares = _split_budget([len(p.token_ids) for p in encoded], budget)
+        shares = split_budget([len(p.token_ids) for p in encoded], budget)
         token_ids, shown, close = list(self._open), [], self._close
         for passage, item, share in zip(passages, encoded, shares, strict=True):
-            if share > 0:
+            if (share := item.whole(share)) > 0:
                 token_ids += item.token_ids[:share]
                 shown.append(item.as_shown(passage, share))
                 close = self._close if share == len(item.token_ids) else self._close_cut
         return Observation(token_ids + close, shown)
+
+    def _as_written(self, text: str) -> str:
+        """A part of the content of an observation as it is written."""
+        return text if self._escape is None else self._escape(text)
 
     def cut_query(self, query: str, max_tokens: int) -> str:
         """
@@ -290,13 +337,16 @@ class SearchProtocol(ABC):
             text = self._added_token.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
         return text
 
-    def _encode_passage_uncached(self, number: int, title: str, text: str, budget: int) -> "_EncodedPassage":
+    def _encode_passage_uncached(
+        self, number: int, title: str, text: str, budget: int, is_last: bool = False
+    ) -> EncodedPassage:
         limit = budget * _CHARS_PER_TOKEN
+        end = "\n" if self._ends_line or not is_last else ""
         title, text = title[:limit], text[:limit]
         # Tokenizers may change text (NFKC, lower case…) and so make tags of other characters. A passage is changed as little
         # as is needed.
         for change in (_unchanged, self._normalizer.to_ascii, self._normalizer.to_text, _plain_text, _no_text):
-            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)))
+            passage = self._encode_changed(number, self._neutralize(change(title)), self._neutralize(change(text)), end)
             if self._is_harmless(passage):
                 break
         return passage
@@ -314,7 +364,7 @@ class SearchProtocol(ABC):
                     "tokens that are ordinary words from its special tokens, or take another tokenizer."
                 )
 
-    def _is_harmless(self, passage: "_EncodedPassage") -> bool:
+    def _is_harmless(self, passage: EncodedPassage) -> bool:
         """Whether neither the tokens nor their text have a tag or a control token."""
         if not self._forbidden.isdisjoint(passage.token_ids):
             return False
@@ -324,10 +374,13 @@ class SearchProtocol(ABC):
         patterns = [self._tag] if self._added_token is None else [self._tag, self._added_token]
         return not any(pattern.search(text) for pattern in patterns for text in texts)
 
-    def _encode_changed(self, number: int, title: str, text: str) -> "_EncodedPassage":
+    def _encode_changed(self, number: int, title: str, text: str, end: str) -> EncodedPassage:
         before, after = (f"Doc {number} (Title: ", ") ") if title else (f"Doc {number} ", "")
+        content = f"{before}{title}{after}{text}{end}"
         ids, spans = self._encode_spans(
-            f"{before}{title}{after}{text}\n", self._opened if number == 1 else "\n", split_special_tokens=True
+            self._as_written(content),
+            self._opened if number == 1 else self._as_written("\n"),
+            split_special_tokens=True,
         )
         if self.tokenizer.is_fast:
             # Several tokens may share a character: it is shown only if all of them are
@@ -335,27 +388,18 @@ class SearchProtocol(ABC):
             ends = [end if end <= following else start for (start, end), following in zip(spans, nexts, strict=True)]
         else:
             ends = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-        return _EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after))
+        inside = frozenset[int]()
+        if self._escape is not None:  # a cut inside an escape would change the text after it
+            ends, inside = escaped_positions(content, ends, self._escape)
+        return EncodedPassage(ids, ends, title, len(before), text, len(before) + len(title) + len(after), inside)
 
 
-@dataclass(frozen=True, slots=True)
-class _EncodedPassage:
-    """The tokens of a passage with its header, the end of each in characters, and the positions of title and text."""
-
-    token_ids: list[int]
-    ends: list[int]
-    title: str
-    title_start: int
-    text: str
-    text_start: int
-
-    def as_shown(self, passage: Passage, num_tokens: int) -> Passage:
-        """The part of the passage in its first tokens; the same object if it is complete and unchanged."""
-        end = self.ends[num_tokens - 1]
-        title, text = self.title[: max(end - self.title_start, 0)], self.text[: max(end - self.text_start, 0)]
-        if (title, text) == (passage.title, passage.text):
-            return passage
-        return replace(passage, title=title, text=text)
+def _tag_pattern(tags: Sequence[str]) -> re.Pattern[str]:
+    """Opening and closing tags with any of the names; a name with `=` stands for all that begin with the part before it."""
+    names = [re.escape(name) + sign + "[^<>]*" * bool(sign) for name, sign, _ in (tag.partition("=") for tag in tags)]
+    if not names:
+        return re.compile("<((?!))>")
+    return re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(dict.fromkeys(names))})\s*(?:/\s*)?)>", re.IGNORECASE)
 
 
 def _unchanged(text: str) -> str:
@@ -369,11 +413,3 @@ def _plain_text(text: str) -> str:
 
 def _no_text(text: str) -> str:
     return ""
-
-
-def _split_budget(lengths: Sequence[int], budget: int) -> list[int]:
-    """Split a budget of tokens evenly; long passages get the tokens that short ones do not need."""
-    shares = [0] * len(lengths)
-    for done, i in enumerate(sorted(range(len(lengths)), key=lambda i: lengths[i])):
-        shares[i] = min(lengths[i], (budget - sum(shares)) // (len(lengths) - done))
-    return shares

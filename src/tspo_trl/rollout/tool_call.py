@@ -1,19 +1,14 @@
 """Actions as the chat template's own tool calls."""
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .protocol import CONTROLS, SearchProtocol
+from .chat_format import escape, first_query, read_chat_format
+from .protocol import SearchProtocol
 from .trajectory import Action
-
-_CALL = re.compile(r"<tool_call>((?:(?!</?tool_call>).)*)</tool_call>", re.DOTALL)
-_CALL_TAG = re.compile(r"</?tool_call>")
-_THOUGHT = re.compile(r"<think>(?:(?!</?think>).)*</think>", re.DOTALL)
 
 SEARCH_TOOL: dict[str, Any] = {
     "type": "function",
@@ -27,10 +22,12 @@ SEARCH_TOOL: dict[str, Any] = {
         },
     },
 }
+_THINK = "Before you call or reply, you may reason between <think> and </think>. "
 PROMPT = (
     "Answer the question below. If you lack some knowledge, call the tool search: the best passages come back as its "
-    "response. You can search at most {max_searches} times, with one query at a time. Before you call or reply, you may "
-    "reason between <think> and </think>. When you know enough, reply with nothing but the answer, in as few words as "
+    "response. You can search at most {max_searches} times, with one query at a time. "
+    + _THINK
+    + "When you know enough, reply with nothing but the answer, in as few words as "
     "possible and without an explanation, for example: Beijing\n\n"
     "Question: {question}"
 )
@@ -39,48 +36,43 @@ HINT = (
     "time; to answer, reply with the answer alone. Keep messages short."
 )
 
-# Placeholders in a conversation that is rendered to read the format of the template
-_QUESTION, _QUERY, _RESPONSE = "tspo-question", "tspo-query", "tspo-response"
-_ADVICE = (
-    "Take the tokenizer of an instruction-tuned model of a family like Qwen2.5 or Qwen3, set `tokenizer.chat_template` to "
-    "a template that TRL ships for it (`trl.chat_template_utils`, `get_training_chat_template`), or set `protocol='tags'`."
-)
-
 
 class ToolCallProtocol(SearchProtocol):
     """
-    Actions as the chat template's tool calls, for templates that write a call as `<tool_call>{"name": "search",
-    "arguments": {"query": "…"}}</tool_call>` (Qwen2.5, Qwen3 and others).
+    Actions as the chat template's tool calls, for every template that has a response template: that of the tokenizer, or that
+    of TRL. The tokenizer parses the messages with it.
 
-    A turn is an assistant message. A message with a call of `search` searches; a message without a call is the answer. The
-    passages are shown as the response of the tool, in the tokens that the template writes between two messages.
+    A turn is an assistant message. A message with a call of `search` searches; a message without a call is the answer: its
+    content, without its thoughts. The passages are shown as the response of the tool, in the text that the template writes
+    between two messages.
 
     - If a message has several calls, the first well-formed call is executed, and its response answers all of them.
-    - Text in `<think>…</think>` is not read: a call in it is not executed, and it is not part of the answer. The text of a
-      thought that is not closed is not part of the answer either, but a call in it is executed.
-    - Tokens are only appended to a context. Templates such as Qwen3's drop the thoughts of earlier messages when they
-      render a conversation again. Here no conversation is rendered again, so the model keeps seeing its thoughts.
+    - A message is invalid if it lacks its end, if it cannot be parsed, if none of its calls is well-formed, if its content
+      has the markup of a call, or if it ends inside a thought. So a call in a thought is never executed.
+    - Tokens are only appended to a context. Many templates drop the thoughts of earlier messages when they render a
+      conversation again. Here no conversation is rendered again, so the model keeps seeing its thoughts.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the model, with a chat template that supports tools.
+            The tokenizer of the model, with a chat template that supports tools. It is not changed.
         max_searches (`int`, *optional*, defaults to `4`):
             Maximum number of searches, named in the prompt.
         eos_token_ids (`Collection[int]`, *optional*):
-            Tokens that end a message of the model. Defaults to the end-of-sequence token of the tokenizer.
+            Tokens that end a message of the model. Defaults to the end-of-sequence token of the tokenizer. Some templates end
+            a call and an answer with different tokens.
         prompt_template (`str`, *optional*):
-            Template of the prompts, with `{question}` and optionally `{max_searches}` in it. Defaults to `PROMPT`.
+            Template of the prompts, with `{question}` and optionally `{max_searches}` in it. Defaults to `PROMPT`, without its
+            sentence on `<think>` if the template marks thoughts in another way.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Further arguments of the chat template, for instance `{"enable_thinking": False}`.
 
     Raises:
-        `ValueError`: If the chat template is missing, omits tools or their responses, writes calls in another format, or
-            ends messages with a token that does not end generation.
+        `ValueError`: If the chat template is missing, is unknown, omits tools or their responses, belongs to another
+            tokenizer, or ends messages with a token that does not end generation.
     """
 
     tools = (SEARCH_TOOL,)
     default_prompt_template = PROMPT
-    _opens_thought = False
 
     def __init__(
         self,
@@ -91,70 +83,34 @@ class ToolCallProtocol(SearchProtocol):
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        self._end, opening, self._closing = self._read_template(tokenizer, eos_token_ids, chat_template_kwargs or {})
-        tags = {"tool_call", "think", *re.findall(r"</?(\w+)>", opening + self._closing)}
+        ends = [i for i in (eos_token_ids or [tokenizer.eos_token_id]) if i is not None]
+        self._format = read_chat_format(tokenizer, SEARCH_TOOL, ends, chat_template_kwargs or {})
+        thought = self._format.thought
+        if prompt_template in (None, PROMPT) and (thought is None or thought.close != "</think>"):
+            prompt_template = PROMPT.replace(_THINK, "")
+        self._end = self._format.call_end
+        self._eos_token_ids = frozenset(ends)
+        self._end_texts = [str(text) for text in tokenizer.convert_ids_to_tokens(ends)]
         super().__init__(
             tokenizer,
             max_searches,
-            opening=opening,
-            closing=self._closing,
+            opening=self._format.opening,
+            closing=self._format.closing,
             before=str(tokenizer.convert_ids_to_tokens(self._end)),
-            tags=sorted(tags),
+            tags=self._format.tags,
+            ends_line=self._format.closing.startswith("\n"),  # then that line feed is the closing's own
+            escape=escape if self._format.escaped else None,
             prompt_template=prompt_template,
             chat_template_kwargs=chat_template_kwargs,
         )
-        # Some templates write the <think> themselves, before the model's first token
-        self._opens_thought = self._closing.rfind("<think>") > self._closing.rfind("</think>")
-        self._hint = self._open + self._encode(HINT + self._line_end, self._opened) + self._close
-
-    def _read_template(
-        self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[int, str, str]:
-        """The token that ends a message with a call, and the text of the template before and after a response."""
-        if tokenizer.chat_template is None:
-            raise ValueError(f"`protocol='tool_call'` needs a chat template, but the tokenizer has none. {_ADVICE}")
-        call = {"type": "function", "function": {"name": "search", "arguments": {"query": _QUERY}}}
-        messages: list[Any] = [
-            {"role": "user", "content": _QUESTION},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "name": "search", "content": _RESPONSE},
-        ]
-        try:
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, tools=[SEARCH_TOOL], tokenize=False, add_generation_prompt=True, **kwargs
-                )
-            )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(
-                f"`protocol='tool_call'` needs a chat template that renders tool calls, this one fails: {error!r}. {_ADVICE}"
-            ) from error
-        written = {"tools": SEARCH_TOOL["function"]["description"], "calls": _QUERY, "responses": _RESPONSE}
-        if missing := [name for name, part in written.items() if part not in text]:
-            raise ValueError(
-                "`protocol='tool_call'` needs a chat template that writes tools, their calls and their responses; this one "
-                f"leaves out the {' and the '.join(missing)}. {_ADVICE}"
-            )
-        message, _, closing = text.rpartition(_RESPONSE)
-        # Decode the call as a turn is decoded: without special tokens, which would hide a special <tool_call>
-        call_ids = tokenizer(message.rpartition(_QUESTION)[2], add_special_tokens=False)["input_ids"]
-        call_text = str(tokenizer.decode(call_ids, skip_special_tokens=True))
-        if self.parse(call_text, ended=True) != ("search", _QUERY):
-            raise ValueError(
-                '`protocol=\'tool_call\'` reads calls as `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, but '
-                f"the chat template (or the tokenizer, if these tags are special tokens) writes {call_text!r}. {_ADVICE}"
-            )
-        call_end = message.rpartition(_QUERY)[2]
-        ids = [tokenizer.eos_token_id] if eos_token_ids is None else list(eos_token_ids)
-        tokens: dict[str, int] = dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
-        ends = [token for token in tokens if token in call_end]
-        if not ends:
-            raise ValueError(
-                f"`protocol='tool_call'`: after a call, this chat template writes {call_end!r}, but generation ends only at "
-                f"{list(tokens)}. Set `tokenizer.eos_token` to the token that ends a message of the template."
-            )
-        end = min(ends, key=call_end.find)
-        return tokens[end], call_end.partition(end)[2], closing
+        self._hint = self._open + self._encode(self._as_written(HINT + self._line_end), self._opened) + self._close
+        self._user_hint: list[int] = []
+        if self._format.user_hint is not None:
+            before, after = self._format.user_hint
+            self._user_hint = self._encode(before + HINT + after)
+        fields = self._format.response_template["fields"]
+        unthinking = {name: field for name, field in fields.items() if thought is None or name != thought.field}
+        self._without_thought = {**self._format.response_template, "fields": unthinking}
 
     def prompt(self, question: str) -> list[dict[str, str]]:
         """
@@ -166,37 +122,104 @@ class ToolCallProtocol(SearchProtocol):
         """
         return [{"role": "user", "content": self._write_prompt(question)}]
 
+    def read(self, token_ids: Sequence[int], *, ended: bool, before: Sequence[int] = ()) -> tuple[str, Action, str]:
+        """
+        Read a turn: the action of its message, see [`ToolCallProtocol.parse`]. Its text has all control tokens except the one
+        that ends it.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+            ended (`bool`):
+                Whether the model ended its message (the last token is an end-of-sequence token).
+            before (`Sequence[int]`, *optional*):
+                Tokens before the turn: the prompt, or the last observation.
+        """
+        ids = list(token_ids)
+        text = str(self.tokenizer.decode(ids[:-1] if ended else ids))
+        if not ended:
+            return text, "invalid", ""
+        return text, *self._read_message(text, ids[-1], after_response=self._ends_with_response(before))
+
     def parse(self, text: str, *, ended: bool = False) -> tuple[Action, str]:
         """
         Read the action of a turn: its first well-formed call, or its answer.
 
         Args:
             text (`str`):
-                The model-written text of one turn.
+                The model-written text of one turn, with its control tokens. If it lacks the token that ends it, that of an
+                answer is assumed.
             ended (`bool`, *optional*, defaults to `False`):
                 Whether the model ended its message (sampled an end-of-sequence token).
 
         Returns:
-            `tuple[str, str]`: The action and its stripped content. `"invalid"` for a turn that was cut, or if all
-            calls are malformed (not a JSON object, another name, a query that is missing, empty or not a string);
-            `"none"` if the model ended its message without a call or an answer.
+            `tuple[str, str]`: The action and its stripped content. `"invalid"` for a turn that was cut, that cannot be
+            parsed, that ends inside a thought, or whose calls are all malformed (cut, another name, a query that is missing,
+            empty or not a string); `"none"` if the model ended its message without a call or an answer.
         """
         if not ended:
             return "invalid", ""
-        text = _THOUGHT.sub("", "<think>" + text if self._opens_thought else text)
-        for call in _CALL.findall(text):
-            if query := _query(call):
-                return "search", query
-        if _CALL_TAG.search(text):
+        end = next((token for token in self._end_texts if text.endswith(token)), None)
+        if end is None:
+            return self._read_message(text, self._format.answer_end)
+        return self._read_message(text.removesuffix(end), self._token_id(end))
+
+    def _token_id(self, token: str) -> int:
+        number: Any = self.tokenizer.convert_tokens_to_ids(token)
+        return int(number)
+
+    def _ends_with_response(self, token_ids: Sequence[int]) -> bool:
+        """Whether tokens end with a response of the tool."""
+        return any(list(token_ids[-len(close) :]) == close for close in (self._close, self._close_cut))
+
+    def _read_message(self, text: str, end: int, *, after_response: bool = False) -> tuple[Action, str]:
+        """The action of a message that was ended by a token."""
+        # A response template knows the ends that the chat template writes; a model may have others
+        known = end in (self._format.call_end, self._format.answer_end)
+        end_text = str(self.tokenizer.convert_ids_to_tokens(end if known else self._format.answer_end))
+        start = self._format.starts[after_response]
+        template, thought = self._format.response_template, self._format.thought
+        if thought is not None and not thought.has_opening and thought.close not in text:
+            if thought.close not in start:
+                return "invalid", ""  # the chat template has opened a thought that the message does not close
+            template = self._without_thought  # the search for the end of a thought takes long in a long text
+        try:
+            message = self.tokenizer.parse_response(text + end_text, template, prefix=start, tools=list(self.tools))
+        except (ValueError, KeyError, RecursionError):
             return "invalid", ""
-        # Text before a lone </think> or after a lone <think> is a thought too
-        answer = text.rpartition("</think>")[2].partition("<think>")[0].strip()
-        return ("answer", answer) if answer else ("none", "")
+        thoughts = message.get(thought.field) if thought is not None else None
+        if str(thoughts[-1] if isinstance(thoughts, list) else thoughts).endswith(
+            end_text
+        ):  # a thought that is never closed has the end of the message in it
+            return "invalid", ""
+        if query := first_query(message, SEARCH_TOOL["function"]["name"]):
+            return "search", query
+        content = message.get("content")
+        content = content.removesuffix(end_text).strip() if isinstance(content, str) else ""
+        is_call = end == self._format.call_end != self._format.answer_end
+        if message.get("tool_calls") or is_call or any(mark in content for mark in self._format.call_marks):
+            return "invalid", ""
+        if content:
+            return "answer", content
+        return ("invalid" if text.strip() and not thoughts else "none"), ""
 
     @property
     def hint_ids(self) -> list[int]:
         """The observation after an invalid action: the hint as the tool's response."""
         return list(self._hint)
+
+    def hint_after(self, token_ids: Sequence[int]) -> list[int]:
+        """
+        The observation after a turn with an invalid action: the hint as the tool's response. If the template cannot write a
+        response after a message without a call, and the message did not end as calls do, the hint is a message of the user.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The T tokens of the turn.
+        """
+        if not self._user_hint or token_ids[-1] == self._end:
+            return super().hint_after(token_ids)
+        return self._user_hint[token_ids[-1] in self._eos_token_ids :]  # its first token ends a message
 
     def closing_ids(self, token_ids: Sequence[int]) -> list[int]:
         """
@@ -221,25 +244,23 @@ class ToolCallProtocol(SearchProtocol):
             observation_ids (`Sequence[int]`):
                 The O tokens of an observation.
         """
-        start = len(self._open) + (observation_ids[0] == self._end)
-        ids = list(observation_ids[start:])
+        ids = list(observation_ids)
+        if self._user_hint and ids in (self._user_hint, self._user_hint[1:]):
+            return HINT
+        ids = ids[len(self._open) + (ids[0] == self._end) :]
+        text = self._response_text(ids)
+        try:
+            return str(json.loads(f'"{text}"')) if self._format.escaped else text
+        except ValueError:
+            return text
+
+    def _response_text(self, ids: list[int]) -> str:
+        """The text of a response as it is written, without the closing."""
         text = str(self.tokenizer.decode(ids))
-        if text.endswith(self._closing):
-            return text.removesuffix(self._closing)
+        if text.endswith(self._format.closing):
+            return text.removesuffix(self._format.closing)
         # SentencePiece decodes control tokens with spaces around them, so the closing is found by its tokens
         for closing, line_end in ((self._close_cut, ""), (self._close, self._line_end)):
             if ids[-len(closing) :] == closing:
                 return str(self.tokenizer.decode(ids[: -len(closing)])).removesuffix(line_end)
         return text
-
-
-def _query(call: str) -> str:
-    """The query of a well-formed call, else `""`."""
-    try:
-        data = json.loads(call)
-    except (ValueError, RecursionError):
-        return ""
-    match data:
-        case {"name": "search", "arguments": {"query": str(query)}}:
-            return CONTROLS.sub("", query).strip()  # JSON can contain a lone surrogate, which cannot be encoded
-    return ""

@@ -25,8 +25,8 @@ class Turn:
         logprobs (`list[float]`, *optional*):
             The T log-probabilities of the engine, if it returns them.
         text (`str`, *optional*, defaults to `""`):
-            The decoded tokens, without special tokens other than the tags of the protocol: the model-written text that
-            actions and scores are read from.
+            The decoded tokens: the model-written text. With tags, it has no special tokens other than the tags; with tool
+            calls, it has all control tokens except the one that ends the message.
         action (`str`, *optional*, defaults to `"none"`):
             `"search"`, `"answer"`, `"invalid"` (no well-formed action, or an empty query) or `"none"` (the model ended
             its message without any action).

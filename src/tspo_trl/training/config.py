@@ -82,9 +82,9 @@ class TSPOConfig(GRPOConfig):
 
         protocol (`str`, *optional*, defaults to `"tags"`):
             How the model writes its actions. `"tags"`: `<search>query</search>` and `<answer>…</answer>`; passages are
-            shown between `<information>` and `</information>`. `"tool_call"`: the chat template's own tool calls (Qwen2.5,
-            Qwen3 and others that write `<tool_call>{…}</tool_call>`); passages are shown as the response of the tool
-            `search`, and a message without a call is the answer.
+            shown between `<information>` and `</information>`. `"tool_call"`: the chat template's own tool calls, in
+            every chat template that TRL can read; passages are shown as the response of the tool `search`, and a message
+            without a call is the answer.
         max_searches, num_passages, max_turn_tokens, max_query_tokens, max_observation_tokens, max_completion_length:
             The limits of the search loop, see [`SearchLimits`].
 
