@@ -1,7 +1,7 @@
 """The decode loop of a search turn: the work of `generate` of `transformers`, for many short turns of different lengths."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,8 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .kv_cache import CACHE_NAME, CacheBlock, GrowingLayer
+from .kv_cache import CACHE_NAME, CacheBlock, growing_layers, has_windows
+from .masks import masks_by_position
 from .sampling import deterministic_sums, draw, sample
 from .shared_prefix import Prefix, attending_to, is_replaceable
 from .stopping import ScoreRecorder, TurnBatch
@@ -134,7 +135,7 @@ class TurnDecoder:
         ids = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), room)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
-            if positions is not None and is_replaceable(model):
+            if positions is not None and is_replaceable(model) and not has_windows(cache):
                 # In the form that attention uses, so that the model does not convert and inspect it for every token
                 mask = mask[:, None, None].bool()
         if positions is not None:
@@ -206,7 +207,7 @@ class TurnDecoder:
         # The shared prefix, once for all rows
         if self._prefix_length and not cache.get_seq_length():
             self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
-        self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
+        self.prefix = [layer.prefix for layer in growing_layers(cache) if layer.prefix is not None]
 
         # The rest of each distinct context
         first = sorted(set(self._first_equal))
@@ -226,7 +227,7 @@ class TurnDecoder:
 
     def _limit(self, cache: Cache, width: int) -> None:
         """Tell the layers how many columns they will have: all but the last token of the longest turn."""
-        for layer in cast(list[GrowingLayer], cache.layers):
+        for layer in growing_layers(cache):
             layer.limit = width + max(self._budgets) - 1 - self._prefix_length
 
     def _read_prefix(
@@ -243,7 +244,7 @@ class TurnDecoder:
         ids = input_ids[of_prefix]
         mask, positions = (None if part is None else part[of_prefix] for part in (mask, positions))
         self._forward(model, cache, ids, mask, positions, model_kwargs, is_first_iteration=True)
-        layers = cast(list[GrowingLayer], cache.layers)
+        layers = growing_layers(cache)
         if all(layer.attended for layer in layers):
             for layer in layers:
                 layer.share()
@@ -275,7 +276,12 @@ class TurnDecoder:
             is_first_iteration=is_first_iteration,
             **model_kwargs,
         )
-        with attending_to(cast(DynamicCache, cache), model) if self._prefix_length else nullcontext():
+        context: AbstractContextManager[Any] = nullcontext()
+        if self._prefix_length:
+            context = attending_to(cast(DynamicCache, cache), model)
+        elif has_windows(cache):
+            context = masks_by_position()
+        with context:
             logits = model(**inputs, return_dict=True).logits
         if cache.get_seq_length() != ids.shape[1]:
             raise RuntimeError(
@@ -299,8 +305,7 @@ class TurnDecoder:
         length = cache.get_seq_length()
         index = torch.tensor(places, device=self.logprobs.device)
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        layer: Any
-        for layer in cache.layers:
+        for layer in growing_layers(cache):
             if staying is None:
                 layers.append((layer.keys, layer.values))
             else:

@@ -6,9 +6,10 @@ from inspect import signature
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .masks import SUPPORTED
 from .shared_prefix import Prefix
 
 #: Name of the cache among the arguments of `generate`, which transformers 5.24 has changed
@@ -105,6 +106,13 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
 
 
+class WindowLayer(GrowingLayer):
+    """
+    A layer whose attention has a sliding window or chunks. It keeps all columns, because the tokens of a window are not in
+    the same columns in all rows. Only the mask leaves tokens out, see [`masks_by_position`].
+    """
+
+
 def _enlarged(stored: torch.Tensor, start: int, states: torch.Tensor, columns: int) -> torch.Tensor:
     """A buffer with this many columns, in the form of `states`, that begins with the `start` columns stored so far."""
     buffer = states.new_empty(*states.shape[:2], columns, states.shape[3])
@@ -122,7 +130,7 @@ class CacheBlock:
         rows (`list[int]`):
             Indices of the rows in the batch.
         layers (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Keys and values of every layer, of shape (R, H, L, D), without a shared prefix.
+            Keys and values of every layer that has some, of shape (R, H, L, D), without a shared prefix.
         valid (`torch.Tensor`):
             Which of the L columns hold a token instead of padding, booleans of shape (R, L).
     """
@@ -192,8 +200,7 @@ class KeptCache:
         moves = [move for block in self.blocks if (move := _Move.plan(block, targets, own)) is not None]
 
         # Move layer by layer, so that at most one layer is in memory twice
-        for i, layer in enumerate(cache.layers):
-            assert isinstance(layer, GrowingLayer)
+        for i, layer in enumerate(growing_layers(cache)):
             layer.replace(*(self._gather(moves, len(numbers), max(own), i, part) for part in (0, 1)))
             layer.prefix = self.prefix[i] if self.prefix else None
             for block in self.blocks:
@@ -242,6 +249,49 @@ class _Move:
         return stored[self.source.to(stored.device)[:, None, None], heads, self.columns.to(stored.device)[:, None]]
 
 
+def growing_layers(cache: Cache) -> list[GrowingLayer]:
+    """The layers of a cache that hold keys and values."""
+    return [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
+
+
+def has_windows(cache: Cache) -> bool:
+    """Whether attention is local in some layers of a cache, so that masks depend on positions."""
+    return any(isinstance(layer, WindowLayer) for layer in cache.layers)
+
+
+#: The layer that takes the place of each kind of layer of `transformers`
+_LAYERS: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: WindowLayer}
+if hasattr(cache_utils, "DummyLayer"):  # of layers that have nothing to keep, since transformers 5.16
+    _LAYERS[cache_utils.DummyLayer] = cache_utils.DummyLayer
+
+
+def why_not_kept(model: PreTrainedModel) -> str | None:
+    """
+    Find out whether the cache of a model can be kept between turns, from its configuration.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, possibly wrapped by PEFT.
+
+    Returns:
+        `str` or `None`: Why it cannot be kept. `None` if it can.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "prompt tuning adds columns before those of the tokens"
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    others = sorted({type(layer).__name__ for layer in layers} - {kind.__name__ for kind in _LAYERS})
+    if others or not layers:
+        return f"its cache has layers of the type {', '.join(others)}" if others else "its cache has no layers"
+    if any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
+        attention = config._attn_implementation
+        if attention not in SUPPORTED:
+            return f"attention of the type {attention} takes no masks for sliding windows; {' and '.join(SUPPORTED)} do"
+        if "longrope" in str(getattr(config, "rope_parameters", None)):
+            return "its rotary positions (longrope) change with the length of the context"
+    return None
+
+
 def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     """
     Create an empty cache whose rows and columns can be moved.
@@ -251,14 +301,11 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
             The model, possibly wrapped by PEFT.
 
     Returns:
-        [`~transformers.DynamicCache`] or `None`: The cache. `None` if the columns of the model's cache cannot be moved: with
-        sliding windows or states of linear attention they depend on their positions, and prompt tuning adds columns before
-        them.
+        [`~transformers.DynamicCache`] or `None`: The cache. `None` if the columns of the model's cache cannot be moved, see
+        [`why_not_kept`].
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if why_not_kept(model) is not None:
         return None
     cache = DynamicCache(config=model.config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    cache.layers = [GrowingLayer() for _ in cache.layers]
+    cache.layers = [_LAYERS[type(layer)]() for layer in cache.layers]
     return cache

@@ -1,5 +1,6 @@
 """Generation by static batching of `transformers`, in rounds, with a key-value cache that is kept between turns."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -16,15 +18,18 @@ from transformers import (
 
 from .base import BatchEngine, Generation
 from .decoding import TurnDecoder
-from .kv_cache import CACHE_NAME, KeptCache, new_cache
+from .kv_cache import CACHE_NAME, KeptCache, has_windows, new_cache, why_not_kept
 from .shared_prefix import shared_length
 from .stopping import ScoreRecorder, StopRule, TurnBatch, TurnStoppingCriteria
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine(BatchEngine):
     """
     Generation by static batching of `transformers`, with the model that is being trained. The key-value cache is kept
-    between the turns of a rollout, so that only observations are read in later turns.
+    between the turns of a rollout, so that only observations are read in later turns. Where it cannot be kept, a line in the
+    log says why.
 
     Args:
         model_context (`Callable[[], ContextManager[PreTrainedModel]]`):
@@ -51,6 +56,7 @@ class TransformersEngine(BatchEngine):
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
         self._model: Any = None
         self._kept: KeptCache | None = None
+        self._said = False
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -79,7 +85,7 @@ class TransformersEngine(BatchEngine):
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
         recorder, turns = ScoreRecorder(self._generation_config), TurnBatch(self._stop, budgets)
-        cache = new_cache(self._model) if _fits_decoder(self._generation_config) else None
+        cache = self._new_cache() if _fits_decoder(self._generation_config) else None
 
         # The loop of `generate`, if the model or the options do not allow ours
         if cache is None:
@@ -95,7 +101,9 @@ class TransformersEngine(BatchEngine):
         if kept and past:
             first_equal, prefix = list(range(len(contexts))), kept.prefix_length
         else:
-            first_equal, prefix = _first_equal(contexts), shared_length(self._model, contexts)
+            # Not with sliding windows: their masks leave out some tokens of the prefix
+            first_equal = _first_equal(contexts)
+            prefix = 0 if has_windows(cache) else shared_length(self._model, contexts)
 
         decoder = TurnDecoder(turns, recorder, budgets, first_equal, prefix)
         options = {"custom_generate": decoder, CACHE_NAME: cache}
@@ -105,6 +113,18 @@ class TransformersEngine(BatchEngine):
             cached = [context + turn[:length] for context, turn, length in written]
             self._kept = KeptCache(decoder.blocks, numbers, cached, decoder.prefix)
         return _generations(turns, decoder.logprobs)
+
+    def _new_cache(self) -> DynamicCache | None:
+        """An empty cache that can be kept. `None`, with a line in the log, if the model has none."""
+        reason = why_not_kept(self._model)
+        if reason is None:
+            return new_cache(self._model)
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "The key-value cache is not kept between turns, so every turn reads its whole context: %s.", reason
+            )
+        return None
 
     def _call_generate(
         self,

@@ -1,0 +1,56 @@
+"""Tiny random models whose layers keep different things: all keys and values, those of a sliding window, or states."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+#: Shorter than the contexts of the tests
+WINDOW = 8
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA4 = {
+    **{"sliding_window": WINDOW, "num_hidden_layers": 4, "layer_types": MIXED["layer_types"] * 2},
+    **{"vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+}
+
+#: Architectures whose attention is local in some layers: model type and configuration
+WINDOWS = {
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {**MIXED, "query_pre_attn_scalar": 8}),
+    "gemma2 eager": ("gemma2", {**MIXED, "attn_implementation": "eager"}),
+    "gemma3": ("gemma3_text", {**MIXED, "query_pre_attn_scalar": 8}),
+    "gemma4": ("gemma4_text", GEMMA4),
+    "gemma4 shared": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}),
+    "gpt_oss": ("gpt_oss", {**MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo3": ("olmo3", MIXED),
+    "cohere2": ("cohere2", MIXED),
+    "llama4": (
+        "llama4_text",
+        {
+            **{"num_local_experts": 2, "num_experts_per_tok": 1, "attention_chunk_size": WINDOW},
+            **{"intermediate_size_mlp": 32, "layer_types": ["chunked_attention", "full_attention"]},
+        },
+    ),
+}
+
+
+def make_tiny(kind: tuple[str, dict], vocab_size: int) -> PreTrainedModel:
+    """A random model of an architecture, in float32."""
+    model_type, options = kind
+    options = dict(options)
+    attention = options.pop("attn_implementation", None)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **{**SIZES, **options})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
