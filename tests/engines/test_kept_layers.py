@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from helpers.forwards import counted
-from helpers.layer_kinds import WINDOWS, make_tiny
+from helpers.layer_kinds import STATES, WINDOWS, make_tiny
 from tspo_trl.engines.static import TransformersEngine
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
@@ -20,9 +20,9 @@ BUDGETS = [[2, 9, 3, 1, 12, 2, 5], [5, 1, 11, 3, 2, 2, 9], [1, 8, 2, 2, 3, 10, 4
 OBSERVATIONS = [[5, 1, 13, 2, 7, 5, 1], [3, 4, 0, 9, 4, 11, 0]]
 
 
-@pytest.fixture(scope="module", params=WINDOWS)
+@pytest.fixture(scope="module", params=[*WINDOWS, *STATES])
 def model(request, tokenizer):
-    return make_tiny(WINDOWS[request.param], len(tokenizer))
+    return make_tiny({**WINDOWS, **STATES}[request.param], len(tokenizer))
 
 
 def make_engine(model, tokenizer, **options):

@@ -45,6 +45,43 @@ WINDOWS = {
     ),
 }
 
+LINEAR = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+
+#: Architectures with recurrent layers
+STATES = {
+    "qwen3_5": ("qwen3_5_text", LINEAR),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **LINEAR,
+            **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_bias": True, "block_multiple_of": 8}),
+    "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 16}),
+    "falcon_h1": ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **{"layers_block_type": ["mamba", "moe", "attention", "mamba"], "num_hidden_layers": 4},
+            **{"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 16},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+            **{"moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+            "time_step_min": 1e-9,  # `transformers` applies this minimum when it reads several tokens, not when it reads one
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "shared_intermediate_size": 16},
+    ),
+}
+
 
 def make_tiny(kind: tuple[str, dict], vocab_size: int) -> PreTrainedModel:
     """A random model of an architecture, in float32."""
