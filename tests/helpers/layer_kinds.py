@@ -82,6 +82,19 @@ STATES = {
     ),
 }
 
+#: Architectures that cannot read several tokens from a state
+FORGETFUL = {
+    "jamba": (
+        "jamba",
+        {
+            **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+            **{"num_experts": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts_per_tok": 1},
+        },
+    ),
+    "mamba": ("mamba", {"state_size": 8, "time_step_rank": 4, "expand": 2}),
+    "falcon_mamba": ("falcon_mamba", {"state_size": 8, "time_step_rank": 4, "expand": 2}),
+}
+
 
 def make_tiny(kind: tuple[str, dict], vocab_size: int) -> PreTrainedModel:
     """A random model of an architecture, in float32."""

@@ -79,6 +79,7 @@ class TurnDecoder:
     """
 
     logprobs: torch.Tensor
+    _cache_name: str
 
     def __init__(
         self,
@@ -133,7 +134,8 @@ class TurnDecoder:
         Raises:
             `RuntimeError`: If the model does not use its cache, or if its logits are not finite.
         """
-        cache: Cache = model_kwargs.pop(cache_name(model))
+        self._cache_name = cache_name(model)
+        cache: Cache = model_kwargs.pop(self._cache_name)
         mask: torch.Tensor | None = model_kwargs.pop("attention_mask")  # `None` if nothing is padding
         positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
         device, width, room = input_ids.device, input_ids.shape[1], max(self._budgets)
@@ -318,7 +320,7 @@ class TurnDecoder:
         inputs = model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=ids.shape[1] - self._columns,
-            **{cache_name(model): cache},
+            **{self._cache_name: cache},
             attention_mask=mask,
             is_first_iteration=is_first_iteration,
             **model_kwargs,

@@ -39,7 +39,7 @@ def masks_by_position() -> Iterator[Masks]:
         if _users == 1:
             _replaced.update((name, ALL_MASK_ATTENTION_FUNCTIONS[name]) for name in SUPPORTED)
             ALL_MASK_ATTENTION_FUNCTIONS.update(sdpa=_sdpa_mask, eager=_eager_mask)
-    token = _masks.set(masks := Masks())
+    token = _masks.set(masks := _masks.get() or Masks())
     try:
         yield masks
     finally:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -20,6 +20,7 @@ from .base import BatchEngine, Generation
 from .decoding import TurnDecoder
 from .kv_cache import KeptCache, cache_name, new_cache, why_not_kept
 from .layers import is_plain, state_layers
+from .probe import why_inexact
 from .shared_prefix import shared_length
 from .stopping import ScoreRecorder, StopRule, TurnBatch, TurnStoppingCriteria
 
@@ -56,6 +57,7 @@ class TransformersEngine(BatchEngine):
         self._generation_config = generation_config
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
         self._model: Any = None
+        self._tokenizer = tokenizer
         self._kept: KeptCache | None = None
         self._said = False
 
@@ -146,15 +148,21 @@ class TransformersEngine(BatchEngine):
 
     def _new_cache(self) -> DynamicCache | None:
         """An empty cache that can be kept. `None`, with a line in the log, if the model has none."""
-        reason = why_not_kept(self._model)
+        cache, reason = new_cache(self._model), self._why_not_kept()
         if reason is None:
-            return new_cache(self._model)
+            return cache
         if not self._said:
             self._said = True
-            logger.warning(
-                "The key-value cache is not kept between turns, so every turn reads its whole context: %s.", reason
-            )
+            logger.warning("The cache is not kept between turns, so every turn reads its whole context: %s.", reason)
         return None
+
+    def _why_not_kept(self) -> str | None:
+        """Why the cache of the model cannot be kept. `None` if it can."""
+        reason = why_not_kept(self._model)
+        if reason is not None or is_plain(cast(DynamicCache, new_cache(self._model))):
+            return reason
+        model, tokenizer = self._model, self._tokenizer
+        return why_inexact(model, lambda config: TransformersEngine(lambda: nullcontext(model), tokenizer, config, ()))
 
     def _call_generate(
         self,
