@@ -5,10 +5,11 @@ from copy import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from helpers.forwards import counted
-from helpers.layer_kinds import STATES, WINDOWS, make_tiny
+from helpers.layer_kinds import STATES, WINDOW, WINDOWS, make_tiny
 from tspo_trl.engines.static import TransformersEngine
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0}
@@ -79,3 +80,34 @@ def test_greedy_tokens_are_those_of_generate(model, tokenizer):
         config.max_new_tokens = len(turn.token_ids)
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         assert turn.token_ids == output[0, len(context) :].tolist()
+
+
+@torch.no_grad()
+def test_adapters_and_half_precision_keep_states_too(tokenizer):
+    base = make_tiny(STATES["qwen3_5"], len(tokenizer))
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, lora).eval()
+    turns, read = converse(make_engine(model, tokenizer, **SAMPLED), base, tokenizer)
+    assert max(columns for _, columns in read[1]) <= max(OBSERVATIONS[0]) + 1
+    for context, turn in turns:
+        logits = model(input_ids=torch.tensor([context + turn.token_ids])).logits[0, len(context) - 1 : -1]
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(turn.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        turns, read = converse(make_engine(base, tokenizer, **SAMPLED), base, tokenizer)
+    assert max(columns for _, columns in read[1]) <= max(OBSERVATIONS[0]) + 1
+
+
+def test_attention_with_a_window_gets_few_columns_while_it_writes(tokenizer):
+    model = make_tiny(WINDOWS["mistral"], len(tokenizer))
+    engine, columns = make_engine(model, tokenizer, do_sample=False), []
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: columns.append(kwargs["attention_mask"].shape[-2:]), with_kwargs=True
+    )
+    with engine.session():
+        for _ in range(2):  # the first time, the model is measured too
+            columns.clear()
+            engine.generate([list(range(20, 60)), list(range(30, 65))], [12, 12])
+    hook.remove()
+    assert columns[0] == (40, 40)
+    assert columns[1:] == [(1, WINDOW)] * 11

@@ -14,7 +14,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from tspo_trl.engines.masks import SUPPORTED, allowed_by_position, masks_by_position
+from tspo_trl.engines.masks import SUPPORTED, allowed_by_position, first_visible, masks_by_position, reach
 
 
 def random_masks(rows=40, columns=23):
@@ -92,3 +92,15 @@ def test_full_attention_is_not_local_and_errors_restore_the_functions():
         fail()
     assert not seen[0].local
     assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+def test_first_visible_column_is_that_of_the_widest_window(window):
+    mask = random_masks()[20:]
+    for new in range(1, 12):
+        whole = torch.cat([mask, torch.ones(len(mask), new, dtype=torch.bool)], dim=1)
+        allowed = allowed_by_position(sliding_window_causal_mask_function(window), whole, 1)[:, 0, 0]
+        first = first_visible(reach(mask), window, new)
+        assert first == int(allowed.any(dim=0).nonzero()[0])
+        sliced = allowed_by_position(sliding_window_causal_mask_function(window), whole, 1, first)
+        assert torch.equal(sliced[:, 0, 0], allowed[:, first:])

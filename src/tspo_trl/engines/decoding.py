@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from .kv_cache import CacheBlock, cache_name
-from .layers import StateLayer, growing_layers, has_windows, is_plain, state_layers
-from .masks import masks_by_position
+from .layers import StateLayer, growing_layers, is_plain, state_layers, window_layers
+from .masks import first_visible, masks_by_position, reach
 from .sampling import deterministic_sums, draw, sample
 from .shared_prefix import Prefix, attending_to, is_replaceable
 from .states import StateBlock, save_states, staircase
@@ -159,7 +159,8 @@ class TurnDecoder:
         written: list[torch.Tensor] = []  # log-probabilities of the steps since rows left the batch
         rows = list(range(len(ids)))  # the rows that are still in the batch
         index = torch.arange(len(ids), device=device)  # the same as a tensor
-        has_states = bool(state_layers(cache))
+        has_states, windows = bool(state_layers(cache)), window_layers(cache)
+        reached = [] if not windows else list(range(width, 0, -1)) if mask is None else reach(mask[:, :width])
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
@@ -199,6 +200,8 @@ class TurnDecoder:
 
             # Read the new tokens
             length = width + step + 1
+            for window in windows:
+                window.first = first_visible(reached, window.window, step + 1)
             seen_mask = None if mask is None else mask[..., :length]
             position = None if positions is None else positions[:, step : step + 1]
             logits = self._forward(model, cache, ids[:, :length], seen_mask, position, model_kwargs)
@@ -276,6 +279,8 @@ class TurnDecoder:
 
     def _limit(self, cache: Cache, width: int) -> None:
         """Tell the layers how many columns they will have: all but the last token of the longest turn."""
+        for window in window_layers(cache):
+            window.first = 0
         for layer in growing_layers(cache):
             layer.limit = width + max(self._budgets) - 1 - self._prefix_length
 
@@ -328,7 +333,7 @@ class TurnDecoder:
         context: AbstractContextManager[Any] = nullcontext()
         if self._prefix_length:
             context = attending_to(cast(DynamicCache, cache), model)
-        elif has_windows(cache):
+        elif window_layers(cache):
             context = masks_by_position()
         with context:
             logits = model(**inputs, return_dict=True).logits

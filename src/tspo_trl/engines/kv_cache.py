@@ -233,7 +233,8 @@ def new_cache(model: PreTrainedModel) -> DynamicCache | None:
     if why_not_kept(model) is not None:
         return None
     cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _LAYERS[type(layer)](number_of_states=getattr(layer, "number_of_states", 1)) for layer in cache.layers
-    ]
+    for i, layer in enumerate(cache.layers):
+        options = {"window": "sliding_window", "number_of_states": "number_of_states"}
+        given = {name: getattr(layer, of_layer) for name, of_layer in options.items() if hasattr(layer, of_layer)}
+        cache.layers[i] = _LAYERS[type(layer)](**given)
     return cache

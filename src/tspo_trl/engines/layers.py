@@ -106,8 +106,35 @@ class GrowingLayer(DynamicLayer):
 class WindowLayer(GrowingLayer):
     """
     A layer whose attention has a sliding window or chunks. It keeps all columns, because the tokens of a window are not in
-    the same columns in all rows. Only the mask leaves tokens out, see [`masks_by_position`].
+    the same columns in all rows. The mask leaves tokens out, see [`masks_by_position`].
+
+    Args:
+        window (`int`):
+            Number of tokens of a window, or of a chunk.
+
+    Attributes:
+        first (`int`):
+            The first column that attention gets: no token of the next pass attends to the columns before.
     """
+
+    is_sliding = True
+
+    def __init__(self, window: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.window = window
+        self.first = 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns that attention gets, and the number of those before them."""
+        length, offset = super().get_mask_sizes(query_length)
+        return length - self.first, offset + self.first
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values of shape (B, H, T, D). Returns views of those that attention gets."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys[:, :, self.first :], values[:, :, self.first :]
 
 
 def _enlarged(stored: torch.Tensor, start: int, states: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -194,9 +221,9 @@ def state_layers(cache: Cache) -> list[RowStates]:
     return [layer for layer in cache.layers if isinstance(layer, RowStates)]
 
 
-def has_windows(cache: Cache) -> bool:
-    """Whether attention is local in some layers of a cache, so that masks depend on positions."""
-    return any(isinstance(layer, WindowLayer) for layer in cache.layers)
+def window_layers(cache: Cache) -> list[WindowLayer]:
+    """The layers of a cache whose attention is local, so that masks depend on positions."""
+    return [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
 
 
 def is_plain(cache: Cache) -> bool:

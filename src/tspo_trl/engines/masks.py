@@ -1,9 +1,11 @@
 """Attention masks by position. In a cache that is kept, padding lies between tokens: columns are not positions."""
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -51,7 +53,7 @@ def masks_by_position() -> Iterator[Masks]:
 
 
 def allowed_by_position(
-    mask_function: Callable[..., torch.Tensor], mask: torch.Tensor, query_length: int
+    mask_function: Callable[..., torch.Tensor], mask: torch.Tensor, query_length: int, first: int = 0
 ) -> torch.Tensor:
     """
     Evaluate a mask function of `transformers` at the positions of tokens.
@@ -63,16 +65,51 @@ def allowed_by_position(
             Which of the L columns hold a token, booleans of shape (B, L).
         query_length (`int`):
             Number T of queries. They are the last columns.
+        first (`int`, *optional*, defaults to `0`):
+            The column of the first key.
 
     Returns:
-        `torch.Tensor`: Whether a query attends to a key, booleans of shape (B, 1, T, L).
+        `torch.Tensor`: Whether a query attends to a key, booleans of shape (B, 1, T, L - first).
     """
     count = mask.cumsum(dim=1)
     # Padding before the first token counts, as in the columns that `transformers` uses: chunks begin after it
     index = count - 1 + (count == 0).sum(dim=1, keepdim=True)
     rows = torch.arange(len(mask), device=mask.device)[:, None, None, None]
-    queries, keys = index[:, None, mask.shape[1] - query_length :, None], index[:, None, None]
-    return mask_function(rows, torch.zeros_like(rows), queries, keys) & mask[:, None, None]
+    queries, keys = index[:, None, mask.shape[1] - query_length :, None], index[:, None, None, first:]
+    return mask_function(rows, torch.zeros_like(rows), queries, keys) & mask[:, None, None, first:]
+
+
+def reach(mask: torch.Tensor) -> list[int]:
+    """
+    Count how many tokens at the ends of rows are needed to reach a column from the right.
+
+    Args:
+        mask (`torch.Tensor`):
+            Which of the L columns hold a token, of shape (B, L).
+
+    Returns:
+        `list[int]`: For each column, the least number of last tokens of a row that begin in this column or before it.
+    """
+    mask = mask.bool()
+    counts = mask.flip(1).cumsum(dim=1).flip(1).where(mask, mask.shape[1] + 1)
+    return list(accumulate(counts.amin(dim=0).tolist(), min))
+
+
+def first_visible(reached: Sequence[int], window: int, new: int) -> int:
+    """
+    The first column with a token of a window.
+
+    Args:
+        reached (`Sequence[int]`):
+            See [`reach`].
+        window (`int`):
+            Number of tokens of the window, which ends with the last column.
+        new (`int`):
+            Number of columns after those of `reached`. All hold tokens.
+    """
+    if new >= window:
+        return len(reached) + new - window
+    return bisect_left(reached, new - window, key=lambda count: -count)
 
 
 def _sdpa_mask(*, q_length: int, mask_function: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -83,7 +120,7 @@ def _sdpa_mask(*, q_length: int, mask_function: Any, attention_mask: Any, **kwar
     if masks is None or attention_mask is None:  # without padding, columns are positions
         options = {"q_length": q_length, "mask_function": mask_function, "attention_mask": attention_mask}
         return _replaced["sdpa"](**options, **kwargs)
-    return allowed_by_position(mask_function, attention_mask, q_length)
+    return allowed_by_position(mask_function, attention_mask, q_length, kwargs["kv_offset"])
 
 
 def _eager_mask(*, dtype: torch.dtype, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .base import Generation
 from .kv_cache import KeptCache, cache_name, new_cache
-from .layers import has_windows, state_layers
+from .layers import state_layers, window_layers
 from .masks import masks_by_position
 from .sampling import sampling_by
 
@@ -71,7 +71,7 @@ def _measure(model: PreTrainedModel, make_engine: Callable[[GenerationConfig], A
                 contexts[number] = contexts[number] + turn.token_ids + observation
         kept: KeptCache = engine._kept
         state_errors = _state_errors(model, kept)
-    if has_windows(kept.cache) and not masks.local:
+    if window_layers(kept.cache) and not masks.local:
         return "the model does not make masks of sliding windows by the functions of `transformers`"
     if max(state_errors, default=0.0) > STATE_ERROR:
         return "the model does not continue from its states when it reads several tokens"

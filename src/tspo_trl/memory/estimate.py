@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING as MODEL_TYPES
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, HfArgumentParser, PreTrainedConfig
 
 from ..engines.kv_cache import cache_name, new_cache
-from ..engines.layers import growing_layers, has_windows, state_layers
+from ..engines.layers import growing_layers, state_layers, window_layers
 from ..support.markdown import markdown_table
 from .formulas import (
     GIB,
@@ -134,7 +134,7 @@ def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShap
         tied=tied,
         adapter_inputs=adapter_inputs,
         movable_cache=cache is not None,
-        windows=cache is not None and has_windows(cache),
+        windows=cache is not None and bool(window_layers(cache)),
         cached_layers=len(blocks) if cache is None else len(growing_layers(cache)),
         states=0 if cache is None else _count_states(network, cache),
     )
