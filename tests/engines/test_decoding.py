@@ -16,7 +16,8 @@ from transformers import (
 
 import tspo_trl.engines.decoding
 from helpers.forwards import counted, without_cache
-from tspo_trl.engines.kv_cache import SPARE, GrowingLayer, new_cache
+from tspo_trl.engines.kv_cache import new_cache
+from tspo_trl.engines.layers import SPARE, GrowingLayer
 from tspo_trl.engines.sampling import _DeterministicSums, deterministic_sums, sample
 from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.rollout.tags import TagProtocol

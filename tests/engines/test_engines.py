@@ -10,6 +10,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+import tspo_trl.engines.kv_cache
 from helpers.batching import SMALL_CACHE
 from tspo_trl.engines.continuous import ContinuousBatchingEngine
 from tspo_trl.engines.kv_cache import new_cache
@@ -299,7 +300,7 @@ def test_context_that_does_not_continue_the_kept_one_is_read_completely(make_eng
     assert turn.token_ids == expected.token_ids
 
 
-def test_model_with_sliding_windows_reads_whole_contexts(tokenizer, world):
+def test_model_whose_cache_cannot_be_kept_reads_whole_contexts_and_says_so_once(tokenizer, world, monkeypatch, caplog):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=len(tokenizer),
@@ -311,6 +312,8 @@ def test_model_with_sliding_windows_reads_whole_contexts(tokenizer, world):
         sliding_window=8,
     )
     model = MistralForCausalLM(config).eval()
+    assert new_cache(model) is not None
+    monkeypatch.setattr(tspo_trl.engines.kv_cache, "SUPPORTED", ("eager",))
     assert new_cache(model) is None
     generation = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, disable_compile=True
@@ -325,3 +328,5 @@ def test_model_with_sliding_windows_reads_whole_contexts(tokenizer, world):
                 logits = logits_of(model, ids + turn.token_ids)
             assert logits[len(ids) - 1 : -1].argmax(dim=-1).tolist() == turn.token_ids
             ids += turn.token_ids + observation(number)
+    (record,) = [record for record in caplog.records if "not kept" in record.message]
+    assert "attention of the type sdpa takes no masks for sliding windows; eager do" in record.message

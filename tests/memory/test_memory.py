@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils
 
+from helpers.layer_kinds import STATES, make_tiny
 from helpers.paths import ROOT
 from tspo_trl.commands import memory as command
 from tspo_trl.engines.static import TransformersEngine
@@ -303,16 +304,44 @@ def test_memory_of_generation_that_reads_contexts_again(name, tokenizer):
     assert formulas.decoding_bytes(shape, kept, types) < formulas.decoding_bytes(shape, again, types)
 
 
-def test_models_with_sliding_windows_read_contexts_again():
+def test_models_with_sliding_windows_keep_all_columns(tokenizer):
     config = Qwen2Config(
         hidden_size=64, num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=1, **SMALL
     )
     shape = measure_shape(config, MemorySetting())
-    assert not shape.movable_cache
-    assert not formulas.keeps_cache(shape, MemorySetting())
-    full = replace(shape, movable_cache=True)
-    assert formulas.keeps_cache(full, MemorySetting())
-    assert not formulas.keeps_cache(full, MemorySetting(cache_implementation="static"))
+    assert formulas.keeps_cache(shape, MemorySetting())
+    assert not formulas.keeps_cache(shape, MemorySetting(cache_implementation="static"))
+    flash = MemorySetting(attn_implementation="flash_attention_2")
+    assert not formulas.keeps_cache(shape, flash)
+    assert formulas.keeps_cache(replace(shape, windows=False), flash)
+    assert held_by(AutoModelForCausalLM.from_config(config).eval(), tokenizer) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "mamba2", "falcon_h1", "nemotron_h"])
+def test_recurrent_layers_hold_states_of_constant_size(name, tokenizer):
+    model = make_tiny(STATES[name], 1000)
+    shape = measure_shape(model.config, MemorySetting())
+    assert formulas.keeps_cache(shape, MemorySetting())
+    assert shape.states > 0
+    attention = name != "mamba2"
+    assert (shape.cached_layers > 0) == attention
+    assert held_by(model, tokenizer) == (1.0 if attention else 0.0, 1.0)
+
+
+def held_by(model, tokenizer):
+    """Keys and values, and states, that rollouts hold after a turn, as shares of what is calculated."""
+    config = GenerationConfig(do_sample=False, pad_token_id=0, disable_compile=True)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, config, ())
+    shape = measure_shape(model.config, MemorySetting())
+    with engine.session():
+        for number in range(3):
+            engine.submit(number, list(range(10 + number, 40 + number)), 5)
+        engine.collect(wait=True)
+        kept = engine._kept
+        columns = [part.nbytes for block in kept.blocks for layer in block.layers for part in layer]
+        states = [state.nbytes for block in kept.states for layer in block.layers for state in layer]
+    cache, both = formulas.kv_cache_bytes(shape, 3, 34, 4), formulas.state_bytes(shape, 3)
+    return sum(columns) / max(1, cache), 2 * sum(states) / max(1, both)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,7 +1,7 @@
 """The decode loop of a search turn: the work of `generate` of `transformers`, for many short turns of different lengths."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,9 +19,12 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .kv_cache import CACHE_NAME, CacheBlock, GrowingLayer
+from .kv_cache import CacheBlock, cache_name
+from .layers import StateLayer, growing_layers, is_plain, state_layers, window_layers
+from .masks import first_visible, masks_by_position, reach
 from .sampling import deterministic_sums, draw, sample
 from .shared_prefix import Prefix, attending_to, is_replaceable
+from .states import StateBlock, save_states, staircase
 from .stopping import ScoreRecorder, TurnBatch
 
 #: Processors that identify rows by their index or keep state per row: with them, no row may leave the batch
@@ -59,12 +62,16 @@ class TurnDecoder:
             For each row, the first row with the same context. If the cache is not empty, the row itself.
         prefix_length (`int`):
             Number of tokens at the beginning of all contexts that are stored once. Padding follows them.
+        unread (`Sequence[int]`):
+            For each row, the number of tokens that are not in the cache. In descending order if the cache has states.
 
     Attributes:
         logprobs (`torch.Tensor`):
             Log-probabilities of the sampled tokens, of shape (B, T). Values after the end of a turn are meaningless.
         blocks (`list[CacheBlock]`):
             Keys and values of the rows after the shared prefix, in blocks of rows that left the batch together.
+        states (`list[StateBlock]`):
+            States of the rows, if the cache has some, in blocks of rows that ended together.
         prefix (`Prefix`):
             Keys and values of the shared prefix. Empty if there is none.
         cached (`list[int]`):
@@ -72,6 +79,7 @@ class TurnDecoder:
     """
 
     logprobs: torch.Tensor
+    _cache_name: str
 
     def __init__(
         self,
@@ -80,14 +88,18 @@ class TurnDecoder:
         budgets: Sequence[int],
         first_equal: Sequence[int],
         prefix_length: int,
+        unread: Sequence[int],
     ):
         self._turns = turns
         self._recorder = recorder
         self._budgets = budgets
         self._first_equal = first_equal
         self._prefix_length = prefix_length
+        self._unread = unread
+        self._columns = 0  # of the cache
         self.prefix: Prefix = []
         self.blocks: list[CacheBlock] = []
+        self.states: list[StateBlock] = []
         self.cached = [0] * len(budgets)
 
     def __call__(
@@ -122,10 +134,12 @@ class TurnDecoder:
         Raises:
             `RuntimeError`: If the model does not use its cache, or if its logits are not finite.
         """
-        cache: Cache = model_kwargs.pop(CACHE_NAME)
+        self._cache_name = cache_name(model)
+        cache: Cache = model_kwargs.pop(self._cache_name)
         mask: torch.Tensor | None = model_kwargs.pop("attention_mask")  # `None` if nothing is padding
         positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
         device, width, room = input_ids.device, input_ids.shape[1], max(self._budgets)
+        self._columns = width - max(self._unread)
 
         # Prefill: read the contexts
         logits = self._read_contexts(model, input_ids, mask, positions, cache, model_kwargs)
@@ -134,7 +148,7 @@ class TurnDecoder:
         ids = torch.cat([input_ids, input_ids.new_zeros(len(input_ids), room)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
-            if positions is not None and is_replaceable(model):
+            if positions is not None and is_replaceable(model) and is_plain(cache):
                 # In the form that attention uses, so that the model does not convert and inspect it for every token
                 mask = mask[:, None, None].bool()
         if positions is not None:
@@ -145,6 +159,8 @@ class TurnDecoder:
         written: list[torch.Tensor] = []  # log-probabilities of the steps since rows left the batch
         rows = list(range(len(ids)))  # the rows that are still in the batch
         index = torch.arange(len(ids), device=device)  # the same as a tensor
+        has_states, windows = bool(state_layers(cache)), window_layers(cache)
+        reached = [] if not windows else list(range(width, 0, -1)) if mask is None else reach(mask[:, :width])
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
@@ -161,7 +177,10 @@ class TurnDecoder:
                 tokens = scores.argmax(dim=-1)
             written.append(self._recorder.logprobs(tokens))
             ids[:, width + step] = tokens
+            before = self._turns.open
             self._turns.append(dict(zip(rows, tokens.tolist(), strict=True)))
+            if has_states and len(self._turns.open) < len(before):
+                self._store_states(cache, rows, before)
             leaving = may_leave and 2 * len(self._turns.open) <= len(rows)
             if leaving or not self._turns.open or step + 1 == room:
                 self.logprobs[index, step + 1 - len(written) : step + 1] = torch.stack(written, dim=1)
@@ -181,6 +200,8 @@ class TurnDecoder:
 
             # Read the new tokens
             length = width + step + 1
+            for window in windows:
+                window.first = first_visible(reached, window.window, step + 1)
             seen_mask = None if mask is None else mask[..., :length]
             position = None if positions is None else positions[:, step : step + 1]
             logits = self._forward(model, cache, ids[:, :length], seen_mask, position, model_kwargs)
@@ -204,17 +225,16 @@ class TurnDecoder:
         """Read the tokens of the contexts that are not in the cache. Returns the next logits, of shape (B, V)."""
         self._limit(cache, input_ids.shape[1])
         # The shared prefix, once for all rows
-        if self._prefix_length and not cache.get_seq_length():
+        if self._prefix_length and not self._columns:
             self._read_prefix(model, input_ids, mask, positions, cache, model_kwargs)
-        self.prefix = [layer.prefix for layer in cast(list[GrowingLayer], cache.layers) if layer.prefix is not None]
+        self.prefix = [layer.prefix for layer in growing_layers(cache) if layer.prefix is not None]
 
         # The rest of each distinct context
         first = sorted(set(self._first_equal))
         distinct = torch.tensor(first, device=input_ids.device) if len(first) < len(input_ids) else slice(None)
         mask, positions = (None if part is None else part[distinct] for part in (mask, positions))
-        logits = self._forward(
-            model, cache, input_ids[distinct], mask, positions, model_kwargs, is_first_iteration=True
-        )
+        unread = [self._unread[row] for row in first]
+        logits = self._read_rows(model, input_ids[distinct], mask, positions, cache, model_kwargs, unread)
         if isinstance(distinct, slice):
             return logits
 
@@ -224,9 +244,44 @@ class TurnDecoder:
         cache.batch_select_indices(copied)
         return logits[copied]
 
+    def _read_rows(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Cache,
+        model_kwargs: dict[str, Any],
+        unread: Sequence[int],
+    ) -> torch.Tensor:
+        """Read the unread tokens of rows, with padding only if no layer has a state. Returns the next logits."""
+        total, width = ids.shape
+        with_states = state_layers(cache)
+        logits = torch.empty(0)
+        for rows, end in staircase(unread, width) if with_states else [(total, width)]:
+            for layer in with_states:
+                layer.restrict_states(rows, total)
+            for growing in growing_layers(cache):
+                growing.rows = total
+            part = (slice(rows), slice(end))
+            logits = self._forward(
+                model,
+                cache,
+                ids[part],
+                None if mask is None else mask[part],
+                None if positions is None else positions[part],
+                model_kwargs,
+                is_first_iteration=True,
+            )
+        for growing in growing_layers(cache):
+            growing.rows = None
+        return logits
+
     def _limit(self, cache: Cache, width: int) -> None:
         """Tell the layers how many columns they will have: all but the last token of the longest turn."""
-        for layer in cast(list[GrowingLayer], cache.layers):
+        for window in window_layers(cache):
+            window.first = 0
+        for layer in growing_layers(cache):
             layer.limit = width + max(self._budgets) - 1 - self._prefix_length
 
     def _read_prefix(
@@ -243,12 +298,12 @@ class TurnDecoder:
         ids = input_ids[of_prefix]
         mask, positions = (None if part is None else part[of_prefix] for part in (mask, positions))
         self._forward(model, cache, ids, mask, positions, model_kwargs, is_first_iteration=True)
-        layers = cast(list[GrowingLayer], cache.layers)
+        layers = growing_layers(cache)
         if all(layer.attended for layer in layers):
             for layer in layers:
                 layer.share()
         else:  # read whole contexts instead
-            self._prefix_length = 0
+            self._prefix_length = self._columns = 0
             for layer in layers:
                 layer.clear()
             self._limit(cache, input_ids.shape[1])
@@ -269,21 +324,33 @@ class TurnDecoder:
             model_kwargs = {**model_kwargs, "position_ids": positions}
         inputs = model.prepare_inputs_for_generation(
             ids,
-            next_sequence_length=ids.shape[1] - cache.get_seq_length(),
-            **{CACHE_NAME: cache},
+            next_sequence_length=ids.shape[1] - self._columns,
+            **{self._cache_name: cache},
             attention_mask=mask,
             is_first_iteration=is_first_iteration,
             **model_kwargs,
         )
-        with attending_to(cast(DynamicCache, cache), model) if self._prefix_length else nullcontext():
+        context: AbstractContextManager[Any] = nullcontext()
+        if self._prefix_length:
+            context = attending_to(cast(DynamicCache, cache), model)
+        elif window_layers(cache):
+            context = masks_by_position()
+        with context:
             logits = model(**inputs, return_dict=True).logits
-        if cache.get_seq_length() != ids.shape[1]:
+        self._columns = ids.shape[1]
+        if growing_layers(cache) and cache.get_seq_length() != self._columns:
             raise RuntimeError(
                 "The model does not write into its key-value cache. Is gradient checkpointing on during generation? If "
                 "the model has no cache, set `generation_kwargs={'use_cache': False}`."
             )
         # A copy, so that the logits of all other positions can be freed
         return logits[:, -1].to(torch.float32, copy=logits.shape[1] > 1)
+
+    def _store_states(self, cache: Cache, rows: Sequence[int], before: Sequence[int]) -> None:
+        """Store the states of the rows that ended with the last token: those that stay in the batch read padding from now."""
+        ended = sorted(set(before) - set(self._turns.open))
+        place = {row: i for i, row in enumerate(rows)}
+        self.states.append(save_states(cache, ended, [place[row] for row in ended]))
 
     def _store_block(
         self,
@@ -296,22 +363,27 @@ class TurnDecoder:
     ) -> None:
         """Store keys and values of some rows of the cache (by their places in the batch) as a block. The others stay."""
         # Keys and values of these rows, layer by layer, so that at most one layer is in memory twice
-        length = cache.get_seq_length()
+        length = self._columns
         index = torch.tensor(places, device=self.logprobs.device)
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        layer: Any
-        for layer in cache.layers:
+        for layer in growing_layers(cache):
             if staying is None:
                 layers.append((layer.keys, layer.values))
             else:
                 keys, values = (part.index_select(0, index.to(part.device)) for part in (layer.keys, layer.values))
                 layers.append((keys, values))
                 layer.batch_select_indices(staying)
+        if staying is not None:
+            for other in state_layers(cache):
+                if isinstance(other, StateLayer):
+                    other.batch_select_indices(staying)
 
         # Which columns hold tokens. The last token of the longest turn was sampled, but not read. Rows that ended earlier
         # have read padding since
         for i in places:
-            self.cached[rows[i]] = min(len(self._turns.token_ids[rows[i]]), length - width)
+            written_tokens = len(self._turns.token_ids[rows[i]])
+            # A state is that of the moment at which the turn ended
+            self.cached[rows[i]] = written_tokens - 1 if self.states else min(written_tokens, length - width)
         written = torch.tensor([self.cached[rows[i]] for i in places], device=index.device)
         valid = torch.arange(length, device=index.device) < width + written[:, None]
         if mask is not None:

@@ -1,12 +1,14 @@
 """Generation by static batching of `transformers`, in rounds, with a key-value cache that is kept between turns."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -16,15 +18,20 @@ from transformers import (
 
 from .base import BatchEngine, Generation
 from .decoding import TurnDecoder
-from .kv_cache import CACHE_NAME, KeptCache, new_cache
+from .kv_cache import KeptCache, cache_name, new_cache, why_not_kept
+from .layers import is_plain, state_layers
+from .probe import why_inexact
 from .shared_prefix import shared_length
 from .stopping import ScoreRecorder, StopRule, TurnBatch, TurnStoppingCriteria
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine(BatchEngine):
     """
     Generation by static batching of `transformers`, with the model that is being trained. The key-value cache is kept
-    between the turns of a rollout, so that only observations are read in later turns.
+    between the turns of a rollout, so that only observations are read in later turns. Where it cannot be kept, a line in the
+    log says why.
 
     Args:
         model_context (`Callable[[], ContextManager[PreTrainedModel]]`):
@@ -50,7 +57,9 @@ class TransformersEngine(BatchEngine):
         self._generation_config = generation_config
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
         self._model: Any = None
+        self._tokenizer = tokenizer
         self._kept: KeptCache | None = None
+        self._said = False
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -78,33 +87,82 @@ class TransformersEngine(BatchEngine):
         """Generate one turn per context. If `numbers` are given, continue from the kept cache and keep the new one."""
         if self._model is None:
             raise RuntimeError("`generate` must be called within `session()`.")
-        recorder, turns = ScoreRecorder(self._generation_config), TurnBatch(self._stop, budgets)
-        cache = new_cache(self._model) if _fits_decoder(self._generation_config) else None
-
-        # The loop of `generate`, if the model or the options do not allow ours
+        cache = self._new_cache() if _fits_decoder(self._generation_config) else None
         if cache is None:
-            criteria = TurnStoppingCriteria(turns, recorder)
-            self._call_generate(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([criteria]))
-            return _generations(turns, torch.stack(criteria.logprobs, dim=1))
+            return self._generate_plainly(contexts, budgets)
 
-        # Continue from the kept cache, or find equal contexts and a shared prefix to read once
         past = kept = None
         if numbers is not None:
             kept, self._kept = self._kept, None
-            past = kept.move(cache, numbers, contexts) if kept else None
-        if kept and past:
+            past = kept.lengths(numbers, contexts) if kept else None
+        unread = [len(ids) - n for ids, n in zip(contexts, past or [0] * len(contexts), strict=True)]
+        if not state_layers(cache):
+            return self._generate_rows(cache, kept if past else None, numbers, contexts, budgets, past, unread)
+
+        # Rows with more to read come first, see `staircase`
+        order = sorted(range(len(contexts)), key=lambda row: -unread[row])
+
+        def ordered(values: Any) -> Any:
+            return None if values is None else [values[row] for row in order]
+
+        parts = (ordered(values) for values in (numbers, contexts, budgets, past, unread))
+        rows = self._generate_rows(cache, kept if past else None, *parts)
+        turns = dict(zip(order, rows, strict=True))
+        return [turns[row] for row in range(len(contexts))]
+
+    def _generate_plainly(self, contexts: Sequence[list[int]], budgets: Sequence[int]) -> list[Generation]:
+        """Generate turns with the loop of `generate`, if the model or the options do not allow ours."""
+        recorder, turns = ScoreRecorder(self._generation_config), TurnBatch(self._stop, budgets)
+        criteria = TurnStoppingCriteria(turns, recorder)
+        self._call_generate(contexts, None, budgets, recorder, stopping_criteria=StoppingCriteriaList([criteria]))
+        return _generations(turns, torch.stack(criteria.logprobs, dim=1))
+
+    def _generate_rows(
+        self,
+        cache: DynamicCache,
+        kept: KeptCache | None,
+        numbers: Sequence[int] | None,
+        contexts: Sequence[list[int]],
+        budgets: Sequence[int],
+        past: Sequence[int] | None,
+        unread: Sequence[int],
+    ) -> list[Generation]:
+        """Generate turns with our loop: continue from the kept cache, or find equal contexts and a prefix to read once."""
+        recorder, turns = ScoreRecorder(self._generation_config), TurnBatch(self._stop, budgets)
+        if kept and numbers is not None:
+            cache = kept.move(numbers)
             first_equal, prefix = list(range(len(contexts))), kept.prefix_length
         else:
-            first_equal, prefix = _first_equal(contexts), shared_length(self._model, contexts)
+            first_equal = _first_equal(contexts)
+            # Windows leave out some tokens of a prefix, and a state holds all tokens of its row
+            prefix = shared_length(self._model, contexts) if is_plain(cache) else 0
 
-        decoder = TurnDecoder(turns, recorder, budgets, first_equal, prefix)
-        options = {"custom_generate": decoder, CACHE_NAME: cache}
+        decoder = TurnDecoder(turns, recorder, budgets, first_equal, prefix, unread)
+        options = {"custom_generate": decoder, cache_name(self._model): cache}
         self._call_generate(contexts, past, budgets, recorder, prefix, **options)
         if numbers is not None:
             written = zip(contexts, turns.token_ids, decoder.cached, strict=True)
             cached = [context + turn[:length] for context, turn, length in written]
-            self._kept = KeptCache(decoder.blocks, numbers, cached, decoder.prefix)
+            self._kept = KeptCache(cache, decoder.blocks, decoder.states, numbers, cached, decoder.prefix)
         return _generations(turns, decoder.logprobs)
+
+    def _new_cache(self) -> DynamicCache | None:
+        """An empty cache that can be kept. `None`, with a line in the log, if the model has none."""
+        cache, reason = new_cache(self._model), self._why_not_kept()
+        if reason is None:
+            return cache
+        if not self._said:
+            self._said = True
+            logger.warning("The cache is not kept between turns, so every turn reads its whole context: %s.", reason)
+        return None
+
+    def _why_not_kept(self) -> str | None:
+        """Why the cache of the model cannot be kept. `None` if it can."""
+        reason = why_not_kept(self._model)
+        if reason is not None or is_plain(cast(DynamicCache, new_cache(self._model))):
+            return reason
+        model, tokenizer = self._model, self._tokenizer
+        return why_inexact(model, lambda config: TransformersEngine(lambda: nullcontext(model), tokenizer, config, ()))
 
     def _call_generate(
         self,

@@ -11,6 +11,7 @@ CUDA, fragmentation and the workspaces of libraries are not included (often 1 to
 import argparse
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 import yaml
 from transformers import CONFIG_MAPPING as MODEL_TYPES
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, HfArgumentParser, PreTrainedConfig
 
-from ..engines.kv_cache import new_cache
+from ..engines.kv_cache import cache_name, new_cache
+from ..engines.layers import growing_layers, state_layers, window_layers
 from ..support.markdown import markdown_table
 from .formulas import (
     GIB,
@@ -33,6 +35,7 @@ from .formulas import (
     keeps_cache,
     kv_cache_bytes,
     precision,
+    state_bytes,
     vllm_rollouts,
 )
 
@@ -102,12 +105,13 @@ def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShap
     blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     inside = sum(p.numel() for p in blocks.parameters())
     query_key_norm = any(n.endswith("q_norm") for n, _ in model.named_modules())
-    trainable, adapter_inputs = base, 0
+    network, trainable, adapter_inputs = model, base, 0
     if setting.use_peft:
         model = _add_adapters(model, setting, {n.rsplit(".", 1)[-1] for n in linear})
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         adapted = [m for n, m in model.named_modules() if n.endswith("lora_A.default")]
         adapter_inputs = sum(m.in_features for m in adapted) // len(blocks)
+    cache = new_cache(network)
     text = config.get_text_config()
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None)
@@ -129,8 +133,21 @@ def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShap
         largest=max(m.weight.numel() for m in linear.values()),
         tied=tied,
         adapter_inputs=adapter_inputs,
-        movable_cache=new_cache(model) is not None,
+        movable_cache=cache is not None,
+        windows=cache is not None and bool(window_layers(cache)),
+        cached_layers=len(blocks) if cache is None else len(growing_layers(cache)),
+        states=0 if cache is None else _count_states(network, cache),
     )
+
+
+def _count_states(model: Any, cache: Cache) -> int:
+    """Elements of the states of recurrent layers, for one row. The first such layer shows the shape of all."""
+    layers = state_layers(cache)
+    if layers:
+        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        with torch.no_grad(), suppress(Exception):  # not every layer runs on the `meta` device
+            model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
+    return max((sum(state[0].numel() for state in layer.states) for layer in layers), default=0) * len(layers)
 
 
 def _add_adapters(model: Any, setting: MemorySetting, names: set[str]) -> Any:
@@ -212,7 +229,9 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     # The gradient of a tied LM head waits for that of the embedding
     waiting = shape.head * types.trained * (shape.tied and not setting.use_peft)
     prefill, scores = decoding_bytes(shape, setting, types)
-    cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.compute)
+    cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.compute) + state_bytes(
+        shape, setting.rollouts
+    )
     if setting.use_vllm:
         prefill = scores = cache = 0
     if share_of_vllm := setting.vllm_bytes:

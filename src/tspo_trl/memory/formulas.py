@@ -171,6 +171,9 @@ class ModelShape:
     tied: bool  # whether the LM head is the embedding
     adapter_inputs: int  # the sum of the widths that the adapters of one layer read
     movable_cache: bool  # whether the default engine can keep the cache between turns
+    windows: bool  # whether some layers have a sliding window, whose cache FlashAttention cannot keep
+    cached_layers: int  # layers that hold keys and values: not recurrent layers, and none that share those of others
+    states: int  # elements of the states of all recurrent layers, for one rollout
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,19 @@ def precision(setting: MemorySetting) -> Precision:
 
 
 def kv_cache_bytes(shape: ModelShape, batch: int, length: int, itemsize: int) -> int:
-    """Keys and values of all layers: 2 · layers · kv_heads · head_dim · batch · length · itemsize. Exact for full
-    attention, an upper bound for layers with a sliding window."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * batch * length * itemsize
+    """
+    Keys and values of the layers that have some: 2 · layers · kv_heads · head_dim · batch · length · itemsize. The default
+    engine keeps all columns of a sliding window too; for other engines this is an upper bound.
+    """
+    return 2 * shape.cached_layers * shape.kv_heads * shape.head_dim * batch * length * itemsize
+
+
+def state_bytes(shape: ModelShape, batch: int) -> int:
+    """
+    States of recurrent layers, which do not grow with the length: those of the batch, and those stored at the ends of turns.
+    Counted in fp32, in which most models have them.
+    """
+    return 2 * shape.states * batch * 4
 
 
 def attention_bytes(shape: ModelShape, batch: int, length: int, itemsize: int, attention: _Attention) -> int:
@@ -311,7 +324,7 @@ def decoding_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) 
         prompts = -(-batch // setting.num_generations)
         first = prefill_bytes(shape, setting, types, prompts, setting.max_prompt_length, setting.max_prompt_length)
         later = prefill_bytes(shape, setting, types, batch, min(setting.max_observation_tokens, length), length)
-        growth = kv_cache_bytes(shape, batch, length, types.compute) // shape.layers
+        growth = kv_cache_bytes(shape, batch, length, types.compute) // max(1, shape.cached_layers)
         prefill = growth + max(first, later)
     else:
         prefill = prefill_bytes(shape, setting, types, batch, length, length)
@@ -320,7 +333,8 @@ def decoding_bytes(shape: ModelShape, setting: MemorySetting, types: Precision) 
 
 def keeps_cache(shape: ModelShape, setting: MemorySetting) -> bool:
     """Whether the default engine keeps the key-value cache from turn to turn, so that it reads no context again."""
-    return shape.movable_cache and setting.cache_implementation is None
+    masked = setting.attn_implementation != "flash_attention_2" or not shape.windows
+    return shape.movable_cache and masked and setting.cache_implementation is None
 
 
 def vllm_rollouts(shape: ModelShape, setting: MemorySetting) -> int:
@@ -333,7 +347,7 @@ def vllm_rollouts(shape: ModelShape, setting: MemorySetting) -> int:
     """
     four_bits = 0.5 + 4 / 64
     model = 2 * shape.base - (2 - four_bits) * shape.linear * setting.load_in_4bit
-    rollout = kv_cache_bytes(shape, 1, setting.length, 2)
+    rollout = kv_cache_bytes(shape, 1, setting.length, 2) + state_bytes(shape, 1)
     parts = setting.vllm_tensor_parallel_size
     if setting.vllm_bytes * parts < model + rollout:
         raise ValueError(
