@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": EXPERTS,
     "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
-    "seed_oss": {"residual_dropout": 0.0},
+    "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
     "smollm3": {"no_rope_layer_interval": 2},
     "starcoder2": {"sliding_window": WINDOW},
 }

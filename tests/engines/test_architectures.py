@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from benchmarks.architectures import ARCHITECTURES, WINDOW, make_model
 from helpers.limits import LIMITS
+from helpers.multimodal import VISION, make_multimodal
 from tspo_trl import SearchLoop, TagProtocol
 from tspo_trl.engines.static import TransformersEngine
 from tspo_trl.rollout.limits import SearchLimits
@@ -60,6 +61,14 @@ def test_all_named_architectures_are_in_the_table():
     assert set(NAMED) == set(ARCHITECTURES)
 
 
+def check_logprobs(model, trajectories):
+    """The log-probabilities of the sampled tokens are those of a forward of each rollout alone."""
+    for t in trajectories:
+        sampled = torch.tensor(t.loss_mask) == 1
+        expected = full_logps(model, t.prompt_ids + t.completion_ids)[len(t.prompt_ids) - 1 :]
+        torch.testing.assert_close(torch.tensor(t.logprobs)[sampled], expected[sampled], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logprobs_of_rollouts_equal_those_of_a_full_forward(roll, tokenizer, name):
     model = make_model(name, len(tokenizer)).eval()
@@ -70,11 +79,7 @@ def test_logprobs_of_rollouts_equal_those_of_a_full_forward(roll, tokenizer, nam
     assert len({len(turn.token_ids) for turn in turns}) > 4
     assert len({len(turn.observation_ids) for turn in turns}) > 3
     assert min(len(t.prompt_ids) for t in trajectories) > WINDOW
-    for t in trajectories:
-        ids = t.prompt_ids + t.completion_ids
-        sampled = torch.tensor(t.loss_mask) == 1
-        expected = full_logps(model, ids)[len(t.prompt_ids) - 1 :]
-        torch.testing.assert_close(torch.tensor(t.logprobs)[sampled], expected[sampled], atol=1e-4, rtol=0)
+    check_logprobs(model, trajectories)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -84,3 +89,9 @@ def test_padding_that_is_not_masked_would_change_logprobs(tokenizer, name):
     ids = list(range(20, 50))
     padded = full_logps(model, [tokenizer.pad_token_id] * 5 + ids)[5:]
     assert (padded - full_logps(model, ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_logprobs_of_whole_multimodal_models_equal_those_of_a_full_forward(roll, tokenizer, name):
+    model = make_multimodal(name, tokenizer).eval()
+    check_logprobs(model, roll(model))
