@@ -3,8 +3,10 @@
     python -m benchmarks.rollouts                                # batches of 16, 64 and 256 rollouts, 1 to 6 turns
     python -m benchmarks.rollouts --batch 64 --turns 3 --longest 160 --json results.json
     python -m benchmarks.rollouts --model docs/models/qwen2.5-3b --dtype bfloat16   # on a GPU
+    python -m benchmarks.rollouts --model gemma3 --batch 64 --turns 3   # a small model of another architecture
 
-The model is a Qwen2 with random weights: a tiny one, or one with the shape given by `--model`. Its tokens are forced:
+The model has random weights. It is a tiny Qwen2, or what `--model` says: a small model of an architecture of
+`benchmarks/architectures.py`, or one with the shape in a folder. The chat template is Qwen2.5's. Its tokens are forced:
 every rollout has a script of its turns and their tokens. All loops therefore generate the same number of tokens in the
 same turns, with the same model and the same passages, and differ only in the work around the model. As in training,
 several rollouts (`--group`) have the same question. With `--group 1`, all questions differ. All turns have the same
@@ -36,18 +38,19 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from tspo_trl import TSPOTrainer
 from tspo_trl.engines.shared_prefix import shared_length
 
+from ..architectures import ARCHITECTURES
 from .scripts import MAX_TURNS, ROLLOUTS, TURN_TOKENS, Scripts, force
 from .trainers import PASSAGES, TimedRetriever, make_trainers
 
 
 @contextmanager
-def recorded(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> Iterator[None]:
+def recorded(model: PreTrainedModel, calls: list[dict[str, Any]]) -> Iterator[None]:
     """Time the calls of `generate` and record their inputs."""
     generate = type(model).generate
 
@@ -63,7 +66,7 @@ def recorded(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> Iterator[N
     del model.generate
 
 
-def bare(model: Qwen2ForCausalLM, calls: list[dict[str, Any]]) -> float:
+def bare(model: PreTrainedModel, calls: list[dict[str, Any]]) -> float:
     """Measure the seconds of plain `generate` for the same turns. Every context is read from its beginning."""
     seconds = 0.0
     for call in calls:
@@ -131,7 +134,10 @@ def main() -> None:
         help=f"maximum tokens per turn; the minimum is {TURN_TOKENS} (default: %(default)s)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="number of measured runs (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="folder with the config.json of a Qwen2 (default: a tiny one)")
+    parser.add_argument(
+        "--model",
+        help=f"folder with a config.json, or one of {', '.join(ARCHITECTURES)} (default: a tiny Qwen2)",
+    )
     parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the scripts (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -141,19 +147,23 @@ def main() -> None:
             f"`--batch` must be at most {ROLLOUTS}, `--turns` at most {MAX_TURNS}, "
             f"and `--longest` at least {TURN_TOKENS}"
         )
+    if arguments.model not in (None, *ARCHITECTURES) and not Path(arguments.model, "config.json").is_file():
+        parser.error(
+            f"`--model` must be a folder with a config.json or one of {', '.join(ARCHITECTURES)}, got {arguments.model!r}"
+        )
 
     trainers, scripts, retriever = make_trainers(arguments, mkdtemp())
     protocols = {name: "tags" if name.endswith("tags") else "tool_call" for name in trainers}
     for name, trainer in trainers.items():
         trainer.model.eval()
         force(trainer.model, scripts, protocols[name])
-    parameters = next(iter(trainers.values())).model.num_parameters()
+    model = next(iter(trainers.values())).model
     turn_tokens = TURN_TOKENS if arguments.longest == TURN_TOKENS else f"{TURN_TOKENS}–{arguments.longest}"
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     print(
-        f"Qwen2 with {parameters / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, "
+        f"{type(model).__name__.removesuffix('ForCausalLM')} with {model.num_parameters() / 1e6:.2f} M parameters ({arguments.dtype}), groups of {arguments.group}, "
         f"{turn_tokens} tokens per turn, {PASSAGES} passages per search, on {machine}; "
         f"medians of {arguments.repeats} runs.\n"
     )

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..tiny_qwen import END
 
@@ -84,7 +84,7 @@ class Forced(LogitsProcessor):
         return self.scripts.write(self.protocol, row[mark] - first, turn)
 
 
-def force(model: Qwen2ForCausalLM, scripts: Scripts, protocol: str) -> None:
+def force(model: PreTrainedModel, scripts: Scripts, protocol: str) -> None:
     """Add a [`Forced`] to the logits processors of each `generate` call. The latest one is `model.forced`."""
     make = type(model)._get_logits_processor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template
 
@@ -14,7 +14,9 @@ from tspo_trl import BM25Retriever, TSPOConfig, TSPOTrainer
 from tspo_trl.demo import make_world
 from tspo_trl.rollout.tags import PROMPT
 
-from ..tiny_qwen import END, PAD, START, make_model, make_tokenizer
+from ..architectures import ARCHITECTURES, make_model
+from ..tiny_qwen import END, PAD, START, make_tokenizer
+from ..tiny_qwen import make_model as make_tiny_qwen
 from .scripts import ROLLOUTS, Scripts
 
 PASSAGES = 3
@@ -37,6 +39,21 @@ class TimedRetriever:
         return result
 
 
+def load_model(name: str | None, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """Make a model with random weights: a tiny Qwen2, a small one of an architecture, or one with the shape in a folder."""
+    if name is None:
+        return make_tiny_qwen(tokenizer, 64, 2, seed)
+    if name in ARCHITECTURES:
+        # Windows are shorter than most contexts, as in practice
+        window = {"sliding_window": 128} if "sliding_window" in ARCHITECTURES[name] else {}
+        return make_model(name, len(tokenizer), seed, hidden_size=64, **window)
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"`--model`: {name} has {config.vocab_size} tokens, but the benchmark needs {len(tokenizer)}.")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, GRPOTrainer], Scripts, TimedRetriever]:
     """Make a trainer per loop, with one model. Return the trainers by name, the scripts and the shared retriever."""
     world = make_world(0)
@@ -45,11 +62,7 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
     tokenizer = make_tokenizer(texts, 2000, added=[*TAGS, *marks], special=(PAD, START, END))
     tokenizer.chat_template = qwen2_5_chat_template
     scripts = Scripts(tokenizer, [p.title for p in world.passages], arguments.longest, arguments.seed)
-    if arguments.model is None:
-        model = make_model(tokenizer, 64, 2, arguments.seed)
-    else:
-        torch.manual_seed(arguments.seed)
-        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(arguments.model))
+    model = load_model(arguments.model, tokenizer, arguments.seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     retriever = TimedRetriever(BM25Retriever(world.passages))
@@ -77,6 +90,7 @@ def make_trainers(arguments: argparse.Namespace, folder: str) -> tuple[dict[str,
         "temperature": 1.0,
         "report_to": "none",
         "max_completion_length": 4096,
+        "router_aux_loss_coef": 0.0,  # nothing is trained
         "model_init_kwargs": {"dtype": arguments.dtype},
     }
     titles = [passage.title for passage in world.passages]

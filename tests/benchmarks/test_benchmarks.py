@@ -108,6 +108,7 @@ def test_recall_is_measured_on_data_with_supporting_passages(tmp_path, monkeypat
         "--batch 6 --group 1 --turns 1 3",
         "--batch 8 --group 4 --turns 1 3 --longest 120",
         "--batch 4 --group 2 --turns 1 3 --model MODEL --dtype bfloat16",
+        "--batch 4 --group 2 --turns 1 3 --model gemma3",
     ],
 )
 def test_all_loops_of_the_rollout_benchmark_generate_the_same_number_of_tokens(tmp_path, options):
@@ -141,3 +142,12 @@ def test_all_loops_of_the_rollout_benchmark_generate_the_same_number_of_tokens(t
     assert all(0 < row["reading"] < row["model"] < row["seconds"] for row in rows)
     assert result.stdout.count(f"\n| {options[1]} | 1–3 | 0 ms |") == 3
     assert ("(bfloat16)" in result.stdout) == ("bfloat16" in options)
+    named = {"gemma3": "Gemma3"}.get(options[8], "Qwen2")
+    assert result.stdout.startswith(f"{named} with ")
+
+
+def test_an_unknown_model_of_the_rollout_benchmark_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rollouts", "--model", "gemma33"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        runpy.run_module("benchmarks.rollouts", run_name="__main__")
+    assert "must be a folder with a config.json or one of bamba, " in capsys.readouterr().err

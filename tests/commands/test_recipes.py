@@ -289,16 +289,17 @@ def test_the_paper_configurations_are_valid(recipe):
     from tspo_trl import TSPOConfig
 
     configs = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-    assert len(configs) >= 4
+    models = set()
     for config in configs:
         parser = TrlParser((recipe.SearchArguments, TSPOConfig, ModelConfig))
         overrides = ["--config", str(config), "--bf16", "false", "--use_cpu", "true"]
         script_args, training_args, model_args = parser.parse_args_and_config(overrides)
         if config.name == "demo.yaml":  # the warm start practises with the budgets of the training
             assert replace(SearchLimits.of(training_args), max_completion_length=4096) == LIMITS
-        if "qwen" in config.name:
+        if config.name not in ("demo.yaml", "hotpotqa_sample.yaml"):
             assert script_args.dataset_name == "PeterJinGo/nq_hotpotqa_train"
-            assert model_args.model_name_or_path in ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-4B")
+            models.add(model_args.model_name_or_path)
+            assert training_args.protocol == ("tags" if "Qwen2.5" in model_args.model_name_or_path else "tool_call")
             assert (training_args.max_searches, training_args.num_passages) == (4, 3)
             assert training_args.max_observation_tokens == 500
             assert 5 <= training_args.num_generations <= 8
@@ -308,6 +309,10 @@ def test_the_paper_configurations_are_valid(recipe):
                 assert (training_args.vllm_mode, training_args.vllm_enable_sleep_mode) == ("colocate", True)
                 assert training_args.vllm_max_model_length == 512 + training_args.max_completion_length
                 assert training_args.steps_per_generation == training_args.gradient_accumulation_steps
+    assert models == {
+        *("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-4B", "Qwen/Qwen3.5-4B"),
+        *("meta-llama/Llama-3.2-3B-Instruct", "google/gemma-4-E4B-it", "unsloth/gpt-oss-20b-BF16"),
+    }
 
 
 MODEL = ["--model_name_or_path", "demo"]

@@ -585,7 +585,7 @@ def test_unknown_options_are_refused(tmp_path, capsys, arguments, message):
 
 def test_options_of_a_run_are_accepted(tmp_path, capsys):
     MODELS["qwen2"].save_pretrained(tmp_path)
-    for config in (ROOT / "recipes" / "configs").glob("qwen*.yaml"):
+    for config in (ROOT / "recipes" / "configs").glob("*.yaml"):
         command.main(["--config", str(config), "--model", str(tmp_path), "--per_device_train_batch_size", "40"])
         assert "Peak: " in capsys.readouterr().out
     text = "max_searches: 2\ndataset: a.jsonl\nfolr-alpha: 0.1\ncorpus: b.jsonl\nnum_generations: 4\n"

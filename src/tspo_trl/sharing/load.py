@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub import is_offline_mode
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
@@ -123,7 +124,8 @@ def load_model(
         source = base if adapter is not None and place.find("tokenizer_config.json") is None else place
         processing_class = AutoTokenizer.from_pretrained(source.name, **source.options, **trust)
     # Load the weights
-    model: Any = AutoModelForCausalLM.from_pretrained(base.name, **base.options, **kwargs)
+    auto_class: Any = AutoModelForImageTextToText if _adapts_whole_model(place, adapter) else AutoModelForCausalLM
+    model: Any = auto_class.from_pretrained(base.name, **base.options, **kwargs)
     if adapter is not None:
         if len(processing_class) > model.get_input_embeddings().weight.shape[0]:  # training added tokens
             model.resize_token_embeddings(len(processing_class))
@@ -133,6 +135,15 @@ def load_model(
     ):  # a quantised model is on its device already
         model.to(device or default_device())
     return model, processing_class
+
+
+def _adapts_whole_model(place: ModelPlace, adapter: PeftConfig | None) -> bool:
+    """Whether an adapter was trained on a whole multimodal model, whose text part is named `language_model`."""
+    file = place.find("adapter_model.safetensors") if adapter is not None else None
+    if file is None:
+        return False
+    with safe_open(file, framework="pt") as weights:
+        return any(".language_model." in name for name in weights.keys())  # noqa: SIM118
 
 
 def _find_base(place: ModelPlace, adapter: PeftConfig | None, base_model: str | Path | None) -> ModelPlace:

@@ -17,9 +17,13 @@ from transformers.trainer_utils import TrainOutput
 
 from ..support.devices import get_rng_state, set_rng_state
 from ..support.files import replace_file
+from .weights import load_renamed
 
 logger = logging.getLogger(__name__)
 _COMPLETE = "complete.json"  # written last, after every process has written its files
+_RENAMED = (
+    "%s holds weights under the names of the published model. All of them were loaded, also those reported as missing."
+)
 # The position in the data depends on these options
 _DATA_POSITION_OPTIONS = (
     "world_size",
@@ -266,6 +270,14 @@ class ExactResumeMixin:
         for name, param in module.named_parameters():
             if param.dtype != dtypes.get(name, param.dtype):  # peft loads the adapters of TRL's QLoRA in float32
                 param.data = param.data.to(dtypes[name])
+        if not self.is_fsdp_enabled and load_renamed(module, resume_from_checkpoint):  # type: ignore[attr-defined]
+            logger.warning(_RENAMED, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        best = self.state.best_model_checkpoint
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and load_renamed(self.model, best):  # type: ignore[attr-defined]
+            logger.warning(_RENAMED, best)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]

@@ -14,6 +14,7 @@ from ..retrieval.results import check_retriever
 from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
 from .datasets import check_best_metric, check_dataset, map_datasets
+from .multimodal import load_options, multimodal_config
 from .unsupported import report_unused_options
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ def questions_per_batch(args: TSPOConfig) -> int:
     return args.generation_batch_size // args.num_generations  # type: ignore[operator]
 
 
-def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> None:
+def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> Any:
     """
     Check the tokenizer of a model before the weights are loaded.
 
@@ -242,47 +243,55 @@ def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> None
         args ([`TSPOConfig`]):
             The configuration.
 
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`] or `None`: The tokenizer that TRL must use, `None` for the one that it
+        loads. For a multimodal model, TRL would load a processor.
+
     Raises:
         `ValueError`: If the tokenizer has no end-of-sequence token.
         `FileNotFoundError`: If there is none, for instance because there is no such model on the Hub.
     """
+    tokenizer = processing_class
     if isinstance(model, str) and processing_class is None:
-        given: Any = args.model_init_kwargs or {}
-        options = {"trust_remote_code": args.trust_remote_code}
-        options |= {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
+        sides = {"padding_side": "left", "truncation_side": "left"}  # as in TRL
         try:
-            processing_class = AutoTokenizer.from_pretrained(model, **options)
+            tokenizer = AutoTokenizer.from_pretrained(model, **sides, **load_options(args))
         except OSError as error:
             raise FileNotFoundError(
                 f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
                 f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
             ) from error
-    check_end_token(processing_class)
+        processing_class = None if multimodal_config(model, args) is None else tokenizer
+    check_end_token(tokenizer)
+    return processing_class
 
 
-def check_loaded(model: torch.nn.Module, processing_class: Any) -> PreTrainedTokenizerBase:
+def check_loaded(model: Any, processing_class: Any, router_aux_loss_coef: float) -> PreTrainedTokenizerBase:
     """
     Check the model and the tokenizer that TRL has set up.
 
     Args:
-        model (`torch.nn.Module`):
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model, with its adapter.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
+        router_aux_loss_coef (`float`):
+            The weight of the load-balancing loss that applies.
 
     Returns:
         [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
 
     Raises:
         `TypeError`: If `processing_class` is not a tokenizer.
-        `ValueError`: If the tokenizer has no end-of-sequence token.
+        `ValueError`: If the tokenizer has no end-of-sequence token, or TRL cannot compute the load-balancing loss.
     """
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` must be a tokenizer, got `{type(processing_class).__name__}`: the search loop is for text "
-            "only."
+            "only. Pass the tokenizer of the model as `processing_class`."
         )
     check_end_token(processing_class)
+    check_experts(model, router_aux_loss_coef)
     warn_of_dropout(model)
     return processing_class
 
@@ -320,6 +329,42 @@ def warn_of_dropout(model: torch.nn.Module) -> None:
             "The model has dropout (%s), which is on in training and off in sampling, so the log-probabilities of the two "
             "differ. Set `lora_dropout` to 0 for an adapter, or `disable_dropout=True`.",
             ", ".join(f"{rate:g}" for rate in sorted(rates)),
+        )
+    # Dropout within the code of attention and layers has no module that `disable_dropout` could change
+    fields = {
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name.endswith("dropout") and isinstance(value, float) and value > 0
+    }
+    if fields:
+        logger.warning(
+            "The configuration of the model has dropout (%s), which is on in training and off in sampling, so the "
+            "log-probabilities of the two differ. Set `model_init_kwargs=%r`.",
+            ", ".join(f"{name} {value:g}" for name, value in sorted(fields)),
+            {name: 0.0 for name, _ in sorted(fields)},
+        )
+
+
+def check_experts(model: Any, coefficient: float) -> None:
+    """
+    Check that TRL can compute the load-balancing loss of a mixture of experts.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        coefficient (`float`):
+            The weight of this loss that applies.
+
+    Raises:
+        `ValueError`: If TRL would fail in the first step, because it does not find the number of experts.
+    """
+    config = model.config.get_text_config()
+    needed = coefficient != 0.0 and hasattr(config, "output_router_logits")
+    if needed and not all(hasattr(config, name) for name in ("num_experts", "num_experts_per_tok")):
+        raise ValueError(
+            f"TRL cannot compute the load-balancing loss of `{type(config).__name__}`, because it has no `num_experts`. Set "
+            f"`router_aux_loss_coef=0.0` to train without this loss, got {coefficient}."
         )
 
 

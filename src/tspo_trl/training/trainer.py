@@ -48,6 +48,7 @@ from .forward import CompactForwardMixin, sampled_logps
 from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine, show_texts
 from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
 from .metrics import add_metrics, mean_logprob, rollout_metrics
+from .multimodal import text_part
 from .progress import ignore_harmless_warnings, shorten_output
 from .rounds import replace_without_signal
 from .sharding import check_processes
@@ -177,22 +178,23 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwar
         check_setup(args, retriever, train_dataset, eval_dataset, model, peft_config)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
-        check_tokenizer(model, processing_class, args)
+        processing_class = check_tokenizer(model, processing_class, args)
 
-        super().__init__(
-            model=model,
-            reward_funcs=exact_match_reward if reward_funcs is None else reward_funcs,  # type: ignore[arg-type]
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        tokenizer = check_loaded(self.model, self.processing_class)
+        with text_part(self, model, args):
+            super().__init__(
+                model=model,
+                reward_funcs=exact_match_reward if reward_funcs is None else reward_funcs,  # type: ignore[arg-type]
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        tokenizer = check_loaded(self.model, self.processing_class, self.router_aux_loss_coef)
         ignore_harmless_warnings(self.model)
         shorten_output(self)
         check_processes(self.accelerator, args, self.train_dataset)
