@@ -1,4 +1,4 @@
-"""Layers with sliding windows keep their cache between turns: rollouts are those of a model that reads them alone."""
+"""Layers with sliding windows and recurrent layers keep their cache: rollouts are those of a model that reads them alone."""
 
 from contextlib import nullcontext
 from copy import copy
@@ -21,7 +21,14 @@ BUDGETS = [[2, 9, 3, 1, 12, 2, 5], [5, 1, 11, 3, 2, 2, 9], [1, 8, 2, 2, 3, 10, 4
 OBSERVATIONS = [[5, 1, 13, 2, 7, 5, 1], [3, 4, 0, 9, 4, 11, 0]]
 
 
-@pytest.fixture(scope="module", params=[*WINDOWS, *STATES])
+#: Their layers are those of `mamba2`, on a CPU without fast kernels
+SLOW = ("bamba", "falcon_h1", "granitemoehybrid")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*WINDOWS, *STATES)],
+)
 def model(request, tokenizer):
     return make_tiny({**WINDOWS, **STATES}[request.param], len(tokenizer))
 

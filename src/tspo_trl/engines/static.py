@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import (
@@ -148,21 +148,19 @@ class TransformersEngine(BatchEngine):
 
     def _new_cache(self) -> DynamicCache | None:
         """An empty cache that can be kept. `None`, with a line in the log, if the model has none."""
-        cache, reason = new_cache(self._model), self._why_not_kept()
+        model, tokenizer = self._model, self._tokenizer
+        cache = new_cache(model)
+        if cache is not None and is_plain(cache):
+            return cache
+        reason = why_not_kept(model) or why_inexact(
+            model, lambda config: TransformersEngine(lambda: nullcontext(model), tokenizer, config, ())
+        )
         if reason is None:
             return cache
         if not self._said:
             self._said = True
             logger.warning("The cache is not kept between turns, so every turn reads its whole context: %s.", reason)
         return None
-
-    def _why_not_kept(self) -> str | None:
-        """Why the cache of the model cannot be kept. `None` if it can."""
-        reason = why_not_kept(self._model)
-        if reason is not None or is_plain(cast(DynamicCache, new_cache(self._model))):
-            return reason
-        model, tokenizer = self._model, self._tokenizer
-        return why_inexact(model, lambda config: TransformersEngine(lambda: nullcontext(model), tokenizer, config, ()))
 
     def _call_generate(
         self,
