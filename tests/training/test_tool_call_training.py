@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from benchmarks.architectures import make_model
 from helpers.chats import encode, make_chat, render
 from helpers.families import FAMILIES, end_ids, make_family_tokenizer
 from helpers.training import prepared, prompted_to_search, varied_reward
@@ -41,13 +42,29 @@ def test_training_and_sampling_logprobs_agree(make_chat_trainer, temperature):
     assert_logprobs_agree(trainer, inputs, trajectories)
 
 
-@pytest.mark.parametrize("name", [family.templates[-1] for family in FAMILIES])
-def test_every_family_trains(make_chat_trainer, chat_dir, name):
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("qwen2_5", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("qwen3_instruct_2507", "qwen3_moe"),
+        ("qwen3_5_nothink", "qwen3_5_moe"),
+        ("qwen3_6", "qwen3_5"),
+        ("qwen3_8", "qwen3_next"),
+        ("nemotron_3_5_lightning", "nemotron_h"),
+        ("glm4moe", "glm4_moe"),
+        ("llama3_2", "llama"),
+        ("gptoss", "gpt_oss"),
+        ("gemma4_v5", "gemma4"),
+        ("gemma4_v2", "gemma4"),
+    ],
+)
+def test_every_family_trains(make_chat_trainer, name, architecture):
     tokenizer = make_family_tokenizer(name)
-    model = Qwen2ForCausalLM.from_pretrained(chat_dir, dtype="float32")
-    model.resize_token_embeddings(len(tokenizer))
+    model = make_model(architecture, len(tokenizer))
     model.generation_config.eos_token_id = end_ids(tokenizer, name)
-    trainer = make_chat_trainer(model=model, processing_class=tokenizer, max_steps=1)
+    options = {"processing_class": tokenizer, "max_steps": 1, "router_aux_loss_coef": 0.0}
+    trainer = make_chat_trainer(model=model, **options)
     prompted_to_search(trainer)
     inputs, trajectories = prepared(trainer)
     turns = [turn for t in trajectories for turn in t.turns]
@@ -60,6 +77,12 @@ def test_every_family_trains(make_chat_trainer, chat_dir, name):
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.train()
     assert any((before[k] != v).any() for k, v in trainer.model.state_dict().items())
+
+
+def test_the_families_that_train_are_all():
+    (marks,) = [mark for mark in test_every_family_trains.pytestmark if mark.name == "parametrize"]
+    trained = {name for name, _ in marks.args[1]}
+    assert all(trained & set(family.templates) for family in FAMILIES)
 
 
 def test_two_training_steps(make_chat_trainer):
