@@ -324,11 +324,48 @@ def test_the_template_for_tools_is_used_if_a_tokenizer_has_several():
     assert protocol.read(ids, ended=True)[1:] == ("search", "Rome")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_template_is_refused_with_the_name_of_its_response_template(name):
+    tokenizer = make_family_tokenizer(name)
+    tokenizer.chat_template = "{# changed #}" + tokenizer.chat_template
+    with pytest.raises(ValueError, match=r"TRL does not know the template.*is the most similar") as refused:
+        ToolCallProtocol(tokenizer, eos_token_ids=end_ids(tokenizer, name))
+    (variable,) = re.findall(r"response_template = trl.chat_template_utils.(\w+)`", str(refused.value))
+    tokenizer.response_template = getattr(trl_templates, variable)
+    protocol = ToolCallProtocol(tokenizer, eos_token_ids=end_ids(tokenizer, name))
+    family = FAMILY[name.removesuffix("_training")]
+    thought = family.thought % "Where?" if family.opened else ""
+    ids = encode(protocol, thought + family.call % "Rome" + family.call_end)
+    assert protocol.read(ids, ended=True)[1:] == ("search", "Rome")
+
+
 def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = make_family_tokenizer("gptoss")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"generation ends only at \[\]. Set `tokenizer.eos_token`"):
         ToolCallProtocol(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '<|channel|>commentary to=functions.search <|constrain|>json<|message|>{"query": "Rome"}',
+        '<|channel|>commentary to=functions.search<|constrain|>json<|message|>{"query": "Rome"}',
+        '<|channel|>commentary to=functions.search<|message|>{"query": "Rome"}',
+        ' to=functions.search<|channel|>commentary <|constrain|>json<|message|>{"query": "Rome"}',
+        ' to=functions.search<|channel|>commentary json<|message|>{"query": "Rome"}',
+    ],
+)
+def test_calls_as_gpt_oss_writes_them(call):
+    """Its chat template writes another form than the documentation of its format, and the model."""
+    protocol = make_family_protocol("gptoss")
+    thought = "<|channel|>analysis<|message|>Where? to=functions.search<|end|><|start|>assistant"
+    for text in (call, thought + call):
+        ids = encode(protocol, text + "<|call|>")
+        assert protocol.read(ids, ended=True)[1:] == ("search", "Rome")
+    other = encode(protocol, call.replace("functions.search", "functions.open") + "<|call|>")
+    assert protocol.read(other, ended=True)[1:] == ("invalid", "")
+    assert protocol.read(encode(protocol, call.replace("}", "") + "<|call|>"), ended=True)[1:] == ("invalid", "")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("nemotron", "qwen3_", "glm", "qwen3"))])

@@ -14,6 +14,11 @@ _ADVICE = (
     "`protocol='tags'`."
 )
 
+_HARMONY_CALL = (
+    r"(?:<\|channel\|>commentary\s+)?to=functions\.(?P<name>[^\s<]+)\s*(?:<\|channel\|>commentary)?\s*"
+    r"(?:(?:<\|constrain\|>)?json)?<\|message\|>"
+)
+
 
 def find_response_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, Any]:
     """
@@ -28,16 +33,16 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase, chat_template: st
     Raises:
         `ValueError`: If the tokenizer has no response template and TRL has none for the chat template.
     """
+    from trl.chat_template_utils import gptoss_template
+
     own: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
     if own is not None:
         return own
-    names = _names()
-    name = names.get(chat_template)
-    texts = {name: text for text, name in names.items()}
-    found = _of_trl(tokenizer, texts.get(str(name).removesuffix("_training"), chat_template))
+    name = template_name(chat_template)
+    found = _of_trl(tokenizer, _original(chat_template))
     if found is None:
         raise ValueError(_unknown(tokenizer, name, chat_template))
-    return found
+    return _with_harmony_calls(found) if found is gptoss_template else found
 
 
 def template_name(chat_template: str) -> str | None:
@@ -60,6 +65,13 @@ def _names() -> dict[str, str]:
     return {text: name.removesuffix(suffix) for name, text in templates.items() if isinstance(text, str)}
 
 
+def _original(chat_template: str) -> str:
+    """The template that a training template of TRL was made from; other templates as they are."""
+    names = _names()
+    texts = {name: text for text, name in names.items()}
+    return texts.get(names.get(chat_template, "").removesuffix("_training"), chat_template)
+
+
 def _of_trl(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str, Any] | None:
     """TRL's response template for a chat template, if it has one."""
     from trl.chat_template_utils import add_response_schema
@@ -72,6 +84,16 @@ def _of_trl(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> dict[str,
         return None
     found: dict[str, Any] = reader.response_template
     return found
+
+
+def _with_harmony_calls(template: dict[str, Any]) -> dict[str, Any]:
+    """
+    A response template that also reads calls as gpt-oss writes them, with the channel before the recipient (the "harmony"
+    format, https://cookbook.openai.com/articles/openai-harmony). The chat template, and TRL, write the recipient first.
+    """
+    template = copy.deepcopy(template)
+    template["fields"]["tool_calls"]["open_pattern"] = _HARMONY_CALL
+    return template
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, name: str | None, chat_template: str) -> str:
@@ -87,7 +109,7 @@ def _unknown(tokenizer: PreTrainedTokenizerBase, name: str | None, chat_template
     shared = {text: len(lines & set(text.split("\n"))) / len(lines | set(text.split("\n"))) for text in names}
     nearest = max(shared, key=lambda text: shared[text])
     ways = f"set `tokenizer.chat_template = trl.chat_template_utils.{names[nearest]}_chat_template`"
-    template = _of_trl(tokenizer, nearest)
+    template = _of_trl(tokenizer, _original(nearest))
     if template is not None:
         (variable,) = {key for key, value in vars(chat_template_utils).items() if value is template}
         ways += f", or keep it and set `tokenizer.response_template = trl.chat_template_utils.{variable}`"
