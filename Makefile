@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train evaluate test test-lucene test-quantization test-vllm test-lowest test-newest lint docs study
+.PHONY: install train evaluate test test-architectures test-lucene test-quantization test-vllm test-lowest test-newest lint docs study
 
 install: $(VENV)/.installed
 
@@ -30,7 +30,11 @@ study: install
 	$(BIN)/python -m benchmarks.study $(ARGS)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not exhaustive' $(ARGS)
+
+# The architectures that `make test` leaves out, because they are many or slow on CPUs
+test-architectures: install
+	$(BIN)/pytest -n 2 --dist worksteal -m exhaustive $(ARGS)
 
 # Only the jar of Pyserini is used, so none of what it depends on (openai, onnxruntime, ...) is installed
 $(VENV)/.lucene: $(VENV)/.installed
@@ -62,7 +66,7 @@ test-vllm: $(VENV)-vllm/.installed
 
 # The ends of the ranges in pyproject.toml, each in an environment of its own. Only the package index decides what is newest.
 # Left out: end-to-end runs, and tests that need other tools (of building, DeepSpeed, Jupyter, the clone's own pages)
-FAST_TESTS := -m 'not slow' --ignore tests/benchmarks --ignore tests/commands --ignore tests/test_docs.py \
+FAST_TESTS := -m 'not slow and not exhaustive' --ignore tests/benchmarks --ignore tests/commands --ignore tests/test_docs.py \
 	--ignore tests/test_notebooks.py --ignore tests/training/test_strategies.py
 TEST_TOOLS := hypothesis nbclient nbformat pathspec pytest pytest-xdist setuptools tensorboard wandb
 

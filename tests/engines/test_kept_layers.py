@@ -27,7 +27,7 @@ SLOW = ("bamba", "falcon_h1", "granitemoehybrid")
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*WINDOWS, *STATES)],
+    params=[pytest.param(name, marks=pytest.mark.exhaustive if name in SLOW else ()) for name in (*WINDOWS, *STATES)],
 )
 def model(request, tokenizer):
     return make_tiny({**WINDOWS, **STATES}[request.param], len(tokenizer))
