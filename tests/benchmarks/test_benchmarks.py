@@ -143,7 +143,8 @@ def test_all_loops_of_the_rollout_benchmark_generate_the_same_number_of_tokens(t
     assert result.stdout.count(f"\n| {options[1]} | 1–3 | 0 ms |") == 3
     assert ("(bfloat16)" in result.stdout) == ("bfloat16" in options)
     named = {"gemma3": "Gemma3"}.get(options[8], "Qwen2")
-    assert result.stdout.startswith(f"{named} with ")
+    # DeepSpeed may print a line before it
+    assert any(line.startswith(f"{named} with ") for line in result.stdout.splitlines())
 
 
 def test_an_unknown_model_of_the_rollout_benchmark_is_refused(monkeypatch, capsys):

@@ -135,5 +135,5 @@ def test_the_language_of_a_corpus_and_of_an_index(tmp_path):
     with pytest.raises(ValueError, match="has the language 'german', not 'english': index the corpus again"):
         open_retriever(index=tmp_path / "index", language="english")
     for options in ({"url": "http://localhost:1"}, {"corpus": corpus, "backend": "rank_bm25"}):
-        with pytest.raises(ValueError, match="only for the backend 'bm25'"):
+        with pytest.raises(ValueError, match="only for the backends 'bm25' and 'hybrid'"):
             open_retriever(**options, language="german")

@@ -11,7 +11,10 @@ from helpers.training import prepared, prompted_to_search, varied_reward
 FAST = """cohere2 gemma2 gemma3 gemma4 glm4 gpt_oss granite lfm2 llama mistral nemotron_h olmo3 phi3 qwen3_5 qwen3_moe""".split()
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 CASES = [
-    *(pytest.param(name, None, marks=() if name in FAST else pytest.mark.exhaustive, id=name) for name in ARCHITECTURES),
+    *(
+        pytest.param(name, None, marks=() if name in FAST else pytest.mark.exhaustive, id=name)
+        for name in ARCHITECTURES
+    ),
     *(pytest.param(name, LORA, id=f"{name}, LoRA") for name in ("gpt_oss", "qwen3_5")),
 ]
 

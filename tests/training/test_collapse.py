@@ -91,7 +91,9 @@ def watched(make_trainer, **options):
 def test_a_collapsing_run_is_warned_about(make_trainer, capable_policy, kind, caplog):
     reward, options = PATHOLOGIES[kind]
     with caplog.at_level(logging.WARNING, "tspo_trl.training.collapse"):
-        _, callback = watched(make_trainer, model=capable_policy, reward_funcs=reward, stop_on=[kind], **options)
+        _, callback = watched(
+            make_trainer, model=capable_policy, reward_funcs=reward, stop_on=[kind], **{"max_steps": 200, **options}
+        )
     (watch,) = [watch for watch in WATCHES if watch.kind == kind]
     assert kind in callback.warned
     (message,) = [record.message for record in caplog.records if watch.meaning in record.message]  # once
