@@ -43,6 +43,9 @@ def published(tmp_path_factory):
     parts.mkdir()
     (parts / "part_aa").write_bytes(content[:4501])
     (parts / "part_ab").write_bytes(content[4501:])
+    lucene = root / "PeterJinGo" / "wiki-18-bm25-index" / "bm25"
+    lucene.mkdir(parents=True)
+    (lucene / "segments_1").write_text("an index of Lucene")
     with DatasetHub(root) as hub:
         yield {"hub": hub, "encoder": encoder}
 
@@ -88,6 +91,17 @@ def test_the_server_of_a_subset(published, tmp_path):
     expected = wiki18.open_index(Places(tmp_path, 30), "hybrid", "small", published["encoder"]).search(QUERIES, 3)
     assert found == expected
     assert {len(passages) for passages in found} == {3}
+
+
+def test_the_index_of_lucene_needs_no_other_download(published, tmp_path):
+    early = run(published, tmp_path, "convert", "--backend", "bm25")
+    assert "not downloaded yet. Run `tspo wiki18 download` first" in early.stderr
+    published["hub"].requested.clear()
+    for step in ("download", "convert"):
+        done = run(published, tmp_path, step, "--backend", "bm25")
+        assert done.returncode == 0, done.stderr
+    assert set(published["hub"].requested) == {"bm25/segments_1"}
+    assert (Places(tmp_path, None).lucene / "bm25" / "segments_1").is_file()
 
 
 def test_steps_out_of_order_and_too_large_subsets(published, tmp_path):

@@ -1,5 +1,6 @@
 """The parts of a training step."""
 
+import torch
 from accelerate.utils import set_seed
 
 
@@ -21,6 +22,26 @@ def prepared(trainer, seed=0):
 
 def varied_reward(trajectories, **kwargs):
     return [float(i % 3) / 10 for i in range(len(trajectories))]
+
+
+def assert_logprobs_agree(trainer, inputs, trajectories):
+    """The log-probabilities of sampling and training are equal, and TRL trains on what the model wrote."""
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )
+    trained = inputs["completion_mask"] * inputs["tool_mask"]
+    compared = 0
+    for row, t in enumerate(trajectories):
+        length, sampled = len(t.completion_ids), torch.tensor(t.loss_mask) == 1
+        assert inputs["completion_ids"][row, :length].tolist() == t.completion_ids
+        assert trained[row, :length].tolist() == t.loss_mask
+        torch.testing.assert_close(logps[row, :length][sampled], torch.tensor(t.logprobs)[sampled], atol=1e-4, rtol=0)
+        compared += int(sampled.sum())
+    assert compared > 20
 
 
 def prompted_to_search(trainer):

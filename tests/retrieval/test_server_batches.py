@@ -107,6 +107,25 @@ def test_a_request_that_fails_fails_alone(server):
     assert texts(replies[2].result()) == [["about b"]]
 
 
+@pytest.mark.parametrize("how", ["cancelled", "disconnected", "both"])
+def test_a_client_that_has_gone_does_not_stop_the_others(server, how):
+    gone, other = post_all(server, [(["a"], 3), (["b"], 3)])
+    (request, _) = server.service._waiting
+    if how != "disconnected":
+        request.reply.get_loop().call_soon_threadsafe(request.reply.cancel)
+        server.wait_until(request.reply.cancelled)
+    if how != "cancelled":
+
+        async def is_disconnected():
+            return True
+
+        request.http.is_disconnected = is_disconnected
+    server.retriever.released.set()
+    assert texts(other.result()) == [["about b"]]
+    assert texts(server.post(["c"]).result()) == [["about c"]]
+    assert gone.exception() is not None or gone.result().status_code == 499
+
+
 @pytest.mark.parametrize("server", [{"max_queries": 3}], indirect=True)
 def test_a_search_has_at_most_as_many_queries_as_a_request(server):
     replies = post_all(server, [(["a", "b"], 3), (["c", "d"], 3), (["e"], 3)])

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from benchmarks.architectures import ARCHITECTURES, make_model
-from helpers.training import prepared, prompted_to_search, varied_reward
+from helpers.training import assert_logprobs_agree, prepared, prompted_to_search, varied_reward
 
 #: Those whose forward differs most: the others are slow only because they are many
 FAST = """cohere2 gemma2 gemma3 gemma4 glm4 gpt_oss granite lfm2 llama mistral nemotron_h olmo3 phi3 qwen3_5 qwen3_moe""".split()
@@ -44,21 +44,6 @@ def gradients(trainer, inputs):
     return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def check_logprobs(trainer, inputs, trajectories):
-    """The log-probabilities of sampling and training are equal."""
-    with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )
-    for row, t in zip(logps, trajectories, strict=True):
-        sampled = torch.tensor(t.loss_mask) == 1
-        trained = row[: len(sampled)][sampled]
-        torch.testing.assert_close(trained, torch.tensor(t.logprobs)[sampled], atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize(("name", "peft_config"), CASES)
 def test_the_compact_forward_has_the_loss_and_the_gradients_of_trl(make_run, name, peft_config):
     whole, compact = (make_run(name, compact_forward=value, peft_config=peft_config) for value in (False, True))
@@ -66,7 +51,7 @@ def test_the_compact_forward_has_the_loss_and_the_gradients_of_trl(make_run, nam
     assert [t.completion_ids for t in trajectories] == [t.completion_ids for t in others]
     assert any(turn.passages for t in trajectories for turn in t.turns)
     for trainer in (whole, compact):
-        check_logprobs(trainer, expected, trajectories)
+        assert_logprobs_agree(trainer, expected, trajectories)
     assert compact._compact
     (loss, gradient), (compact_loss, compact_gradient) = gradients(whole, expected), gradients(compact, inputs)
     assert compact_loss == pytest.approx(loss, abs=1e-5)

@@ -1,35 +1,14 @@
 """Training on the chat template's own tool calls."""
 
 import pytest
-import torch
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.architectures import make_model
 from helpers.chats import encode, make_chat, render
 from helpers.families import FAMILIES, end_ids, make_family_tokenizer
-from helpers.training import prepared, prompted_to_search, varied_reward
+from helpers.training import assert_logprobs_agree, prepared, prompted_to_search, varied_reward
 from tspo_trl.rewards import exact_match_reward, format_reward
 from tspo_trl.rollout.tool_call import HINT
-
-
-def assert_logprobs_agree(trainer, inputs, trajectories):
-    with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )
-    compared = 0
-    for row, t in enumerate(trajectories):
-        assert inputs["completion_ids"][row, : len(t.completion_ids)].tolist() == t.completion_ids
-        trained = inputs["completion_mask"][row] * inputs["tool_mask"][row]
-        assert trained[: len(t.loss_mask)].tolist() == t.loss_mask
-        for position, (sampled, mask) in enumerate(zip(t.logprobs, t.loss_mask, strict=True)):
-            if mask:
-                compared += 1
-                assert logps[row, position].item() == pytest.approx(sampled, abs=1e-4)
-    assert compared > 100
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])

@@ -124,9 +124,9 @@ def download(places: Places, backend: str) -> None:
     if places.subset is not None:
         _download_subset(places, places.subset, backend)
         return
-    wanted = [(CORPUS_REPO, CORPUS_FILE)]
-    if backend != "bm25":
-        wanted += [(VECTORS_REPO, name) for name in VECTOR_FILES]
+    wanted = []
+    if backend != "bm25":  # the index of Lucene holds the passages too
+        wanted = [(CORPUS_REPO, CORPUS_FILE), *((VECTORS_REPO, name) for name in VECTOR_FILES)]
     missing = [(repo, name) for repo, name in wanted if not _is_checked(places.downloads / name)]
     facts = [_facts(repo, name) for repo, name in missing]
     _check_disk(places.downloads, [(places.downloads / f.path, f.size) for f in facts])
@@ -218,8 +218,10 @@ def open_index(places: Places, backend: str, form: str, encoder: str) -> Retriev
 
 def _require(places: Places, backend: str) -> None:
     """Raise an error if a downloaded file is missing."""
-    needed = [places.corpus, *(places.vectors if backend != "bm25" else [])]
-    if missing := [str(path) for path in needed if not path.is_file()]:
+    needed = [] if backend == "bm25" and places.subset is None else [places.corpus]
+    needed += places.vectors if backend != "bm25" else []
+    needed += [places.lucene] if backend != "dense" and places.subset is None else []
+    if missing := [str(path) for path in needed if not path.exists()]:
         subset = "" if places.subset is None else f" --subset {places.subset}"
         raise FileNotFoundError(f"{', '.join(missing)}: not downloaded yet. Run `tspo wiki18 download{subset}` first.")
 

@@ -164,17 +164,7 @@ class TurnDecoder:
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
-            # Choose the next token of each row
-            seen, scores = ids[:, : width + step], logits
-            with deterministic_sums(device):
-                for processor in logits_processor:
-                    scores = processor(seen, scores)
-            if generation_config.do_sample:
-                # One number for each of the B rows, so that a row does not depend on the rows that have left
-                uniform = draw(len(self._budgets), device)
-                tokens = sample(scores, uniform if len(rows) == len(uniform) else uniform[index])
-            else:
-                tokens = scores.argmax(dim=-1)
+            tokens = self._choose(ids[:, : width + step], logits, logits_processor, index, generation_config.do_sample)
             written.append(self._recorder.logprobs(tokens))
             ids[:, width + step] = tokens
             before = self._turns.open
@@ -212,6 +202,24 @@ class TurnDecoder:
                 "The model's logits are not numbers (NaN or infinite), so nothing can be sampled from them."
             )
         return input_ids
+
+    def _choose(
+        self,
+        seen: torch.Tensor,
+        scores: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        index: torch.Tensor,
+        do_sample: bool | None,
+    ) -> torch.Tensor:
+        """The next token of each row in the batch. `index` holds their rows."""
+        with deterministic_sums(scores.device):
+            for processor in logits_processor:
+                scores = processor(seen, scores)
+        if not do_sample:
+            return scores.argmax(dim=-1)
+        # One number for each of the B rows, so that a row does not depend on the rows that have left
+        uniform = draw(len(self._budgets), scores.device)
+        return sample(scores, uniform if len(index) == len(uniform) else uniform[index])
 
     def _read_contexts(
         self,

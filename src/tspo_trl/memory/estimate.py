@@ -145,7 +145,7 @@ def _count_states(model: Any, cache: Cache) -> int:
     layers = state_layers(cache)
     if layers:
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-        with torch.no_grad(), suppress(Exception):  # not every layer runs on the `meta` device
+        with torch.no_grad(), suppress(RuntimeError):  # not every layer runs on the `meta` device
             model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
     return max((sum(state[0].numel() for state in layer.states) for layer in layers), default=0) * len(layers)
 

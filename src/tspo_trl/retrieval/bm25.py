@@ -16,7 +16,7 @@ from rank_bm25 import BM25Okapi
 
 from .base import Passage
 from .corpus import PassageFile, corpus_fingerprint, iter_corpus
-from .passages import read_passages
+from .passages import hold_passages
 from .results import read_arguments
 from .words import WORDS_VERSION, check_language, index_words, split_words
 
@@ -80,20 +80,8 @@ class BM25Retriever:
         language: str | None = "english",
     ):
         check_language(language)
-        if isinstance(passages, (str, Path)):
-            raise TypeError(
-                f"`passages` must be a list of passages, got {str(passages)!r}. To index a file, use "
-                f"`BM25Retriever.from_jsonl({str(passages)!r})`."
-            )
-        self.passages: Sequence[Passage] = list(read_passages(passages, "passages"))
+        self.passages: Sequence[Passage] = hold_passages(passages, "BM25Retriever", "BM25Retriever.from_jsonl({})")
         self.backend, self.k1, self.b, self.language = backend, k1, b, language
-        if not self.passages:
-            raise ValueError("`passages` is empty: BM25Retriever needs at least one passage to search in.")
-        seen: set[str] = set()
-        for passage in self.passages:
-            if passage.id in seen:
-                raise ValueError(f"`passages` has two passages with the id {passage.id!r}: ids must be unique.")
-            seen.add(passage.id)
         documents = [f"{passage.title} {passage.text}" for passage in self.passages]
         # query -> the score of every document, and which documents share a term with the query, both of shape (N,)
         self._score: Callable[[str], tuple[np.ndarray, np.ndarray]]

@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -82,6 +83,36 @@ def read_passages(records: Iterable[Any], name: str) -> Iterator[Passage]:
     if isinstance(records, (str, Mapping, Passage)) or not isinstance(records, Iterable):
         raise TypeError(f"`{name}` must be a list of passages, got {describe_type(records)}.")
     return (read_passage(record, f"`{name}`, item {i}", default_id=str(i)) for i, record in enumerate(records))
+
+
+def hold_passages(passages: Iterable[Any], retriever: str, of_file: str) -> list[Passage]:
+    """
+    Read the argument `passages` of a retriever that holds them in memory.
+
+    Args:
+        passages (`Iterable`):
+            Passages in the forms of [`read_passage`].
+        retriever (`str`):
+            Name of the retriever in error messages.
+        of_file (`str`):
+            The call that indexes a file instead, with `{}` for its path.
+
+    Raises:
+        `TypeError`: If `passages` is a path, or no collection of passages.
+        `ValueError`: If there are no passages, one is malformed, or two share an id.
+    """
+    if isinstance(passages, (str, Path)):
+        call = of_file.format(repr(str(passages)))
+        raise TypeError(f"`passages` must be a list of passages, got {str(passages)!r}. To index a file, use `{call}`.")
+    held = list(read_passages(passages, "passages"))
+    if not held:
+        raise ValueError(f"`passages` is empty: {retriever} needs at least one passage to search in.")
+    seen: set[str] = set()
+    for passage in held:
+        if passage.id in seen:
+            raise ValueError(f"`passages` has two passages with the id {passage.id!r}: ids must be unique.")
+        seen.add(passage.id)
+    return held
 
 
 def describe_type(value: Any) -> str:

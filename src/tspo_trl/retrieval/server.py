@@ -252,12 +252,16 @@ class _Service:
                 else:
                     rest.append(request)
             self._waiting = deque(rest)
-            connected = [request for request in batch if not await request.http.is_disconnected()]
-            for request in batch:
-                if request not in connected:  # the client has already repeated its request
-                    request.reply.set_result("")
-            if connected:
-                await asyncio.get_running_loop().run_in_executor(self._worker, self._answer, connected, k)
+            try:
+                connected = [request for request in batch if not await request.http.is_disconnected()]
+                for request in batch:
+                    if request not in connected:  # the client has already repeated its request
+                        request.finish("")
+                if connected:
+                    await asyncio.get_running_loop().run_in_executor(self._worker, self._answer, connected, k)
+            except Exception as error:  # no request may wait for ever
+                for request in batch:
+                    request.finish(error)
 
     def _answer(self, batch: Sequence["_Waiting"], k: int) -> None:
         """Search for the queries of several requests, and reply to each."""
@@ -304,7 +308,7 @@ class _Waiting:
         return json.dumps(self.encode(results))
 
     def finish(self, outcome: str | Exception) -> None:
-        """Reply from the thread of the retriever."""
+        """Reply, from any thread."""
 
         def reply() -> None:
             if not self.reply.done():  # the request may have been cancelled

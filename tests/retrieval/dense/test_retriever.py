@@ -73,6 +73,28 @@ def test_an_interrupted_index_goes_on_where_it_was(corpus, tmp_path, fails_after
     assert (tmp_path / "index/index.json").read_text() == (tmp_path / "whole/index.json").read_text()
 
 
+@pytest.mark.parametrize("form", ["exact", "small"])
+def test_an_interruption_at_the_very_end_loses_no_vectors(corpus, tmp_path, form, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.os, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(corpus, tmp_path / "index", CountingEncoder(), form=form, progress=False)
+    encoder = CountingEncoder()
+    build_index(corpus, tmp_path / "index", encoder, form=form, progress=False)
+    assert encoder.encoded == 0
+    names = {"exact": {"vectors.npy"}, "small": {"bits.npy", "codes.npy", "scales.npy"}}[form]
+    assert {path.name for path in (tmp_path / "index").iterdir()} == {
+        "index.json",
+        "passages.jsonl",
+        "offsets.npy",
+        *names,
+    }
+    assert len(DenseRetriever.load(tmp_path / "index", encoder).search(QUERIES, 3)) == 3
+
+
 def test_an_unfinished_index_of_something_else_is_not_continued(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_index(corpus, tmp_path / "index", CountingEncoder(fails_after=100), progress=False)

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 from ...support.files import replace_file
 from ..base import Passage
 from ..corpus import PassageFile, corpus_fingerprint, iter_corpus
-from .encoders import Encoder
+from .encoders import Encoder, TextEncoder
 from .faiss_files import FlatFile, is_flat, open_flat
 from .vectors import SmallVectors
 
@@ -182,9 +184,9 @@ class _Work:
     def write_passages(self, corpus: str | Path) -> PassageFile:
         """Write the passages, unless that is done, and check that they are those of the corpus."""
         if "corpus" not in self.done:
-            ids: list[int] = []
+            ids = array("q")
             PassageFile.write(self.folder, self._bar(_with_ids(iter_corpus(corpus), ids), None, "Passages"))
-            _check_ids(np.array(ids, dtype=np.int64), corpus)
+            _check_ids(np.frombuffer(ids, dtype=np.int64), corpus)
             self._remember(corpus=corpus_fingerprint(PassageFile(self.folder)))
         elif (found := corpus_fingerprint(iter_corpus(corpus))) != self.done["corpus"]:
             raise ValueError(
@@ -227,23 +229,24 @@ class _Work:
         """Bring the vectors into their form, and give the folder its name."""
         if form == "small" and matrix is not None:
             SmallVectors.write(self.folder, matrix)
-            (self.folder / "vectors.npy").unlink()
         about: dict[str, Any] = {"format": FORMAT, "form": form, "corpus": self.done["corpus"]}
         about |= {"passages": len(PassageFile(self.folder)), "encoder": encoder_fingerprint(encoder)}
-        about |= {"model": getattr(encoder, "name", None)}
-        if (settings := getattr(encoder, "settings", None)) is not None:
-            about["settings"] = {name: getattr(settings, name) for name in settings.__slots__}
+        if isinstance(encoder, TextEncoder):
+            about |= {"model": encoder.name, "settings": asdict(encoder.settings)}
         (self.folder / "index.json").write_text(json.dumps(about, indent=1))
-        self._record.unlink()
         if self.target.exists():
             self.target.rmdir()
         os.rename(self.folder, self.target)
+        # Only now: an interruption before would have to begin anew without these files
+        (self.target / self._record.name).unlink()
+        if form == "small":
+            (self.target / "vectors.npy").unlink()
 
     def _bar(self, items: Iterable[Passage], total: int | None, name: str) -> Iterator[Passage]:
         yield from tqdm(items, total=total, desc=name, disable=not self.progress)
 
 
-def _with_ids(passages: Iterable[Passage], ids: list[int]) -> Iterator[Passage]:
+def _with_ids(passages: Iterable[Passage], ids: "array[int]") -> Iterator[Passage]:
     """Passages, of which the hashes of their ids are collected: 8 bytes each instead of a string."""
     for passage in passages:
         ids.append(hash(passage.id))

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..base import Passage
 from ..corpus import PassageFile, corpus_fingerprint, iter_corpus
-from ..passages import read_passages
+from ..passages import hold_passages
 from ..results import read_arguments
 from .build import FORMAT, build_index, encoder_fingerprint
 from .encoders import Encoder, TextEncoder
@@ -47,19 +47,8 @@ class DenseRetriever:
     """
 
     def __init__(self, passages: Iterable[Passage], encoder: Encoder, *, device: str | torch.device | None = None):
-        if isinstance(passages, (str, Path)):
-            raise TypeError(
-                f"`passages` must be a list of passages, got {str(passages)!r}. To index a file, use "
-                f"`DenseRetriever.build({str(passages)!r}, folder, encoder)`."
-            )
-        self.passages: Sequence[Passage] = list(read_passages(passages, "passages"))
-        if not self.passages:
-            raise ValueError("`passages` is empty: DenseRetriever needs at least one passage to search in.")
-        seen: set[str] = set()
-        for passage in self.passages:
-            if passage.id in seen:
-                raise ValueError(f"`passages` has two passages with the id {passage.id!r}: ids must be unique.")
-            seen.add(passage.id)
+        of_file = "DenseRetriever.build({}, folder, encoder)"
+        self.passages: Sequence[Passage] = hold_passages(passages, "DenseRetriever", of_file)
         self.encoder = encoder
         device = getattr(encoder, "device", "cpu") if device is None else device
         self.vectors: Vectors = ExactVectors(encoder.encode_passages(self.passages), device)
@@ -67,18 +56,9 @@ class DenseRetriever:
         self._sample = _hash(self.vectors)
 
     @classmethod
-    def build(
-        cls,
-        corpus: str | Path,
-        folder: str | Path,
-        encoder: Encoder,
-        *,
-        form: Literal["exact", "small"] = "exact",
-        dtype: Literal["float16", "float32"] = "float16",
-        progress: bool = True,
-    ) -> "DenseRetriever":
-        """Index a corpus file and open the index. See [`build_index`] for the arguments and errors."""
-        build_index(corpus, folder, encoder, form=form, dtype=dtype, progress=progress)
+    def build(cls, corpus: str | Path, folder: str | Path, encoder: Encoder, **options: Any) -> "DenseRetriever":
+        """Index a corpus file and open the index. See [`build_index`] for the arguments, options and errors."""
+        build_index(corpus, folder, encoder, **options)
         return cls.load(folder, encoder)
 
     @classmethod
