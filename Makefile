@@ -75,7 +75,7 @@ test-newest: RESOLUTION := highest
 test-lowest test-newest: test-%:
 	$(PYTHON) -m venv --clear $(VENV)-$*
 	$(VENV)-$*/bin/pip install --quiet --upgrade pip uv
-	$(VENV)-$*/bin/uv pip compile pyproject.toml --extra server --resolution $(RESOLUTION) --upgrade --quiet --no-header \
+	$(VENV)-$*/bin/uv pip compile pyproject.toml --extra server --extra dense --resolution $(RESOLUTION) --upgrade --quiet --no-header \
 		--no-annotate --python $(VENV)-$*/bin/python --output-file $(VENV)-$*/versions.txt
 	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --requirement $(VENV)-$*/versions.txt $(TEST_TOOLS)
 	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --no-deps --editable .

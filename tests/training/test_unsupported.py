@@ -81,7 +81,7 @@ CONTINUOUS = {
 
 @pytest.mark.parametrize("options", [{"loss_type": "grpo"}, {"loss_type": "dapo"}, CONTINUOUS], ids=str)
 def test_without_a_maximum_length_only_the_other_limits_apply(make_trainer, tmp_path, options):
-    longest = {"max_searches": 6, "num_passages": 5, "max_observation_tokens": 200}
+    longest = {"max_searches": 6, "num_passages": 10, "max_observation_tokens": 300}
     trainer = make_trainer(max_completion_length=None, max_steps=1, save_strategy="steps", **longest, **options)
     trainer.train()
     rollouts = [record["trajectory"] for record in read_rollouts(tmp_path / "run")]

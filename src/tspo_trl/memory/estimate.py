@@ -147,7 +147,12 @@ def _count_states(model: Any, cache: Cache) -> int:
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         with torch.no_grad(), suppress(RuntimeError):  # not every layer runs on the `meta` device
             model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
-    return max((sum(state[0].numel() for state in layer.states) for layer in layers), default=0) * len(layers)
+    count = len(layers)
+    kinds = getattr(model.config.get_text_config(), "layers_block_type", None) or ()
+    if feed_forward := sum(kind in ("moe", "mlp") for kind in kinds):
+        # Older versions of transformers give these layers a place in the cache, which stays empty
+        count = min(count, len(kinds) - feed_forward - len(growing_layers(cache)))
+    return max((sum(state[0].numel() for state in layer.states) for layer in layers), default=0) * count
 
 
 def _add_adapters(model: Any, setting: MemorySetting, names: set[str]) -> Any:
