@@ -2,12 +2,14 @@
 
     python -m benchmarks.retrieval                                    # generated corpora: 10,000 and 100,000 passages
     python -m benchmarks.retrieval --passages 2000 --seconds 4 --json results.json
+    python -m benchmarks.retrieval --passages 1000000 5000000 --backends bm25s "bm25s, mapped" Lucene
     python -m benchmarks.retrieval --corpus passages.jsonl --queries questions.jsonl    # your own data
 
 The generated passages resemble the first paragraphs of Wikipedia in word frequencies, vocabulary and length. Each line
 of the file of questions has a `question`. If all lines have `supporting_ids` (a list of strings), recall@3 is also
 printed. Backends that are not installed (`pip install "tspo-trl[server,lucene]"`) are marked in the tables. Memory is
-measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`.
+measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`. 5,000,000 passages take 11 GB of
+disk, in the folder for temporary files (`TMPDIR`), and "bm25s" holds them in memory.
 """
 
 import argparse
@@ -54,12 +56,13 @@ Each backend searches for {K} passages in its own process, with k1 = {K1} and b 
 
 - "queries/s" is measured with calls of {BATCH} queries.
 - "calls" is the number of timed calls with 1 and with {BATCH} queries.
-- "index" includes reading the JSONL file, and writing the index if it can be loaded. For Lucene, it includes the start
-  of Java.
+- "index s" includes reading the JSONL file, and writing the index if it can be loaded. For Lucene, it includes the start
+  of Java. "index MiB" is the peak memory of the process that indexes.
 - "load" reads files that are in the cache of the system. For Lucene, it includes the start of Java; for HTTP, the start
   of the server.
-- "memory" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
-  MiB of it are Python and its packages. Pages of mapped files are counted although processes share them.
+- "search MiB" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
+  MiB of it are Python and its packages. Pages of mapped files are counted although processes share them, and although the
+  system may take them back.
 - "overlap@{K}" is the share of the passages that {REFERENCE} (in memory) also finds. "same first" is the share of
   queries with the same best passage, and "of bm25s" the recall of {REFERENCE}. All three are measured on the "queries"
   that fit into the time limit.
@@ -82,6 +85,7 @@ class Measurement:
     """Measurements of one backend on one corpus. Suffixes of names are units. Lists of times have an entry per call."""
 
     index_s: float
+    index_mib: float | None  # of the process that indexed
     load_s: float | None
     memory_mib: list[float | None]  # of the process, and of the server for HTTP
     single_ms: list[float]
@@ -103,6 +107,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--corpus", type=Path, help="JSONL file of passages to use instead of generated passages")
     add("--queries", type=Path, help="JSONL file of questions for --corpus")
+    add(
+        "--backends",
+        nargs="+",
+        default=list(BACKENDS),
+        choices=list(BACKENDS),
+        metavar="BACKEND",
+        help=f"what to measure, of {', '.join(map(repr, BACKENDS))} (default: all); {REFERENCE!r} is the reference",
+    )
     add("--max_queries", type=int, default=4096, help="maximum number of queries (default: %(default)s)")
     add("--seconds", type=float, default=20.0, help="seconds of search per backend (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the generated text (default: %(default)s)")
@@ -110,6 +122,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.corpus is None) != (arguments.queries is None):
         parser.error("`--corpus` and `--queries` must be given together")
+    if REFERENCE not in arguments.backends:
+        parser.error(f"--backends must contain {REFERENCE!r}, with whose results the others are compared")
     return arguments
 
 
@@ -184,50 +198,62 @@ def _question(words: np.ndarray, rng: np.random.Generator) -> str:
 
 
 def measure_in_memory(backend: BM25Backend, folder: Path, seconds: float) -> Measurement:
-    """Measure a backend that builds its index in memory."""
+    """Measure a backend that holds its index and the passages in memory."""
     started = time.perf_counter()
-    retriever = BM25Retriever.from_jsonl(folder / "corpus.jsonl", backend=backend, k1=K1, b=B)
+    retriever = BM25Retriever(iter_corpus(folder / "corpus.jsonl"), backend, k1=K1, b=B)
     index_s = time.perf_counter() - started
-    measured = measure(retriever, folder, seconds, index_s)
-    if backend == REFERENCE:  # save the index for other backends, after its memory was measured
-        started = time.perf_counter()
-        retriever.save(folder / "bm25s")
-        (folder / "seconds").write_text(str(index_s + time.perf_counter() - started))
-    return measured
+    return measure(retriever, folder, seconds, (index_s, peak_memory("self")))
 
 
 def measure_mapped(folder: Path, seconds: float) -> Measurement:
-    """Measure bm25s with the saved index, mapped from its files."""
+    """Measure bm25s with a saved index, mapped from its files."""
+    built = build_mapped(folder)
     started = time.perf_counter()
     retriever = BM25Retriever.load(folder / "bm25s")
-    load_s = time.perf_counter() - started
-    return measure(retriever, folder, seconds, float((folder / "seconds").read_text()), load_s)
+    return measure(retriever, folder, seconds, built, time.perf_counter() - started)
+
+
+def build_mapped(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus in another process, unless that is done. Return the seconds and MiB that this took."""
+    record = folder / "built.json"
+    if not record.exists():
+        record.write_text(json.dumps(in_own_process(index_mapped, folder)))
+    index_s, index_mib = json.loads(record.read_text())
+    return index_s, index_mib
+
+
+def index_mapped(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus with bm25s, and return the seconds and MiB."""
+    started = time.perf_counter()
+    BM25Retriever.build(folder / "corpus.jsonl", folder / "bm25s", k1=K1, b=B)
+    return time.perf_counter() - started, peak_memory("self")
 
 
 def measure_lucene(folder: Path, seconds: float) -> Measurement:
     """Measure Lucene, which is indexed in another process."""
-    index_s = in_own_process(index_lucene, folder)  # so that the memory of indexing is not counted
+    built = in_own_process(index_lucene, folder)  # so that the memory of indexing is not counted
     started = time.perf_counter()
     retriever = LuceneRetriever(folder / "lucene", k1=K1, b=B)
-    return measure(retriever, folder, seconds, index_s, time.perf_counter() - started)
+    return measure(retriever, folder, seconds, built, time.perf_counter() - started)
 
 
-def index_lucene(folder: Path) -> float:
-    """Index the corpus with Lucene, and return the seconds."""
+def index_lucene(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus with Lucene, and return the seconds and MiB."""
     started = time.perf_counter()
     index_corpus(folder / "corpus.jsonl", folder / "lucene")
-    return time.perf_counter() - started
+    return time.perf_counter() - started, peak_memory("self")
 
 
 def measure_http(folder: Path, seconds: float) -> Measurement:
     """Measure a server with the saved index of bm25s."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ImportError(f"The server requires {' and '.join(missing)}: `pip install 'tspo-trl[server]'`.")
+    built = build_mapped(folder)
     started = time.perf_counter()
     with serve(folder / "bm25s") as (url, process):
         load_s = time.perf_counter() - started
         retriever = HTTPRetriever(url, batch_size=BATCH)
-        return measure(retriever, folder, seconds, float((folder / "seconds").read_text()), load_s, process)
+        return measure(retriever, folder, seconds, built, load_s, process)
 
 
 @contextmanager
@@ -256,11 +282,12 @@ def measure(
     retriever: Retriever,
     folder: Path,
     seconds: float,
-    index_s: float,
+    built: tuple[float, float | None],
     load_s: float | None = None,
     server: int | None = None,
 ) -> Measurement:
-    """Time single queries and batches, each until half of the time has passed or all queries were searched."""
+    """Time single queries and batches, each until half of the time has passed or all queries were searched. `built` are the
+    seconds and MiB of indexing."""
     queries = [row["question"] for row in read_questions(folder)]
     end = time.perf_counter() + min(1.0, seconds / 10)
     for query in cycle(reversed(queries)):  # warm-up, which matters most for Java
@@ -288,7 +315,7 @@ def measure(
     batch_ms = search((list(islice(endless, BATCH)) for _ in range(batches)), 1)
     memory = [peak_memory(process) for process in ("self", server) if process is not None]
     first = queries[: max(len(single_ms), BATCH * len(batch_ms))]
-    return Measurement(index_s, load_s, memory, single_ms, batch_ms, [answers[query] for query in first])
+    return Measurement(*built, load_s, memory, single_ms, batch_ms, [answers[query] for query in first])
 
 
 def read_questions(folder: Path) -> list[dict[str, Any]]:
@@ -323,10 +350,12 @@ BACKENDS: dict[str, Callable[[Path, float], Measurement]] = {
 }
 
 
-def compare(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """Measure all backends. Return the results by backend, or the reason why a backend has none."""
+def compare(folder: Path, seconds: float, backends: list[str]) -> dict[str, dict[str, Any]]:
+    """Measure backends. Return the results by backend, or the reason why a backend has none."""
     results: dict[str, dict[str, Any]] = {}
     for backend, function in BACKENDS.items():
+        if backend not in backends:
+            continue
         print(f"Measuring {backend} ...", file=sys.stderr, flush=True)
         try:
             results[backend] = asdict(in_own_process(function, folder, seconds))
@@ -367,7 +396,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _speed_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    others = ("rank_bm25", REFERENCE)
+    others = [name for name in ("rank_bm25", REFERENCE) if name in results]
     return {
         "queries/s": _short(r["queries_per_s"]),
         **{f"× {other}": _short(r["queries_per_s"] / results[other]["queries_per_s"]) for other in others},
@@ -381,7 +410,8 @@ def _other_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[
     return {
         "index s": _short(r["index_s"]),
         "load s": _short(r["load_s"]),
-        "memory MiB": " + ".join(map(_short, r["memory_mib"])),
+        "index MiB": _short(r["index_mib"]),
+        "search MiB": " + ".join(map(_short, r["memory_mib"])),
         f"overlap@{K}": f"{r['overlap']:.3f}",
         "same first": f"{r['same_first']:.3f}",
         **({f"recall@{K}": f"{r['recall']:.3f}", "of bm25s": f"{r['recall_of_bm25s']:.3f}"} if "recall" in r else {}),
@@ -421,7 +451,7 @@ def main() -> None:
                     (folder / "queries.jsonl").write_bytes(b"".join(islice(file, arguments.max_queries)))
             else:
                 write_data(folder, passages, arguments.max_queries, arguments.seed)
-            results = compare(folder, arguments.seconds)
+            results = compare(folder, arguments.seconds, arguments.backends)
         print(f"{passages:,} passages:\n")
         print_tables(results)
         corpora.append({"passages": passages, "backends": results})
