@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import tracemalloc
+from random import Random
 
 import bm25s
 import numpy as np
@@ -84,6 +85,12 @@ def test_words_are_those_of_bm25s(hotpotqa, language):
     names = {number: word for word, number in numbers.numbers.items()}
     assert [[names[n] for n in row] for row in found] == expected
     assert sorted(names) == list(range(len({word for row in expected for word in row})))
+
+
+def test_words_of_ascii_texts():
+    random = Random(0)
+    texts = ["".join(random.choices("aaB1_' .'-\t\x1c\x7f", k=random.randrange(14))) for _ in range(5000)]
+    assert index_words(texts, None) == words_of_bm25s(texts, None)
 
 
 def test_words_keep_their_numbers_when_the_cache_is_full(hotpotqa, monkeypatch):

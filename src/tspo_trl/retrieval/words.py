@@ -28,6 +28,8 @@ _WORD = re.compile(r"\w\w+|(?<!')\w")
 _WORD_WITH_MARKS = regex.compile(r"[\w\p{M}]{2,}|(?<!['’])\w")
 _RUN = regex.compile(rf"[{SPACELESS}\p{{M}}]+|[^{SPACELESS}]+")
 _SPACELESS_CHARACTER = regex.compile(rf"[{SPACELESS}]")
+_AFTER_APOSTROPHE = re.compile(r"'\w(?!\w)")
+_LOWER_ASCII = "".join(chr(i).lower() if _WORD.fullmatch(chr(i)) else " " for i in range(128))
 _STOP = -1  # instead of the number of a stop word
 _MAX_FORMS = 2_000_000  # about 0.4 GB
 
@@ -72,7 +74,7 @@ def split_words(text: str) -> list[str]:
         return _WORD.findall(text)
     words: list[str] = []
     for word in _WORD_WITH_MARKS.findall(unicodedata.normalize("NFKC", text)):
-        if not _SPACELESS_CHARACTER.search(word):
+        if word.isascii() or not _SPACELESS_CHARACTER.search(word):
             words.append(word)
             continue
         for run in _RUN.findall(word):
@@ -146,4 +148,9 @@ def _analysis(language: str | None) -> tuple[frozenset[str], Callable[[list[str]
 
 
 def _lower_words(text: str) -> list[str]:
-    return _WORD.findall(text.lower()) if text.isascii() else " ".join(split_words(text)).lower().split()
+    """The words of [`split_words`] in lower case."""
+    if not text.isascii():
+        return " ".join(split_words(text)).lower().split()
+    if "'" in text:
+        text = _AFTER_APOSTROPHE.sub(" ", text)
+    return text.translate(_LOWER_ASCII).split()  # three times as fast as an expression
