@@ -89,7 +89,7 @@ class BM25Retriever:
         self.backend, self.k1, self.b, self.language = backend, k1, b, language
         if backend == "bm25s":
             with TemporaryDirectory(prefix="bm25-") as folder:
-                _index(self.passages, Path(folder), k1=k1, b=b, language=language)
+                _index(self.passages, _documents(self.passages), Path(folder), k1=k1, b=b, language=language)
                 self._postings = Postings.load(Path(folder), mapped=False)
         else:
             tokens = [split_words(document.lower()) for document in _documents(self.passages)]
@@ -156,7 +156,9 @@ class BM25Retriever:
         with _replacing(folder) as unfinished:
             fingerprint = copy_corpus(corpus, unfinished)
             passages = PassageFile(unfinished)
-            _index(passages, unfinished, k1=k1, b=b, language=language)
+            # Read, not mapped: its pages would count as memory of this process
+            documents = _documents(iter_corpus(unfinished / PassageFile.TEXTS))
+            _index(passages, documents, unfinished, k1=k1, b=b, language=language)
             _write_about(unfinished, len(passages), fingerprint, {"k1": k1, "b": b, "language": language})
         return cls.load(folder)
 
@@ -311,8 +313,8 @@ def _documents(passages: Iterable[Passage]) -> Iterator[str]:
     return (f"{passage.title} {passage.text}" for passage in passages)
 
 
-def _index(passages: Sequence[Passage], folder: Path, **options: Any) -> None:
-    _require_words(passages, write_postings(_documents(passages), len(passages), folder, **options))
+def _index(passages: Sequence[Passage], documents: Iterable[str], folder: Path, **options: Any) -> None:
+    _require_words(passages, write_postings(documents, len(passages), folder, **options))
 
 
 def _require_words(passages: Sequence[Passage], lengths: np.ndarray) -> None:

@@ -274,10 +274,12 @@ class PassageFile(Sequence[Passage]):
         `ValueError`: If the files are damaged.
     """
 
-    _TEXTS, _OFFSETS = "passages.jsonl", "offsets.npy"
+    #: The file of passages, itself a corpus
+    TEXTS = "passages.jsonl"
+    _OFFSETS = "offsets.npy"
 
     def __init__(self, folder: str | Path):
-        texts = Path(folder) / self._TEXTS
+        texts = Path(folder) / self.TEXTS
         # Byte offsets of the N lines and of the end, shape (N + 1,)
         self._offsets = np.load(Path(folder) / self._OFFSETS, mmap_mode="r", allow_pickle=False)
         if self._offsets[-1] != texts.stat().st_size:
@@ -297,7 +299,7 @@ class PassageFile(Sequence[Passage]):
                 The passages.
         """
         offsets = array("q", [0])
-        with (Path(folder) / cls._TEXTS).open("wb") as file:
+        with (Path(folder) / cls.TEXTS).open("wb") as file:
             for passage in passages:
                 line = json.dumps({"id": passage.id, "title": passage.title, "text": passage.text}) + "\n"
                 offsets.append(offsets[-1] + file.write(line.encode()))
