@@ -123,13 +123,17 @@ class Postings:
         # A weight is the idf times a factor of at most 1. What the words after each one can add:
         bounds = [int(repeats[i]) * _idf(int(sizes[i]), self.num_passages) * (1 + slack) for i in order]
         left = np.append(np.cumsum(bounds[::-1])[::-1], 0.0)[1:].tolist()
+        added = 0.0
         unread = int(sizes.sum())
-        for i, can_add in zip(order, left, strict=True):
+        for i, bound, can_add in zip(order, bounds, left, strict=True):
+            added += bound
             passages, weights = self._of(int(distinct[i]))
             before = scores[passages]
             scores[passages] = before + float(repeats[i]) * weights
             found = np.concatenate([found, passages[before == 0]])
             unread -= len(passages)
+            if can_add > added:  # no passage can have more than what was added
+                continue
             reached = scores[found]
             least = float(np.partition(reached, -k)[-k]) * (1 - slack) if k <= len(found) else 0.0
             if can_add <= least:
