@@ -116,7 +116,7 @@ class Postings:
         """
         distinct, repeats = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
         sizes = self.starts[distinct + 1] - self.starts[distinct]
-        found = np.zeros(0, dtype=np.int32)
+        found = np.zeros(0, dtype=np.intp)
         keep = np.zeros(0, dtype=bool)
         slack = _ROUNDING * (len(numbers) + 10)
         order = np.argsort(sizes, kind="stable").tolist()
@@ -128,6 +128,7 @@ class Postings:
         for i, bound, can_add in zip(order, bounds, left, strict=True):
             added += bound
             passages, weights = self._of(int(distinct[i]))
+            passages = passages.astype(np.intp)  # once, instead of in each step
             before = scores[passages]
             scores[passages] = before + float(repeats[i]) * weights
             found = np.concatenate([found, passages[before == 0]])
@@ -141,7 +142,7 @@ class Postings:
                 if not unread or _LOOKUP * int(np.count_nonzero(keep)) < unread:
                     break
         scores[found] = 0
-        return np.sort(found[keep])
+        return np.sort(found[keep]).astype(np.int32)  # the type of lists, which are searched for them
 
     def _of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The passages with a word, and its weights in them."""
