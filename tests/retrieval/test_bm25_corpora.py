@@ -119,9 +119,11 @@ def test_the_index_is_that_of_bm25s(tmp_path, hotpotqa, monkeypatch, block, opti
         assert weights.tobytes() == expected.scores["data"][start:stop].tobytes()
 
 
-@pytest.mark.parametrize("lookup", [0, 16, 10**9])  # reading as little as possible, and everything
+# All passages are scored, or only some: reading as little as possible, the usual, and everything
+@pytest.mark.parametrize(("small", "lookup"), [(10**9, 16), (0, 0), (0, 16), (0, 10**9)])
 @pytest.mark.parametrize("k", [1, 3, 50, 5000])
-def test_results_are_those_of_scoring_every_passage(monkeypatch, lookup, k):
+def test_results_are_those_of_scoring_every_passage(monkeypatch, small, lookup, k):
+    monkeypatch.setattr(postings, "_SMALL", small)
     monkeypatch.setattr(postings, "_LOOKUP", lookup)
     passages = generated(3000)
     retriever, index = BM25Retriever(passages), index_of_bm25s([p.text for p in passages])
@@ -149,7 +151,9 @@ def test_lists_of_frequent_words_are_not_read(monkeypatch):
     assert read == [index.numbers["w999"]]
 
 
-def test_a_search_leaves_nothing_for_the_next_query():
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_a_search_leaves_nothing_for_the_next_query(monkeypatch, small):
+    monkeypatch.setattr(postings, "_SMALL", small)
     retriever = BM25Retriever(generated(500))
     queries = ["w3 w40 w90", "w0 w1", "w3 w40 w90", "w399", "w0"]
     assert retriever.search(queries, 20) == [retriever.search([query], 20)[0] for query in queries]

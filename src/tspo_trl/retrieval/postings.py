@@ -19,6 +19,7 @@ _WEIGHTS, _PASSAGES, _STARTS = "data.csc.index.npy", "indices.csc.index.npy", "i
 _WORDS, _PARAMETERS = "vocab.index.json", "params.index.json"
 _BLOCK = 2**22  # words or postings that are sorted at once: about 0.3 GB
 _ROUNDING = 1e-6  # relative, above the error of each addition in single precision
+_SMALL = 50_000  # passages that are scored in less time than it takes to choose among them
 _LOOKUP = 16  # a binary search costs as much as reading so many postings
 
 
@@ -96,9 +97,22 @@ class Postings:
         """
         scores = np.zeros(self.num_passages, dtype=np.float32)  # pages of it are only touched where passages match
         numbers = ([self.numbers[word] for word in words if word in self.numbers] for words in queries)
-        return [self._search(known, k, scores) for known in numbers]
+        search = self._search_all if self.num_passages < _SMALL else self._search_best
+        return [search(known, k, scores) for known in numbers]
 
-    def _search(self, numbers: list[int], k: int, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _search_all(self, numbers: list[int], k: int, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score all passages. `scores` must be zero, and is zero afterwards."""
+        for number in numbers:
+            passages, weights = self._of(number)
+            scores[passages] += weights
+        found = np.flatnonzero(scores)
+        values = scores[found]
+        scores[found] = 0
+        best = best_of(values, k)
+        return found[best], values[best]
+
+    def _search_best(self, numbers: list[int], k: int, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score only passages that may be among the best."""
         candidates = self._candidates(numbers, k, scores)
         exact = np.zeros(len(candidates), dtype=np.float32)
         for number in numbers:  # in the order of the query: another order would round differently
