@@ -8,7 +8,7 @@
 The generated passages resemble the first paragraphs of Wikipedia in word frequencies, vocabulary and length. Each line
 of the file of questions has a `question`. If all lines have `supporting_ids` (a list of strings), recall@3 is also
 printed. Backends that are not installed (`pip install "tspo-trl[server,lucene]"`) are marked in the tables. Memory is
-measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`. 5,000,000 passages take 11 GB of
+measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`. 5,000,000 passages need about 11 GB of
 disk, in the folder for temporary files (`TMPDIR`), and "bm25s" holds them in memory.
 """
 
