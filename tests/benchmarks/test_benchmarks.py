@@ -71,7 +71,7 @@ def test_all_backends_are_measured_and_the_same_index_returns_the_same_passages(
         assert (measured["load_s"] is None) == (name in ("rank_bm25", BM25S))
         assert len(measured["memory_mib"]) == (2 if name == HTTP else 1)
         if sys.platform == "linux":
-            assert all(20 < mib < 4000 for mib in measured["memory_mib"])
+            assert all(20 < mib < 4000 for mib in [*measured["memory_mib"], measured["index_mib"]])
         assert len(measured["single_ms"]) >= 20
         assert 1 <= len(measured["batch_ms"]) <= 20  # of 64: the queries go round
         assert min(measured["single_ms"] + measured["batch_ms"] + [measured["queries_per_s"]]) > 0
@@ -99,6 +99,21 @@ def test_recall_is_measured_on_data_with_supporting_passages(tmp_path, monkeypat
         assert 0.5 < measured["recall"] <= 1
         assert measured["recall_of_bm25s"] == corpus["backends"][BM25S]["recall"]
     assert "| recall@3 | of bm25s | queries |" in capsys.readouterr().out
+
+
+def test_only_the_chosen_backends_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retrieval, "in_own_process", lambda function, *arguments: function(*arguments))
+    settings = ["--passages", 100, "--max_queries", 10, "--seconds", 0.2, "--json", tmp_path / "results.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, ["retrieval", *settings, "--backends", MAPPED])))
+    retrieval.main()
+    (corpus,) = json.loads((tmp_path / "results.json").read_text())["corpora"]
+    assert set(corpus["backends"]) == {MAPPED}
+    assert corpus["backends"][MAPPED]["overlap"] == 1
+    assert f"× {MAPPED}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["retrieval", "--backends", "Lucene"])
+    with pytest.raises(SystemExit):
+        retrieval.main()
+    assert "--backends must contain one of 'bm25s', 'bm25s, mapped'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

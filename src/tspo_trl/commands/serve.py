@@ -109,8 +109,8 @@ def save_index(arguments: Namespace, folder: Path) -> None:
     """Index the corpus of the options. An index of vectors that was interrupted goes on."""
     backend, language = arguments.retriever_backend, arguments.retriever_language or "english"
     if backend != "dense":
-        bm25 = BM25Retriever.from_jsonl(arguments.corpus, language=None if language == "none" else language)
-        bm25.save(folder / BM25_FOLDER if backend == "hybrid" else folder)
+        target = folder / BM25_FOLDER if backend == "hybrid" else folder
+        BM25Retriever.build(arguments.corpus, target, language=None if language == "none" else language)
     if backend in ("dense", "hybrid"):
         from ..retrieval.dense import TextEncoder, build_index
 

@@ -198,7 +198,7 @@ def convert(places: Places, backend: str, form: str, encoder: str) -> None:
 
         convert_faiss(places.vectors, places.corpus, target, TextEncoder(encoder), form=cast(Any, form))
     if backend != "dense" and places.subset is not None and not (target := places.index(BM25_FOLDER)).exists():
-        BM25Retriever.from_jsonl(places.corpus).save(target)
+        BM25Retriever.build(places.corpus, target)
 
 
 def open_index(places: Places, backend: str, form: str, encoder: str) -> Retriever:

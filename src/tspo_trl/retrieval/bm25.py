@@ -3,20 +3,22 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import bm25s
 import numpy as np
 from rank_bm25 import BM25Okapi
 
 from .base import Passage
-from .corpus import PassageFile, corpus_fingerprint, iter_corpus
+from .corpus import PassageFile, copy_corpus, corpus_fingerprint, iter_corpus
 from .passages import hold_passages
+from .postings import Postings, best_of, write_postings
 from .results import read_arguments
 from .words import WORDS_VERSION, check_language, index_words, split_words
 
@@ -28,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 class BM25Retriever:
     """
-    Okapi BM25 over passages held in memory, by `bm25s` (default) or by `rank_bm25`.
+    Okapi BM25, as in `bm25s` (default) or by `rank_bm25`.
+
+    The constructor takes passages that are in memory. [`BM25Retriever.from_jsonl`] indexes a corpus file, and
+    [`BM25Retriever.build`] saves the index too; both read the file as a stream and hold no passages in memory.
 
     A document is the title followed by the text. Words of one character count ("Apollo 9", "the language R"). Text of
     scripts without spaces between words (Chinese, Japanese, Thai) is split into pairs of characters. `bm25s` removes the
@@ -42,17 +47,17 @@ class BM25Retriever:
         backend (`str`, *optional*, defaults to `"bm25s"`):
             `"bm25s"` or `"rank_bm25"`.
         k1 (`float`, *optional*, defaults to `1.5`):
-            Saturation of the term frequency.
+            Saturation of the term frequency, at least 0.
         b (`float`, *optional*, defaults to `0.75`):
-            Strength of the length normalisation.
+            Strength of the length normalisation, from 0 to 1.
         language (`str` or `None`, *optional*, defaults to `"english"`):
             Language of the stop words and the stemmer, for instance `"german"`. `None` keeps all words as they are. Not
             used by `rank_bm25`.
 
     Raises:
         `TypeError`: If `passages` is not a collection of passages.
-        `ValueError`: If there are no passages, one is malformed, two share an id, none has any text, or the backend or the
-            language is unknown.
+        `ValueError`: If there are no passages, one is malformed, two share an id, none has any text, or an option has a value
+            that is not allowed.
 
     Example:
 
@@ -79,35 +84,83 @@ class BM25Retriever:
         b: float = 0.75,
         language: str | None = "english",
     ):
-        check_language(language)
+        _check_options(backend, k1, b, language)
         self.passages: Sequence[Passage] = hold_passages(passages, "BM25Retriever", "BM25Retriever.from_jsonl({})")
         self.backend, self.k1, self.b, self.language = backend, k1, b, language
-        documents = [f"{passage.title} {passage.text}" for passage in self.passages]
-        # query -> the score of every document, and which documents share a term with the query, both of shape (N,)
-        self._score: Callable[[str], tuple[np.ndarray, np.ndarray]]
         if backend == "bm25s":
-            index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            self._set_index(index)
-            index.index(self._require_words(self._tokenize(documents)), show_progress=False)
-        elif backend == "rank_bm25":
-            tokens = self._require_words([split_words(document.lower()) for document in documents])
-            self._okapi = BM25Okapi(tokens, k1=k1, b=b)
-            self._score = self._score_okapi
+            with TemporaryDirectory(prefix="bm25-") as folder:
+                _index(self.passages, _documents(self.passages), Path(folder), k1=k1, b=b, language=language)
+                self._postings = Postings.load(Path(folder), mapped=False)
         else:
-            raise ValueError(f"`backend` must be 'bm25s' or 'rank_bm25', got {backend!r}.")
+            tokens = [split_words(document.lower()) for document in _documents(self.passages)]
+            _require_words(self.passages, np.array([len(words) for words in tokens]))
+            self._okapi = BM25Okapi(tokens, k1=k1, b=b)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path, **kwargs: Any) -> "BM25Retriever":
+    def from_jsonl(
+        cls,
+        path: str | Path,
+        backend: BM25Backend = "bm25s",
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        language: str | None = "english",
+    ) -> "BM25Retriever":
         """
         Index a corpus file.
+
+        With `bm25s`, the index and a copy of the passages are written to the folder for temporary files (the environment
+        variable `TMPDIR` sets another one) and mapped into memory, as by [`BM25Retriever.build`]. They disappear with the
+        process. `rank_bm25` holds everything in memory.
 
         Args:
             path (`str` or `Path`):
                 The corpus file. See [`~retrieval.iter_corpus`] for its forms.
-            **kwargs:
-                Passed to the constructor.
+            backend, k1, b, language:
+                As in the constructor.
         """
-        return cls(iter_corpus(path), **kwargs)
+        if backend != "bm25s":
+            return cls(iter_corpus(path), backend, k1=k1, b=b, language=language)
+        # Mapped files can still be read when they have no name any more
+        with TemporaryDirectory(prefix="bm25-", ignore_cleanup_errors=True) as folder:
+            return cls.build(path, Path(folder) / "index", k1=k1, b=b, language=language)
+
+    @classmethod
+    def build(
+        cls,
+        corpus: str | Path,
+        folder: str | Path,
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        language: str | None = "english",
+    ) -> "BM25Retriever":
+        """
+        Index a corpus file, save the index, and open it. The file is read as a stream, so that memory is only needed for the
+        different words of the corpus and for blocks of them. The folder gets its name when the index is complete.
+
+        Args:
+            corpus (`str` or `Path`):
+                The corpus file. See [`~retrieval.iter_corpus`] for its forms.
+            folder (`str` or `Path`):
+                A new or empty folder, or a folder with an index, which is replaced.
+            k1, b, language:
+                As in the constructor.
+
+        Raises:
+            `FileExistsError`: If the folder holds something else.
+            `ValueError`: If the corpus is malformed or damaged, two passages share an id, none has any text, or an option has a
+                value that is not allowed.
+        """
+        _check_options("bm25s", k1, b, language)
+        with _replacing(folder) as unfinished:
+            fingerprint = copy_corpus(corpus, unfinished)
+            passages = PassageFile(unfinished)
+            # Read, not mapped: its pages would count as memory of this process
+            documents = _documents(iter_corpus(unfinished / PassageFile.TEXTS))
+            _index(passages, documents, unfinished, k1=k1, b=b, language=language)
+            _write_about(unfinished, len(passages), fingerprint, {"k1": k1, "b": b, "language": language})
+        return cls.load(folder)
 
     def save(self, folder: str | Path) -> None:
         """
@@ -121,29 +174,15 @@ class BM25Retriever:
             `ValueError`: If the backend is `"rank_bm25"`, whose index consists of Python objects and cannot be mapped.
             `FileExistsError`: If the folder holds something else.
         """
-        folder = Path(folder).resolve()
         if self.backend != "bm25s":
             raise ValueError(
                 f"Only an index of the backend 'bm25s' can be saved, this one has the backend {self.backend!r}."
             )
-        if folder == Path.cwd():
-            raise ValueError("`folder` must not be the working directory: name a folder in it.")
-        if folder.exists() and not (folder / "index.json").is_file() and any(folder.iterdir()):
-            raise FileExistsError(f"{str(folder)!r} is not empty and holds no index: choose another folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # The folder gets its name when it is complete, so a crash leaves no partial index and keeps an old one
-        with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-            unfinished = Path(temporary) / "new"
-            unfinished.mkdir()
-            self._index.save(unfinished, show_progress=False)
+        with _replacing(folder) as unfinished:
+            self._postings.save(unfinished, k1=self.k1, b=self.b)
             PassageFile.write(unfinished, self.passages)
-            about: dict[str, Any] = {"format": _FORMAT, "k1": self.k1, "b": self.b, "language": self.language}
-            about["passages"] = len(self.passages)
-            about |= {"corpus": self._corpus_fingerprint, "files": _hashes(unfinished)}
-            (unfinished / "index.json").write_text(json.dumps(about, indent=1))
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            unfinished.rename(folder)
+            options = {"k1": self.k1, "b": self.b, "language": self.language}
+            _write_about(unfinished, len(self.passages), self._corpus_fingerprint, options)
 
     @classmethod
     def load(cls, folder: str | Path, corpus: str | Path | None = None) -> "BM25Retriever":
@@ -153,7 +192,7 @@ class BM25Retriever:
 
         Args:
             folder (`str` or `Path`):
-                Folder that [`BM25Retriever.save`] has written.
+                Folder that [`BM25Retriever.build`] or [`BM25Retriever.save`] has written.
             corpus (`str` or `Path`, *optional*):
                 The JSONL corpus of the index. If it is given, corpus and index are read once to check that they belong
                 together and are not damaged.
@@ -176,21 +215,16 @@ class BM25Retriever:
             self.k1, self.b, self.language = about["k1"], about["b"], about["language"]
             self._corpus_fingerprint = about["corpus"]
             self.passages = PassageFile(folder)
-            index = bm25s.BM25.load(folder, mmap=True)
-            sizes = {about["passages"], len(self.passages), index.scores["num_docs"]}
+            self._postings = Postings.load(folder, mapped=True)
+            sizes = {about["passages"], len(self.passages), self._postings.num_passages}
             if len(sizes) > 1:
                 raise ValueError(f"its files disagree about the number of passages: {sorted(sizes)}")
-            if len(index.scores["data"]) != index.scores["indptr"][-1]:
-                raise ValueError("its postings are incomplete")
-            if max(index.vocab_dict.values()) >= len(index.scores["indptr"]):
-                raise ValueError("its vocabulary belongs to another index")
             if corpus is not None and (
                 changed := [n for n, h in _hashes(folder).items() if about["files"].get(n) != h]
             ):
                 raise ValueError(f"its files have changed: {', '.join(changed)}")
         except Exception as error:
             raise ValueError(f"The BM25 index in {str(folder)!r} cannot be read: {error}") from error
-        self._set_index(index)
         if corpus is not None and (found := corpus_fingerprint(iter_corpus(corpus))) != self._corpus_fingerprint:
             raise ValueError(
                 f"The index in {str(folder)!r} does not belong to the corpus {str(corpus)!r}: its passages have the fingerprint "
@@ -229,9 +263,13 @@ class BM25Retriever:
             `list[list[Passage]]`: Q lists of at most `k` passages, best first.
         """
         queries, k = read_arguments(queries, k)
+        if self.backend == "bm25s":
+            best = self._postings.search(index_words(queries, self.language), k)
+        else:
+            best = [self._search_okapi(query, k) for query in queries]
         results = [
-            [replace(self.passages[i], score=float(scores[i])) for i in _best(scores, matches, k)]
-            for scores, matches in map(self._score, queries)
+            [replace(self.passages[i], score=score) for i, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+            for ids, scores in best
         ]
         several = not self._searched or len(queries) >= _SEVERAL
         if queries and several and not self._warned and not any(results):
@@ -242,7 +280,7 @@ class BM25Retriever:
 
     def _warn_of_empty(self, query: str) -> None:
         """Tell why a query finds nothing: all queries of a language may be concerned."""
-        words = self._tokenize([query])[0] if self.backend == "bm25s" else split_words(query)
+        words = index_words([query], self.language)[0] if self.backend == "bm25s" else split_words(query)
         if words:
             reason = f"none of its words {words[:8]} is in the corpus"
         elif split_words(query):
@@ -251,36 +289,68 @@ class BM25Retriever:
             reason = "it has no letters or digits"
         logger.warning("The query %.200r finds no passage: %s. This is reported once.", query, reason)
 
-    def _set_index(self, index: bm25s.BM25) -> None:
-        self._index = index
-        self._score = self._score_bm25s
-
-    def _require_words(self, documents: list[list[str]]) -> list[list[str]]:
-        if not any(documents):
-            raise ValueError("`passages` has no passage with any word to search for in its title or text.")
-        empty = [number for number, words in enumerate(documents) if not words]
-        if empty:
-            logger.warning(
-                "%d of %d passages have no words, so they are never found. The first is %r.",
-                len(empty),
-                len(documents),
-                self.passages[empty[0]].id,
-            )
-        return documents
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[str]]:
-        return index_words(texts, self.language)
-
-    def _score_bm25s(self, query: str) -> tuple[np.ndarray, np.ndarray]:
-        tokens = self._tokenize([query])[0]
-        scores = self._index.get_scores(tokens) if tokens else np.zeros(len(self.passages))
-        return scores, scores > 0
-
-    def _score_okapi(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+    def _search_okapi(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         words = split_words(query.lower())
         # Okapi's idf is zero or negative for a word in half of the documents, so a match is not a positive score
-        matches = np.array([any(word in counts for word in words) for counts in self._okapi.doc_freqs])
-        return np.asarray(self._okapi.get_scores(words)), matches
+        matches = np.flatnonzero([any(word in counts for word in words) for counts in self._okapi.doc_freqs])
+        scores = np.asarray(self._okapi.get_scores(words))[matches]
+        best = best_of(scores, k)
+        return matches[best], scores[best]
+
+
+def _check_options(backend: str, k1: float, b: float, language: str | None) -> None:
+    if backend not in ("bm25s", "rank_bm25"):
+        raise ValueError(f"`backend` must be 'bm25s' or 'rank_bm25', got {backend!r}.")
+    if not 0 <= k1 < math.inf:
+        raise ValueError(f"`k1` must be a finite number of at least 0, got {k1!r}.")
+    if not 0 <= b <= 1:
+        raise ValueError(f"`b` must be from 0 to 1, got {b!r}.")
+    check_language(language)
+
+
+def _documents(passages: Iterable[Passage]) -> Iterator[str]:
+    """The texts that are searched."""
+    return (f"{passage.title} {passage.text}" for passage in passages)
+
+
+def _index(passages: Sequence[Passage], documents: Iterable[str], folder: Path, **options: Any) -> None:
+    _require_words(passages, write_postings(documents, len(passages), folder, **options))
+
+
+def _require_words(passages: Sequence[Passage], lengths: np.ndarray) -> None:
+    """Raise an error if no passage has a word, and tell of passages without one."""
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty) == len(passages):
+        raise ValueError("`passages` has no passage with any word to search for in its title or text.")
+    if len(empty):
+        logger.warning(
+            "%d of %d passages have no words, so they are never found. The first is %r.",
+            *(len(empty), len(passages), passages[int(empty[0])].id),
+        )
+
+
+@contextmanager
+def _replacing(folder: str | Path) -> Iterator[Path]:
+    """A folder for an index, which gets its name when the block ends: a crash leaves no partial index and keeps an old one."""
+    folder = Path(folder).resolve()
+    if folder == Path.cwd():
+        raise ValueError("`folder` must not be the working directory: name a folder in it.")
+    if folder.exists() and not (folder / "index.json").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} is not empty and holds no index: choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / "new"
+        unfinished.mkdir()
+        yield unfinished
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        unfinished.rename(folder)
+
+
+def _write_about(folder: Path, passages: int, corpus: str, options: dict[str, Any]) -> None:
+    """Write what an index says of itself."""
+    about = {"format": _FORMAT, **options, "passages": passages, "corpus": corpus, "files": _hashes(folder)}
+    (folder / "index.json").write_text(json.dumps(about, indent=1))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -294,12 +364,3 @@ def _hashes(folder: Path) -> dict[str, str]:
                     digest.update(block)
             hashes[file.name] = digest.hexdigest()
     return hashes
-
-
-def _best(scores: np.ndarray, matches: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k best matches. Ties are in corpus order, so that a run can be repeated bit for bit."""
-    candidates = np.flatnonzero(matches)
-    if k < len(candidates):
-        threshold = np.partition(scores[candidates], -k)[-k]
-        candidates = candidates[scores[candidates] >= threshold]
-    return candidates[np.argsort(-scores[candidates], kind="stable")][:k]

@@ -6,16 +6,23 @@ import hashlib
 import json
 import mmap
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast, overload
+from typing import IO, Any, TypeVar, cast, overload
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .base import Passage
 from .passages import TEXT_KEYS, read_passage
+
+T = TypeVar("T")
+
+#: Seconds before a progress bar appears that was not asked for
+_PATIENCE = 3.0
 
 _OTHER_FORMATS = {
     "bzip2": b"BZh",
@@ -180,8 +187,78 @@ def corpus_fingerprint(passages: Iterable[Passage]) -> str:
     """
     digest = hashlib.sha256()
     for passage in passages:
-        digest.update(json.dumps([passage.id, passage.title, passage.text]).encode())
+        _add(digest, passage)
     return digest.hexdigest()[:16]
+
+
+def copy_corpus(corpus: str | Path, folder: str | Path, *, progress: bool | None = None) -> str:
+    """
+    Write the passages of a corpus file to a folder, for [`PassageFile`]. They are read as a stream.
+
+    Args:
+        corpus (`str` or `Path`):
+            The corpus file, see [`iter_corpus`].
+        folder (`str` or `Path`):
+            An existing folder.
+        progress (`bool`, *optional*):
+            Whether to show a progress bar, see [`with_progress`].
+
+    Returns:
+        `str`: The fingerprint of the corpus, see [`corpus_fingerprint`].
+
+    Raises:
+        `ValueError`: If the corpus is malformed, or two passages share an id.
+    """
+    digest, ids = hashlib.sha256(), array("q")
+
+    def noted() -> Iterator[Passage]:
+        for passage in with_progress(iter_corpus(corpus), "Passages", progress=progress):
+            _add(digest, passage)
+            ids.append(hash(passage.id))  # 8 bytes instead of a string
+            yield passage
+
+    PassageFile.write(folder, noted())
+    _check_ids(np.frombuffer(ids, dtype=np.int64), corpus)
+    return digest.hexdigest()[:16]
+
+
+def with_progress(
+    items: Iterable[T], name: str, *, total: int | None = None, progress: bool | None = None
+) -> Iterator[T]:
+    """
+    Iterate with a progress bar.
+
+    Args:
+        items (`Iterable`):
+            The items.
+        name (`str`):
+            Name of the bar.
+        total (`int`, *optional*):
+            Number of items, if it is known.
+        progress (`bool`, *optional*):
+            Whether to show the bar. By default, it is shown on a terminal if the work takes longer than a few seconds.
+
+    Yields:
+        The items.
+    """
+    disable, delay = (None, _PATIENCE) if progress is None else (not progress, 0.0)
+    yield from tqdm(items, desc=name, total=total, disable=disable, delay=delay)
+
+
+def _add(digest: Any, passage: Passage) -> None:
+    digest.update(json.dumps([passage.id, passage.title, passage.text]).encode())
+
+
+def _check_ids(hashes: np.ndarray, corpus: str | Path) -> None:
+    """Raise an error if two passages share an id. Equal hashes are compared by their ids."""
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    seen: set[str] = set()
+    for passage in iter_corpus(corpus) if suspects else ():
+        if hash(passage.id) in suspects:
+            if passage.id in seen:
+                raise ValueError(f"The corpus {str(corpus)!r} has two passages with the id {passage.id!r}.")
+            seen.add(passage.id)
 
 
 class PassageFile(Sequence[Passage]):
@@ -197,10 +274,12 @@ class PassageFile(Sequence[Passage]):
         `ValueError`: If the files are damaged.
     """
 
-    _TEXTS, _OFFSETS = "passages.jsonl", "offsets.npy"
+    #: The file of passages, itself a corpus
+    TEXTS = "passages.jsonl"
+    _OFFSETS = "offsets.npy"
 
     def __init__(self, folder: str | Path):
-        texts = Path(folder) / self._TEXTS
+        texts = Path(folder) / self.TEXTS
         # Byte offsets of the N lines and of the end, shape (N + 1,)
         self._offsets = np.load(Path(folder) / self._OFFSETS, mmap_mode="r", allow_pickle=False)
         if self._offsets[-1] != texts.stat().st_size:
@@ -219,12 +298,12 @@ class PassageFile(Sequence[Passage]):
             passages (`Iterable[Passage]`):
                 The passages.
         """
-        offsets = [0]
-        with (Path(folder) / cls._TEXTS).open("wb") as file:
+        offsets = array("q", [0])
+        with (Path(folder) / cls.TEXTS).open("wb") as file:
             for passage in passages:
                 line = json.dumps({"id": passage.id, "title": passage.title, "text": passage.text}) + "\n"
                 offsets.append(offsets[-1] + file.write(line.encode()))
-        np.save(Path(folder) / cls._OFFSETS, np.array(offsets, dtype=np.int64))
+        np.save(Path(folder) / cls._OFFSETS, np.frombuffer(offsets, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

@@ -1,11 +1,12 @@
 """Opening a retriever from the options of a command line or YAML file."""
 
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 from .base import Retriever
 from .bm25 import BM25Retriever
-from .corpus import iter_corpus
 from .http import HTTPRetriever
 from .hybrid import HybridRetriever
 from .lucene import LuceneRetriever
@@ -29,8 +30,9 @@ def open_retriever(
 
     Args:
         corpus (`str` or `Path`, *optional*):
-            A JSONL corpus, which `backend` indexes in memory. With a saved BM25 `index`, the corpus that the index must
-            belong to.
+            A corpus file, which `backend` indexes. The passages are mapped from a temporary file, see
+            [`BM25Retriever.from_jsonl`]; only `"rank_bm25"` holds them in memory. With a saved `index`, the corpus that the
+            index must belong to.
         index (`str` or `Path`, *optional*):
             A saved index: of BM25 (see [`BM25Retriever.save`]); with the backend `"lucene"` the path of a Lucene index or
             the name of a prebuilt one; with `"dense"` a folder of [`~retrieval.dense.build_index`]; with `"hybrid"` a folder
@@ -103,7 +105,7 @@ def _open_bm25(corpus: str | Path | None, index: str | Path | None, language: st
 
 
 def _open_dense(corpus: str | Path | None, index: str | Path | None, encoder: str | Path | None) -> Retriever:
-    """Dense retrieval of a saved index, or of a corpus whose vectors are in memory."""
+    """Dense retrieval of a saved index, or of a corpus whose vectors are in a temporary file."""
     from .dense import DenseRetriever, TextEncoder  # imports transformers, which the other backends do not need
 
     if index is not None:
@@ -114,4 +116,9 @@ def _open_dense(corpus: str | Path | None, index: str | Path | None, encoder: st
             "'intfloat/e5-base-v2'."
         )
     assert corpus is not None
-    return DenseRetriever(iter_corpus(corpus), TextEncoder(encoder))
+    # Mapped files can still be read when they have no name any more
+    with TemporaryDirectory(prefix="dense-", ignore_cleanup_errors=True) as folder:
+        show = sys.stderr.isatty()
+        return DenseRetriever.build(
+            corpus, Path(folder) / "index", TextEncoder(encoder), dtype="float32", progress=show
+        )

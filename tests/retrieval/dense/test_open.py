@@ -8,6 +8,7 @@ from helpers.encoders import make_bert
 from helpers.servers import Server
 from tspo_trl import DenseRetriever, HTTPRetriever, HybridRetriever, TextEncoder, open_retriever
 from tspo_trl.retrieval import BM25Retriever
+from tspo_trl.retrieval.corpus import PassageFile
 from tspo_trl.retrieval.dense import build_index
 
 ROWS = [
@@ -38,6 +39,7 @@ def test_an_index_and_a_corpus_give_the_same(files):
     fresh = open_retriever(corpus=files["corpus"], encoder=files["encoder"], backend="dense")
     assert isinstance(saved, DenseRetriever)
     assert ids(saved.search(QUERIES, 3)) == ids(fresh.search(QUERIES, 3))
+    assert isinstance(fresh.passages, PassageFile)  # not held as Python objects
     both = open_retriever(index=files["folder"] / "both", backend="hybrid", corpus=files["corpus"])
     assert isinstance(both, HybridRetriever)
     in_memory = open_retriever(corpus=files["corpus"], encoder=files["encoder"], backend="hybrid")

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...support.files import replace_file
-from ..base import Passage
-from ..corpus import PassageFile, corpus_fingerprint, iter_corpus
+from ..corpus import PassageFile, copy_corpus, corpus_fingerprint, iter_corpus
 from .encoders import Encoder, TextEncoder
 from .faiss_files import FlatFile, is_flat, open_flat
 from .vectors import SmallVectors
@@ -184,10 +182,7 @@ class _Work:
     def write_passages(self, corpus: str | Path) -> PassageFile:
         """Write the passages, unless that is done, and check that they are those of the corpus."""
         if "corpus" not in self.done:
-            ids = array("q")
-            PassageFile.write(self.folder, self._bar(_with_ids(iter_corpus(corpus), ids), None, "Passages"))
-            _check_ids(np.frombuffer(ids, dtype=np.int64), corpus)
-            self._remember(corpus=corpus_fingerprint(PassageFile(self.folder)))
+            self._remember(corpus=copy_corpus(corpus, self.folder, progress=self.progress))
         elif (found := corpus_fingerprint(iter_corpus(corpus))) != self.done["corpus"]:
             raise ValueError(
                 f"The unfinished index in {str(self.folder)!r} is of another corpus than {str(corpus)!r}: its passages have "
@@ -241,25 +236,3 @@ class _Work:
         (self.target / self._record.name).unlink()
         if form == "small":
             (self.target / "vectors.npy").unlink()
-
-    def _bar(self, items: Iterable[Passage], total: int | None, name: str) -> Iterator[Passage]:
-        yield from tqdm(items, total=total, desc=name, disable=not self.progress)
-
-
-def _with_ids(passages: Iterable[Passage], ids: "array[int]") -> Iterator[Passage]:
-    """Passages, of which the hashes of their ids are collected: 8 bytes each instead of a string."""
-    for passage in passages:
-        ids.append(hash(passage.id))
-        yield passage
-
-
-def _check_ids(hashes: np.ndarray, corpus: str | Path) -> None:
-    """Raise an error if two passages share an id. Equal hashes are compared by their ids."""
-    values, counts = np.unique(hashes, return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    seen: set[str] = set()
-    for passage in iter_corpus(corpus) if suspects else ():
-        if hash(passage.id) in suspects:
-            if passage.id in seen:
-                raise ValueError(f"The corpus {str(corpus)!r} has two passages with the id {passage.id!r}.")
-            seen.add(passage.id)
