@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import faiss
 import pytest
@@ -105,6 +106,33 @@ def test_the_server_of_a_subset(published, tmp_path):
     expected = wiki18.open_index(Places(tmp_path, 30), "hybrid", "small", published["encoder"]).search(QUERIES, 3)
     assert found == expected
     assert {len(passages) for passages in found} == {3}
+
+
+def test_a_damaged_file_of_vectors_is_downloaded_again(published, tmp_path):
+    places = Places(tmp_path, 20)
+    done = run(published, tmp_path, "download", "--subset", "20")
+    assert done.returncode == 0, done.stderr
+    (vectors,) = places.vectors
+    whole = vectors.read_bytes()
+    vectors.write_bytes(whole[:-40])
+    damaged = run(published, tmp_path, "convert", "--subset", "20", "--form", "exact")
+    assert damaged.returncode == 2
+    assert f"has {len(whole) - 40} bytes, expected {len(whole)} for 20 vectors" in damaged.stderr
+    assert not list(tmp_path.glob("dense-*"))
+    again = run(published, tmp_path, "download", "--subset", "20")
+    assert again.returncode == 0, again.stderr
+    assert vectors.read_bytes() == whole
+    early = run(published, tmp_path, "serve", "--subset", "20", "--form", "exact")
+    assert "not there yet. Run `tspo wiki18 convert --form exact --subset 20` first." in early.stderr
+
+
+def test_without_a_network_the_error_says_what_to_do(published, tmp_path):
+    nowhere = {"hub": SimpleNamespace(url="http://127.0.0.1:9"), "encoder": published["encoder"]}
+    for size in ([], ["--subset", "5"]):
+        done = run(nowhere, tmp_path, "download", *size)
+        assert done.returncode == 2
+        assert "The Hub cannot be reached" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_the_index_of_lucene_needs_the_corpus_and_no_vectors(published, tmp_path):

@@ -177,13 +177,16 @@ def download(places: Places, backend: str) -> None:
 def _download_subset(places: Places, count: int, backend: str) -> None:
     """Get the first passages, and their vectors, without the rest of the files."""
     files = HfFileSystem()
+    print(f"The first {count:,} passages go to {places.downloads}", file=sys.stderr, flush=True)
     if not places.corpus.is_file():
         with files.open(f"datasets/{CORPUS_REPO}/{CORPUS_FILE}", "rb") as source:
             unpack(cast(IO[bytes], source), places.corpus, count)
     (vectors,) = places.vectors
-    if backend != "bm25" and not vectors.is_file():
-        from ..retrieval.dense.faiss_files import write_head
+    if backend != "bm25":
+        from ..retrieval.dense.faiss_files import is_complete, write_head
 
+        if is_complete([vectors]):
+            return
         with files.open(f"datasets/{VECTORS_REPO}/{VECTOR_FILES[0]}", "rb") as source:
             write_head(cast(Any, source), vectors, count)
 
@@ -207,7 +210,7 @@ def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
     written = 0
     try:
         with replacing(corpus) as target, _packed_lines(source) as lines:
-            for line in tqdm(islice(lines, count), total=count, desc="Passages"):
+            for line in tqdm(islice(lines, count), total=count, desc="Getting passages"):
                 target.write(line)
                 written += 1
             if count is not None and written < count:
@@ -321,6 +324,7 @@ def _require(step: str, args: Namespace, needed: Sequence[Path]) -> None:
     """Raise an error if a file of an earlier step is missing."""
     if missing := [str(path) for path in needed if not path.exists()]:
         options = "" if args.backend == "dense" else f" --backend {args.backend}"
+        options += "" if step == "download" or args.form == "small" else f" --form {args.form}"
         options += "" if args.subset is None else f" --subset {args.subset}"
         raise FileNotFoundError(f"{', '.join(missing)}: not there yet. Run `tspo wiki18 {step}{options}` first.")
 
