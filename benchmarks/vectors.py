@@ -3,9 +3,10 @@
     python -m benchmarks.vectors                                           # generated vectors: 100,000 and 1,000,000
     python -m benchmarks.vectors --vectors 5000000 --dimensions 768        # 7.7 GB on disk, and 4.3 GB for the small form
     python -m benchmarks.vectors --encoder intfloat/e5-base-v2 --corpus passages.jsonl --queries questions.jsonl
+    python -m benchmarks.vectors --index passages-e5 --queries questions.jsonl    # the vectors of an index of the form "exact"
 
 Each form is searched in its own process. Generated vectors lie in clusters, as those of texts do; queries lie near vectors. The
-recall of real embeddings needs `--encoder`. Needs `pip install "tspo-trl[dense]"`. Memory is measured on Linux only.
+recall of real embeddings needs `--encoder` or `--index`. Needs `pip install "tspo-trl[dense]"`. Memory is measured on Linux only.
 """
 
 import argparse
@@ -62,13 +63,18 @@ def generate(folder: Path, rows: int, dimensions: int, queries: int) -> None:
     np.save(folder / "queries.npy", chosen / np.linalg.norm(chosen, axis=1, keepdims=True))
 
 
-def encode(folder: Path, encoder: str, corpus: Path, questions: Path, queries: int) -> None:
-    """Write the vectors of a corpus and of questions."""
-    model = TextEncoder(encoder)
-    with questions.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["question"] for line in lines][:queries]
+def encode(folder: Path, args: argparse.Namespace) -> None:
+    """Write the vectors of a corpus, or use those of an index, and write the vectors of questions."""
+    if args.index is None:
+        model = TextEncoder(args.encoder)
+        np.save(folder / "vectors.npy", model.encode_passages(list(iter_corpus(args.corpus))).astype(np.float16))
+    else:
+        about = json.loads((args.index / "index.json").read_text(encoding="utf-8"))
+        model = TextEncoder(about["model"], **about["settings"])
+        (folder / "vectors.npy").symlink_to((args.index / "vectors.npy").resolve(strict=True))
+    with args.queries.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["question"] for line in lines][: args.num_queries]
     np.save(folder / "queries.npy", model.encode_queries(texts))
-    np.save(folder / "vectors.npy", model.encode_passages(list(iter_corpus(corpus))).astype(np.float16))
 
 
 def memory_mib(field: str) -> float:
@@ -162,20 +168,24 @@ def main() -> None:
     add("--seconds", type=float, default=20, help="time for single queries, and for batches (default: %(default)s)")
     add("--encoder", help="an embedding model, for real vectors")
     add("--corpus", type=Path, help="its passages")
-    add("--queries", type=Path, help="its questions, a JSONL file")
+    add("--index", type=Path, help="an index of the form 'exact', instead of an encoder and passages")
+    add("--queries", type=Path, help="questions of --encoder or --index, a JSONL file")
     add("--folder", type=Path, help="where to write the vectors (default: the system's temporary folder)")
     args = parser.parse_args()
     if args.encoder is not None and (args.corpus is None or args.queries is None):
         parser.error("--encoder needs --corpus and --queries")
+    if args.index is not None and (args.encoder is not None or args.queries is None):
+        parser.error("--index needs --queries, and no --encoder")
+    generated = args.encoder is None and args.index is None
     table = []
-    for rows in args.vectors if args.encoder is None else [0]:
+    for rows in args.vectors if generated else [0]:
         with TemporaryDirectory(dir=args.folder) as folder:
-            if args.encoder is None and 3 * rows * args.dimensions > shutil.disk_usage(folder).free:
+            if generated and 3 * rows * args.dimensions > shutil.disk_usage(folder).free:
                 parser.error(f"{rows} vectors do not fit on the disk of {folder}: choose another --folder")
-            if args.encoder is None:
+            if generated:
                 generate(Path(folder), rows, args.dimensions, min(args.num_queries, rows))
             else:
-                encode(Path(folder), args.encoder, args.corpus, args.queries, args.num_queries)
+                encode(Path(folder), args)
             table += measure(Path(folder), args.candidates, args.seconds)
     print(f"\n{os.cpu_count()} cores ({platform.machine()}), {K} results\n")
     names = ["vectors", "form", "disk MiB", "memory MiB", "to convert, s", "1 query, ms", f"of {BATCH}, ms a query"]

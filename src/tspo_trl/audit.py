@@ -250,3 +250,34 @@ def verdict(audit: Audit) -> list[str]:
         ),
     }
     return [line for line, holds in lines.items() if holds]
+
+
+def compare(audits: Mapping[str, Audit]) -> list[str]:
+    """
+    Compare retrievers on the same questions.
+
+    Args:
+        audits (`Mapping[str, Audit]`):
+            The audits, by the names of their retrievers.
+
+    Returns:
+        `list[str]`: Sentences; none if there are fewer than two retrievers.
+    """
+    lines = []
+    for curve, text in {"plain": "A golden answer", "supporting": "The share of supporting passages"}.items():
+        rates = {
+            name: rate for name, audit in audits.items() if (rate := audit.at_k(getattr(audit, curve))) is not None
+        }
+        if len(rates) < 2:
+            continue
+        ranked = sorted(rates, key=lambda name: -rates[name])
+        listed = ", ".join(f"{name} {rates[name]:.1%}" for name in ranked)
+        (first, *_) = audits.values()
+        # Twice the error of a difference of two such rates, as if the questions were different ones: an upper bound
+        rate, questions = sum(rates.values()) / len(rates), getattr(first, curve).questions
+        error = 2 * (2 * rate * (1 - rate) / questions) ** 0.5
+        lines.append(
+            f"{text} in {first.num_passages} passages for the plain question: {listed} ({questions} questions; differences "
+            f"below {100 * error:.1f} points may be chance)."
+        )
+    return lines

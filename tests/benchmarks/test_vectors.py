@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.vectors import recall
 from helpers.encoders import WORDS, make_bert
 from helpers.paths import ROOT
+from tspo_trl.retrieval.dense import TextEncoder, build_index
 
 
 def rows(*arguments):
@@ -42,6 +43,10 @@ def test_real_vectors_are_those_of_an_encoder(tmp_path):
     small = table[f"small, {len(texts)} candidates"]
     assert small[0] == f"{len(texts)} × 32"
     assert float(small[-1]) > 0.8
+    build_index(corpus, tmp_path / "index", TextEncoder(encoder, device="cpu"), progress=False)
+    of_index = rows("--index", tmp_path / "index", "--queries", questions, "--candidates", len(texts))
+    assert {form: row[-2:] for form, row in of_index.items()} == {form: row[-2:] for form, row in table.items()}
+    assert (tmp_path / "index" / "vectors.npy").is_file()
 
 
 def test_recall_is_the_share_of_the_exact_results():

@@ -83,7 +83,8 @@ def test_the_same_thing_has_the_same_flag(command, dash):
         flags = [item for name, value in values for item in (f"--{name.replace('_', '-' if dash else '_')}", value)]
         args = parse([*flags, *corpus, *model])
         assert args.dataset in ("nq", ["nq"])
-        assert (args.retriever_backend, args.columns) == ("rank_bm25", {"question": "query"})
+        assert args.retriever_backend in ("rank_bm25", ["rank_bm25"])
+        assert args.columns == {"question": "query"}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Wikipedia of 2018: downloads in the published formats from a local Hub, conversion, and the server."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
+from types import SimpleNamespace
 
 import faiss
 import pytest
@@ -15,13 +18,26 @@ from helpers.paths import ROOT
 from helpers.servers import Server
 from tspo_trl import DenseRetriever, HTTPRetriever, Passage, TextEncoder
 from tspo_trl.commands import wiki18
-from tspo_trl.commands.wiki18 import Places, check_download
+from tspo_trl.commands.wiki18 import Places, check_download, unpack
+from tspo_trl.retrieval.corpus import PassageFile
 
 RECIPE = ROOT / "recipes" / "wiki18.py"
 PASSAGES = [
     Passage(str(i), f"{WORDS[i % 7]}", f"{WORDS[i % 5]} is {WORDS[i % 11]} of {WORDS[i % 13]} .") for i in range(40)
 ]
 QUERIES = ["who wrote emma", "capital of france"]
+
+
+def write_archive(path, content):
+    """A corpus as it is published: an archive in spite of its name."""
+    name = "data00/jiajie_jin/flashrag_indexes/wiki_dpr_100w/wiki_dump.jsonl"
+    with tarfile.open(path, "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        folder, member = tarfile.TarInfo("data00"), tarfile.TarInfo(name)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +48,7 @@ def published(tmp_path_factory):
     corpus = root / "PeterJinGo" / "wiki-18-corpus"
     corpus.mkdir(parents=True)
     rows = [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in PASSAGES]
-    with gzip.open(corpus / "wiki-18.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_archive(corpus / "wiki-18.jsonl.gz", "".join(json.dumps(row) + "\n" for row in rows).encode())
     vectors = TextEncoder(encoder, device="cpu").encode_passages(PASSAGES)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
@@ -93,21 +108,84 @@ def test_the_server_of_a_subset(published, tmp_path):
     assert {len(passages) for passages in found} == {3}
 
 
-def test_the_index_of_lucene_needs_no_other_download(published, tmp_path):
+def test_a_damaged_file_of_vectors_is_downloaded_again(published, tmp_path):
+    places = Places(tmp_path, 20)
+    done = run(published, tmp_path, "download", "--subset", "20")
+    assert done.returncode == 0, done.stderr
+    (vectors,) = places.vectors
+    whole = vectors.read_bytes()
+    vectors.write_bytes(whole[:-40])
+    damaged = run(published, tmp_path, "convert", "--subset", "20", "--form", "exact")
+    assert damaged.returncode == 2
+    assert f"has {len(whole) - 40} bytes, expected {len(whole)} for 20 vectors" in damaged.stderr
+    assert not list(tmp_path.glob("dense-*"))
+    again = run(published, tmp_path, "download", "--subset", "20")
+    assert again.returncode == 0, again.stderr
+    assert vectors.read_bytes() == whole
+    early = run(published, tmp_path, "serve", "--subset", "20", "--form", "exact")
+    assert "not there yet. Run `tspo wiki18 convert --form exact --subset 20` first." in early.stderr
+
+
+def test_without_a_network_the_error_says_what_to_do(published, tmp_path):
+    nowhere = {"hub": SimpleNamespace(url="http://127.0.0.1:9"), "encoder": published["encoder"]}
+    for size in ([], ["--subset", "5"]):
+        done = run(nowhere, tmp_path, "download", *size)
+        assert done.returncode == 2
+        assert "The Hub cannot be reached" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_index_of_lucene_needs_the_corpus_and_no_vectors(published, tmp_path):
     early = run(published, tmp_path, "convert", "--backend", "bm25")
-    assert "not downloaded yet. Run `tspo wiki18 download` first" in early.stderr
+    assert "not there yet. Run `tspo wiki18 download --backend bm25` first" in early.stderr
     published["hub"].requested.clear()
     for step in ("download", "convert"):
         done = run(published, tmp_path, step, "--backend", "bm25")
         assert done.returncode == 0, done.stderr
-    assert set(published["hub"].requested) == {"bm25/segments_1"}
-    assert (Places(tmp_path, None).lucene / "bm25" / "segments_1").is_file()
+    assert set(published["hub"].requested) == {"wiki-18.jsonl.gz", "bm25/segments_1"}
+    places = Places(tmp_path, None)
+    assert (places.lucene_index / "segments_1").read_text() == "an index of Lucene"
+    passages = PassageFile(places.index("passages"))
+    assert [passages[i] for i in range(40)] == PASSAGES
+    assert not places.archive.exists()
+    served = run(published, tmp_path, "serve", "--backend", "hybrid")
+    assert served.returncode == 2
+    assert "dense-small-all: not there yet. Run `tspo wiki18 convert --backend hybrid` first." in served.stderr
+
+
+@pytest.mark.parametrize("folder", ["", "bm25", "index/bm25"])
+def test_the_folder_of_the_index_of_lucene_is_found(tmp_path, folder):
+    places = Places(tmp_path, None)
+    for path in (places.lucene / folder / "segments_2", places.lucene / ".cache/huggingface/segments_2.metadata"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert places.lucene_index == places.lucene / folder
+
+
+@pytest.mark.parametrize("archived", [True, False])
+def test_the_corpus_is_unpacked_whatever_is_compressed(tmp_path, archived):
+    content = "".join(json.dumps({"id": str(i), "contents": "x" * 1000}) + "\n" for i in range(500)).encode()
+    packed, corpus = tmp_path / "packed", tmp_path / "corpus"
+    if archived:
+        write_archive(packed, content)
+    else:
+        packed.write_bytes(gzip.compress(content))
+    for count in (None, 3):
+        with packed.open("rb") as source:
+            unpack(source, corpus, count)
+        assert corpus.read_bytes() == b"".join(content.splitlines(keepends=True)[:count])
+    corpus.unlink()
+    for damaged in (packed.read_bytes()[:-400], packed.read_bytes()[:100], b"<html>not found</html>"):
+        packed.write_bytes(damaged)
+        with packed.open("rb") as source, pytest.raises(ValueError, match="damaged or incomplete after"):
+            unpack(source, corpus)
+    assert list(tmp_path.iterdir()) == [packed]
 
 
 def test_steps_out_of_order_and_too_large_subsets(published, tmp_path):
     early = run(published, tmp_path, "convert", "--subset", "30")
     assert early.returncode == 2
-    assert "not downloaded yet. Run `tspo wiki18 download --subset 30` first" in early.stderr
+    assert "not there yet. Run `tspo wiki18 download --subset 30` first" in early.stderr
     large = run(published, tmp_path, "download", "--subset", "41")
     assert large.returncode == 2
     assert "--subset: the corpus has only 40 passages, got 41" in large.stderr
@@ -119,7 +197,7 @@ def test_too_little_room_is_said_before_the_download(published, tmp_path, monkey
     usage = wiki18.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(wiki18.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(OSError, match=r"need 64.5 GB, but the disk of .* has 1.0 GB. .*--subset 100000"):
-        wiki18._check_disk(tmp_path, [(tmp_path / "part_aa", 64_500_000_000)])
+        wiki18._check_disk(tmp_path, 60_000_000_000, 4_500_000_000)
 
 
 def test_damaged_downloads_are_removed(tmp_path):

@@ -1,9 +1,12 @@
-"""Encoders of texts for tests: a tiny BERT, and one that counts words."""
+"""Encoders of texts for tests: a tiny BERT, static embeddings, and one that counts words."""
 
+import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -34,6 +37,30 @@ def make_bert(folder, *, dimensions=32):
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def make_static(folder, *, package="model2vec", dimensions=32, normalize=True, tensors=None, words=(*WORDS, "?", ".")):
+    """Save static embeddings as model2vec or sentence-transformers do, with a tokenizer of words. Return their table."""
+    inner = Path(folder) / ("" if package == "model2vec" else "0_StaticEmbedding")
+    inner.mkdir(parents=True)
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [(words[3], 4)]  # added to texts by other users of the tokenizer
+    backend.post_processor = processors.TemplateProcessing(single=f"{words[3]} $A", special_tokens=special)
+    backend.save(str(inner / "tokenizer.json"))
+    table = torch.randn(len(vocabulary), dimensions, generator=torch.Generator().manual_seed(0))
+    name = "embeddings" if package == "model2vec" else "embedding.weight"
+    save_file(tensors or {name: table}, inner / "model.safetensors")
+    kinds = [
+        ("StaticEmbedding", inner.name if inner != Path(folder) else "."),
+        *([("Normalize", "1")] if normalize else []),
+    ]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
+    (Path(folder) / "modules.json").write_text(json.dumps(modules))
+    if package == "model2vec":
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": "model2vec", "normalize": normalize}))
+    return table.numpy()
 
 
 class CountingEncoder:

@@ -442,3 +442,18 @@ def test_lucene_finds_supporting_passages_of_hotpotqa_and_agrees_with_bm25(tmp_p
     print(f"recall@3 {recall:.3f}, same first passage {sum(same)} of {len(same)}")
     assert recall >= 0.6
     assert sum(same) >= 0.9 * len(same)
+
+
+def test_the_texts_of_an_index_without_them_are_those_of_the_corpus(tmp_path, index):
+    corpus = [Passage(str(i), p.title, p.text) for i, p in enumerate(PASSAGES)]
+    index_raw(tmp_path / "index", [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in corpus[:5]])
+    retriever = LuceneRetriever(tmp_path / "index", passages=corpus)
+    ((first, *_),) = retriever.search(["capital of Italy"], 2)
+    assert (first.id, first.title, first.text) == ("1", "Rome", "Rome is the capital of Italy.")
+    assert first.score > 0
+    with pytest.raises(ValueError, match=r"does not belong to the given 5 passages: .* at position \d, found '\d'"):
+        LuceneRetriever(tmp_path / "index", passages=corpus[1:])
+    with pytest.raises(ValueError, match=r"does not belong to the given 0 passages: .* found None"):
+        LuceneRetriever(tmp_path / "index", passages=[])
+    without = LuceneRetriever(index, passages=[])  # an index with texts needs no others
+    assert without.search(["capital of Italy"], 1)[0][0].id == "it"

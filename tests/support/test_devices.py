@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from tspo_trl.support.devices import default_device, get_rng_state, set_rng_state
+from tspo_trl.support.devices import all_accelerators, default_device, get_rng_state, set_rng_state
 
 CPU = torch.device("cpu")
 
@@ -16,6 +16,15 @@ def test_an_accelerator_that_pytorch_is_built_for_but_that_is_not_there_is_not_u
     assert default_device() == CPU
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert default_device() == torch.device("cuda")
+
+
+def test_all_accelerators_have_names(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert all_accelerators() == ["cuda:0", "cuda:1"]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert all_accelerators() == []
 
 
 @pytest.fixture(params=[("mps", 1), ("cuda", 2), ("xpu", 2)], ids=lambda param: param[0])

@@ -4,7 +4,11 @@ Run it before you spend GPU hours. It prints tables and a verdict, and writes OU
 
     tspo audit --dataset_name questions.jsonl --corpus passages.jsonl
     tspo audit --dataset_name questions.jsonl --retriever_url http://localhost:8000/retrieve --max_questions 1000
+    tspo audit --dataset_name questions.jsonl --corpus passages.jsonl --retriever_encoder intfloat/e5-base-v2 \\
+        --retriever_backend bm25 dense hybrid
     tspo audit --dataset_name demo
+
+Several values of --retriever_backend or --retriever_url are compared side by side. The rest of the audit is about the first.
 
 Each row has a `question` and its `golden_answers` (a list of strings). With `supporting_titles` (a list of strings), the
 audit also searches for the titles as ideal queries; with `supporting_ids` (a list of strings), it measures the recall of
@@ -15,7 +19,8 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +33,13 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from ..audit import REASONS, Audit, Ranks, find_ranks, summarize, verdict
+from ..audit import REASONS, Audit, Ranks, compare, find_ranks, summarize, verdict
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row
 from ..questions.hints import hints_in_flags
 from ..questions.values import as_text
-from ..retrieval import Passage, Retriever
-from ..retrieval.open import open_retriever
+from ..retrieval import HybridRetriever, Passage, Retriever
+from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER, open_retriever
 from .demo import DEMO, demo_retriever
 from .options import (
     DATA_FLAGS,
@@ -53,6 +58,7 @@ from .options import (
 matplotlib.use("Agg")
 QUERIES = 256  # maximum number of queries in a call of the retriever
 SEED = 0  # of the random order of questions, which gives the chance level
+OTHER_COLORS = ("#e08214", "#4d4d4d", "#b2abd2")  # of the other retrievers
 CURVES = {  # field of the audit -> its name, its colour
     "ideal": ("ideal queries", "#3a9d5d"),
     "supporting": ("supporting recall", "#8d80c4"),
@@ -76,7 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_columns_option(parser)
     add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
     add("--max_questions", type=int, metavar="N", help="audit the first N questions (default: all)")
-    add_retriever_options(parser)
+    add_retriever_options(parser, compared=True)
     add("--top_k", type=int, default=20, metavar="N", help="maximum number of passages (default: %(default)s)")
     add(
         "--num_passages",
@@ -96,6 +102,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--dataset_name demo brings its own passages, got {' and '.join(sources)} too")
     if args.dataset != DEMO and not sources:
         parser.error("nothing to search in: give --corpus, --index or --retriever_url")
+    for name in ("retriever_backend", "retriever_url"):
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name} has a value twice: {' '.join(values)}")
+    if args.retriever_url is not None and len(args.retriever_backend) > 1:
+        parser.error("several values of --retriever_backend are for --corpus or --index, a server has its own")
     return args
 
 
@@ -157,13 +169,60 @@ def search_all(rows: Sequence[Mapping[str, Any]], retriever: Retriever, top_k: i
     return [ranks[i] for i in range(len(rows))]
 
 
-def report(audit: Audit) -> None:
-    """Print the audit."""
+def open_all(args: argparse.Namespace, passages: list[Passage]) -> dict[str, Retriever]:
+    """The retrievers of the options, by the names that tell them apart."""
+    backends = args.retriever_backend
+    if args.dataset == DEMO:
+        return {name: demo_retriever(passages, name) for name in backends}
+    if args.retriever_url is not None:
+        return {url: open_retriever(url=url, backend=backends[0]) for url in args.retriever_url}
+    if len(backends) == 1:
+        options = {"language": args.retriever_language, "encoder": args.retriever_encoder}
+        return {backends[0]: open_retriever(corpus=args.corpus, index=args.index, backend=backends[0], **options)}
+    opened: dict[str, Retriever] = {}
+    parts = ["bm25", "dense"] if "hybrid" in backends else []
+    for name in dict.fromkeys([*parts, *(name for name in backends if name != "hybrid")]):
+        opened[name] = open_retriever(
+            corpus=args.corpus,
+            index=None if args.index is None else Path(args.index) / (DENSE_FOLDER if name == "dense" else BM25_FOLDER),
+            backend=name,
+            language=args.retriever_language if name in ("bm25", "bm25s") else None,
+            encoder=args.retriever_encoder if name == "dense" else None,
+        )
+    if parts:  # of the same two retrievers: the corpus is encoded once
+        opened["hybrid"] = HybridRetriever([opened[name] for name in parts])
+    return {name: opened[name] for name in backends}
+
+
+def side_by_side(audits: Mapping[str, Audit]) -> Table:
+    """A table of what several retrievers find."""
+    (first, *_) = audits.values()
+    shown = shown_counts(first)
+    table = Table("", "retriever", "questions", *(f"k={k}" for k in shown), title="Retrievers side by side")
+    for field in ("plain", "supporting", "ideal"):
+        for name, audit in audits.items():
+            curve = getattr(audit, field)
+            if curve is not None:
+                rates = (f"{curve.rates[k - 1]:.3f}" for k in shown)
+                table.add_row(CURVES[field][0], escape(name), str(curve.questions), *rates)
+        table.add_section()
+    return table
+
+
+def shown_counts(audit: Audit) -> list[int]:
+    """The numbers of passages for which rates are printed."""
+    last = max((len(curve.rates) for name in CURVES if (curve := getattr(audit, name)) is not None), default=0)
+    return sorted({k for k in (1, 2, 3, 5, 10, 20, audit.num_passages, last) if k <= last})
+
+
+def report(audit: Audit, audits: Mapping[str, Audit] | None = None) -> None:
+    """Print the audit, and the rates of all retrievers if there are several."""
     console = Console()
+    if audits and len(audits) > 1:
+        console.print(side_by_side(audits))
     curves = {name: curve for name in CURVES if (curve := getattr(audit, name)) is not None}
     if curves:
-        last = max(len(curve.rates) for curve in curves.values())
-        shown = sorted({k for k in (1, 2, 3, 5, 10, 20, audit.num_passages, last) if k <= last})
+        shown = shown_counts(audit)
         table = Table("", "questions", *(f"k={k}" for k in shown), title="Found in the first k passages")
         for name, curve in curves.items():
             table.add_row(CURVES[name][0], str(curve.questions), *(f"{curve.rates[k - 1]:.3f}" for k in shown))
@@ -180,16 +239,22 @@ def report(audit: Audit) -> None:
     for answer, score in audit.constant_answers.items():
         table.add_row(escape(short(answer, 60)), f"{score:.3f}")
     console.print(table)
-    for line in verdict(audit):
+    for line in [*compare(audits or {}), *verdict(audit)]:
         console.print(Text(f"- {line}", style="yellow" if line.startswith("Warning") else ""))
 
 
-def plot(audit: Audit, path: Path, title: str) -> None:
-    """Draw the curves, the golden answers that FOLR cannot use, and the constant answers."""
+def plot(audit: Audit, path: Path, title: str, others: Mapping[str, Audit] | None = None) -> None:
+    """
+    Draw the curves, those of the plain question for other retrievers, the golden answers that FOLR cannot use, and the constant
+    answers.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained", width_ratios=(1, 0.85))
     k = audit.num_passages
     present = [(name, curve) for name in reversed(CURVES) if (curve := getattr(audit, name)) is not None]
     curves = [(*CURVES[name], curve.rates) for name, curve in present]
+    for color, (name, other) in zip(cycle(OTHER_COLORS), (others or {}).items(), strict=False):
+        if other.plain is not None:
+            curves.append((f"plain question, {short(name, 28)}", color, other.plain.rates))
     height = -1.0
     for i, (name, color, rates) in enumerate(sorted(curves, key=lambda curve: curve[2][-1])):
         left.plot(range(1, len(rates) + 1), rates, color=color, linewidth=2.2, clip_on=False)
@@ -197,7 +262,7 @@ def plot(audit: Audit, path: Path, title: str) -> None:
         # Labels at the ends of the lines, pushed apart
         height = min(max(rates[-1], height + 0.06), 1 - 0.06 * (len(curves) - 1 - i))
         label = f"  {name} ({rates[k - 1]:.2f})"
-        left.text(len(rates), height, label, color=color, va="center")
+        left.text(len(rates), height, label, color=color, va="center", parse_math=False)
         left.set_xlim(0, len(rates))
     left.set(title=f"Found in k passages (dots, numbers: k = {k})", ylim=(0, 1))
     left.set(xlabel="k: passages of a search", ylabel="share of questions (recall: of passages)")
@@ -235,27 +300,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Audit the questions and the retriever of a command line."""
     args = parse_arguments(arguments)
     check_output_dir(args.output_dir)
-    check_input_files(corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend)
+    for backend in args.retriever_backend:
+        check_input_files(corpus=args.corpus, index=args.index, url=args.retriever_url, backend=backend)
     if args.dataset not in (DEMO, *BENCHMARKS):
         check_question_files([args.dataset])
     rows, passages = load_rows(args)
-    retriever: Retriever
-    if args.dataset == DEMO:
-        retriever = demo_retriever(passages, args.retriever_backend)
-    else:
-        retriever = open_retriever(
-            corpus=args.corpus,
-            index=args.index,
-            url=args.retriever_url,
-            backend=args.retriever_backend,
-            language=args.retriever_language,
-            encoder=args.retriever_encoder,
-        )
-    audit = summarize(rows, search_all(rows, retriever, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
-    audit = replace(audit, about=vars(args))
+    audits = {
+        name: summarize(rows, search_all(rows, found, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
+        for name, found in open_all(args, passages).items()
+    }
+    name, *names = audits
+    about = vars(args) | {"retriever_backend": " ".join(args.retriever_backend)}
+    about["retriever_url"] = None if args.retriever_url is None else " ".join(args.retriever_url)
+    audit = replace(audits[name], about=about)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audit.json").write_text(json.dumps(audit.to_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
-    plot(audit, folder / "audit.png", title=f"Audit of {len(rows)} questions: {Path(args.dataset).name}")
-    report(audit)
+    content = audit.to_dict()
+    if names:
+        content["retrievers"] = {
+            name: {field: asdict(curve) for field in CURVES if (curve := getattr(found, field)) is not None}
+            for name, found in audits.items()
+        }
+        content["comparison"] = compare(audits)
+    (folder / "audit.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    plot(
+        audit,
+        folder / "audit.png",
+        f"Audit of {len(rows)} questions: {Path(args.dataset).name}",
+        {name: audits[name] for name in names},
+    )
+    report(audit, audits)
     print(f"Written: {folder / 'audit.json'}, {folder / 'audit.png'}")

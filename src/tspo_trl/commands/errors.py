@@ -9,8 +9,8 @@ import yaml
 
 from ..retrieval import RetrievalError
 
-#: What the checks of inputs raise, here and in the libraries: of values, files, addresses and missing extras.
-USER_ERRORS = (ValueError, OSError, ImportError, yaml.YAMLError, RetrievalError)
+#: What the checks of inputs raise, here and in the libraries: of values, files, addresses, memory and missing extras.
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, yaml.YAMLError, RetrievalError)
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:

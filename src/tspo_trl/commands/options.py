@@ -67,20 +67,25 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
         known.setdefault("--" + option[2:].replace("_", "-"), known[option])
 
 
-def add_retriever_options(parser: Any, *, url: bool = True, several: bool = False) -> None:
-    """Add the options that choose a retriever. With `several`, each option takes one value for each data set."""
+def add_retriever_options(parser: Any, *, url: bool = True, several: bool = False, compared: bool = False) -> None:
+    """
+    Add the options that choose a retriever. With `several`, each option takes one value for each data set. With `compared`,
+    the backend and the URL take several values for one data set.
+    """
+    more: dict[str, Any] = {"nargs": "+"} if compared else {}
     count: dict[str, Any] = {"nargs": "+"} if several else {}
     add = parser.add_argument
     add("--corpus", **count, help=RETRIEVER_OPTIONS["corpus"] + ("" if url else ", or 'demo'"))
     add("--index", **count, help=RETRIEVER_OPTIONS["index"])
     if url:
-        add("--retriever_url", **count, metavar="URL", help=RETRIEVER_OPTIONS["retriever_url"])
+        add("--retriever_url", **(more or count), metavar="URL", help=RETRIEVER_OPTIONS["retriever_url"])
     add(
         "--retriever_backend",
         "--backend",
-        default="bm25",
+        default=["bm25"] if compared else "bm25",
         choices=BACKENDS,
-        help=f"{BACKEND} (default: %(default)s)",
+        help=f"{BACKEND} (default: bm25)",
+        **more,
     )
     add("--retriever_language", metavar="LANGUAGE", help=LANGUAGE)
     add("--retriever_encoder", metavar="MODEL", help=ENCODER)

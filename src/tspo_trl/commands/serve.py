@@ -113,10 +113,18 @@ def save_index(arguments: Namespace, folder: Path) -> None:
         BM25Retriever.build(arguments.corpus, target, language=None if language == "none" else language)
     if backend in ("dense", "hybrid"):
         from ..retrieval.dense import TextEncoder, build_index
+        from ..support.devices import all_accelerators
 
         encoder = TextEncoder(arguments.retriever_encoder)
         target = folder / DENSE_FOLDER if backend == "hybrid" else folder
-        build_index(arguments.corpus, target, encoder, form=arguments.index_form)
+        devices = all_accelerators()
+        build_index(
+            arguments.corpus,
+            target,
+            encoder,
+            form=arguments.index_form,
+            devices=devices if len(devices) > 1 else None,
+        )
 
 
 def address(host: str, port: int) -> str:

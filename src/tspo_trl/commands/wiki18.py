@@ -1,7 +1,7 @@
 """Get the Wikipedia dump of 2018 in 21 million passages, with its published indexes, and serve it.
 
     tspo wiki18 all --subset 100000                  # a first try: the first 100,000 passages with their vectors
-    tspo wiki18 all --form small                     # everything: 2 GB of memory, 16 GB of disk beside the downloads
+    tspo wiki18 all --form small                     # everything: 2 GB of memory, 31 GB of disk beside the downloads
     tspo wiki18 download; tspo wiki18 convert; tspo wiki18 serve   # the same, step by step
 
 The corpus (`PeterJinGo/wiki-18-corpus`), the vectors of `intfloat/e5-base-v2` (`PeterJinGo/wiki-18-e5-index`, 64.5 GB) and the
@@ -12,19 +12,27 @@ was if it is interrupted. The backends are `dense`, `bm25` (Lucene, which needs 
 
 import gzip
 import hashlib
+import os
 import shutil
 import sys
+import tarfile
+import zlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+from tqdm.auto import tqdm
 
-from ..retrieval import BM25Retriever, HybridRetriever, LuceneRetriever, Retriever
+from ..retrieval import BM25Retriever, HybridRetriever, LuceneRetriever, Retriever, iter_corpus
+from ..retrieval.corpus import PassageFile
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER
 from ..support.files import replacing
 from .options import check_at_least_one, make_parser
@@ -34,6 +42,8 @@ ENCODER = "intfloat/e5-base-v2"
 CORPUS_REPO, CORPUS_FILE = "PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz"
 VECTORS_REPO, VECTOR_FILES = "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab")
 LUCENE_REPO = "PeterJinGo/wiki-18-bm25-index"
+UNPACKED = 3  # the corpus takes less than so many times the room of its archive
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the library that the client of the Hub uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +67,14 @@ class Places:
         return self.folder / "download"
 
     @property
+    def archive(self) -> Path:
+        """The corpus as it is published."""
+        return self.downloads / CORPUS_FILE
+
+    @property
     def corpus(self) -> Path:
-        """The corpus."""
-        return self.downloads / (CORPUS_FILE if self.subset is None else f"wiki-18-{self.subset}.jsonl")
+        """The unpacked corpus."""
+        return self.downloads / ("wiki-18.jsonl" if self.subset is None else f"wiki-18-{self.subset}.jsonl")
 
     @property
     def vectors(self) -> list[Path]:
@@ -69,8 +84,16 @@ class Places:
 
     @property
     def lucene(self) -> Path:
-        """The downloaded index of Lucene."""
+        """The downloaded files of the index of Lucene."""
         return self.downloads / "lucene"
+
+    @property
+    def lucene_index(self) -> Path:
+        """The folder of the index of Lucene, which is published in the folder `bm25` of its repository."""
+        commits = [
+            path for path in self.lucene.rglob("segments_*") if not path.suffix
+        ]  # beside the metadata of the Hub
+        return min(commits).parent if commits else self.lucene
 
     def index(self, kind: str, form: str = "") -> Path:
         """The index that `convert` makes."""
@@ -108,12 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     places = Places(Path(args.folder), args.subset)
     if args.step in ("download", "all"):
-        download(places, args.backend)
+        try:
+            download(places, args.backend)
+        except HTTP_ERROR as error:
+            if isinstance(error, OSError):  # an answer of the Hub, which is reported as it is
+                raise
+            raise ConnectionError(f"The Hub cannot be reached ({error}). Repeat the command to go on.") from error
     if args.step in ("convert", "all"):
+        _require("download", args, _downloaded(places, args.backend))
         convert(places, args.backend, args.form, args.encoder)
     if args.step in ("serve", "all"):
         from .serve import serve  # needs FastAPI, which the other steps do not
 
+        _require("convert", args, _converted(places, args.backend, args.form))
         opened = partial(open_index, places, args.backend, args.form, args.encoder)
         serve(opened, host=args.host, port=args.port, topk=args.topk)
 
@@ -124,38 +154,88 @@ def download(places: Places, backend: str) -> None:
     if places.subset is not None:
         _download_subset(places, places.subset, backend)
         return
-    wanted = []
-    if backend != "bm25":  # the index of Lucene holds the passages too
-        wanted = [(CORPUS_REPO, CORPUS_FILE), *((VECTORS_REPO, name) for name in VECTOR_FILES)]
-    missing = [(repo, name) for repo, name in wanted if not _is_checked(places.downloads / name)]
-    facts = [_facts(repo, name) for repo, name in missing]
-    _check_disk(places.downloads, [(places.downloads / f.path, f.size) for f in facts])
-    for (repo, name), fact in zip(missing, facts, strict=True):
-        path = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=places.downloads))
-        check_download(path, fact.size, None if fact.lfs is None else fact.lfs.sha256)
+    unpacked = places.corpus.is_file()
+    wanted = {} if unpacked else {places.archive: CORPUS_REPO}
+    wanted |= dict.fromkeys(places.vectors, VECTORS_REPO) if backend != "bm25" else {}
+    wanted |= {places.lucene: LUCENE_REPO} if backend != "dense" else {}
+    missing = {path: repo for path, repo in wanted.items() if not (path.exists() and _checked_mark(path).is_file())}
+    facts = {path: _facts(repo, None if path == places.lucene else path.name) for path, repo in missing.items()}
+    sizes = {path: sum(fact.size for fact in facts[path]) for path in missing}
+    _check_disk(places.downloads, sum(sizes.values()), UNPACKED * sizes.get(places.archive, 0))
+    for path, repo in missing.items():
+        for fact in facts[path]:
+            folder = path if path == places.lucene else places.downloads
+            file = Path(hf_hub_download(repo, fact.path, repo_type="dataset", local_dir=folder))
+            check_download(file, fact.size, None if fact.lfs is None else fact.lfs.sha256)
         _checked_mark(path).touch()
-    if backend != "dense":
-        snapshot_download(LUCENE_REPO, repo_type="dataset", local_dir=places.lucene)
+    if not unpacked:
+        with places.archive.open("rb") as source:
+            unpack(source, places.corpus)
+        places.archive.unlink()
 
 
 def _download_subset(places: Places, count: int, backend: str) -> None:
     """Get the first passages, and their vectors, without the rest of the files."""
     files = HfFileSystem()
+    print(f"The first {count:,} passages go to {places.downloads}", file=sys.stderr, flush=True)
     if not places.corpus.is_file():
-        with files.open(f"datasets/{CORPUS_REPO}/{CORPUS_FILE}", "rb") as source, replacing(places.corpus) as target:
-            written = 0
-            with gzip.open(cast(IO[bytes], source)) as lines:
-                for line in islice(lines, count):
-                    target.write(line)
-                    written += 1
-            if written < count:
-                raise ValueError(f"--subset: the corpus has only {written} passages, got {count}.")
+        with files.open(f"datasets/{CORPUS_REPO}/{CORPUS_FILE}", "rb") as source:
+            unpack(cast(IO[bytes], source), places.corpus, count)
     (vectors,) = places.vectors
-    if backend != "bm25" and not vectors.is_file():
-        from ..retrieval.dense.faiss_files import write_head
+    if backend != "bm25":
+        from ..retrieval.dense.faiss_files import is_complete, write_head
 
+        if is_complete([vectors]):
+            return
         with files.open(f"datasets/{VECTORS_REPO}/{VECTOR_FILES[0]}", "rb") as source:
             write_head(cast(Any, source), vectors, count)
+
+
+def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
+    """
+    Write the passages of the published corpus as a JSONL file. Whatever its name says, it is an archive of `tar` in which one
+    file is packed, compressed with gzip. A compressed JSONL file is read too.
+
+    Args:
+        source (`IO[bytes]`):
+            The published corpus, open for reading at its beginning.
+        corpus (`Path`):
+            The JSONL file. It is replaced when it is complete.
+        count (`int`, *optional*):
+            Number of passages. Defaults to all.
+
+    Raises:
+        `ValueError`: If it is damaged, or has fewer passages.
+    """
+    written = 0
+    try:
+        with replacing(corpus) as target, _packed_lines(source) as lines:
+            for line in tqdm(islice(lines, count), total=count, desc="Getting passages"):
+                target.write(line)
+                written += 1
+            if count is not None and written < count:
+                raise ValueError(f"--subset: the corpus has only {written} passages, got {count}.")
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise ValueError(
+            f"The corpus {CORPUS_FILE!r} is damaged or incomplete after {written} passages ({error}): download it again."
+        ) from error
+
+
+@contextmanager
+def _packed_lines(source: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The lines of a compressed file, or of the file in a compressed archive."""
+    with gzip.open(source) as content:
+        is_archive = content.read(512)[257:262] == b"ustar"
+        content.seek(0)
+        if not is_archive:
+            yield cast(IO[bytes], content)
+            return
+        with tarfile.open(fileobj=content, mode="r|") as archive:  # as a stream
+            for member in archive:
+                if member.isfile():
+                    yield cast(IO[bytes], archive.extractfile(member))
+                    return
+        raise tarfile.ReadError("the archive has no file")
 
 
 def check_download(path: Path, size: int, sha256: str | None) -> None:
@@ -192,64 +272,86 @@ def check_download(path: Path, size: int, sha256: str | None) -> None:
 
 def convert(places: Places, backend: str, form: str, encoder: str) -> None:
     """Make the indexes that a backend needs, unless they are there."""
-    _require(places, backend)
     if backend != "bm25" and not (target := places.index(DENSE_FOLDER, form)).exists():
         from ..retrieval.dense import TextEncoder, convert_faiss
 
         convert_faiss(places.vectors, places.corpus, target, TextEncoder(encoder), form=cast(Any, form))
     if backend != "dense" and places.subset is not None and not (target := places.index(BM25_FOLDER)).exists():
         BM25Retriever.build(places.corpus, target)
+    if backend == "bm25" and places.subset is None and not (target := places.index("passages")).exists():
+        unfinished = target.with_name(f"{target.name}.partial")
+        unfinished.mkdir(exist_ok=True)
+        PassageFile.write(unfinished, tqdm(iter_corpus(places.corpus), desc="Passages"))
+        os.rename(unfinished, target)
 
 
 def open_index(places: Places, backend: str, form: str, encoder: str) -> Retriever:
     """The retriever of a backend."""
-    retrievers: list[Retriever] = []
-    if backend != "dense":
-        bm25 = places.index(BM25_FOLDER)
-        retrievers.append(
-            LuceneRetriever(places.lucene / "bm25") if places.subset is None else BM25Retriever.load(bm25)
-        )
+    dense = None
     if backend != "bm25":
         from ..retrieval.dense import DenseRetriever, TextEncoder
 
-        retrievers.append(DenseRetriever.load(places.index(DENSE_FOLDER, form), TextEncoder(encoder)))
-    return retrievers[0] if len(retrievers) == 1 else HybridRetriever(retrievers)
+        dense = DenseRetriever.load(places.index(DENSE_FOLDER, form), TextEncoder(encoder))
+        if backend == "dense":
+            return dense
+    bm25: Retriever
+    if places.subset is not None:
+        bm25 = BM25Retriever.load(places.index(BM25_FOLDER))
+    else:  # the published index holds no texts
+        passages = PassageFile(places.index("passages")) if dense is None else dense.passages
+        bm25 = LuceneRetriever(places.lucene_index, passages=passages)
+    return bm25 if dense is None else HybridRetriever([bm25, dense])
 
 
-def _require(places: Places, backend: str) -> None:
-    """Raise an error if a downloaded file is missing."""
-    needed = [] if backend == "bm25" and places.subset is None else [places.corpus]
+def _downloaded(places: Places, backend: str) -> list[Path]:
+    """What `convert` needs."""
+    needed = [places.corpus]
     needed += places.vectors if backend != "bm25" else []
-    needed += [places.lucene] if backend != "dense" and places.subset is None else []
+    return needed + ([places.lucene] if backend != "dense" and places.subset is None else [])
+
+
+def _converted(places: Places, backend: str, form: str) -> list[Path]:
+    """What `serve` needs."""
+    needed = [places.index(DENSE_FOLDER, form)] if backend != "bm25" else []
+    if backend != "dense" and places.subset is not None:
+        needed.append(places.index(BM25_FOLDER))
+    elif backend == "bm25":
+        needed.append(places.index("passages"))
+    return needed
+
+
+def _require(step: str, args: Namespace, needed: Sequence[Path]) -> None:
+    """Raise an error if a file of an earlier step is missing."""
     if missing := [str(path) for path in needed if not path.exists()]:
-        subset = "" if places.subset is None else f" --subset {places.subset}"
-        raise FileNotFoundError(f"{', '.join(missing)}: not downloaded yet. Run `tspo wiki18 download{subset}` first.")
+        options = "" if args.backend == "dense" else f" --backend {args.backend}"
+        options += "" if step == "download" or args.form == "small" else f" --form {args.form}"
+        options += "" if args.subset is None else f" --subset {args.subset}"
+        raise FileNotFoundError(f"{', '.join(missing)}: not there yet. Run `tspo wiki18 {step}{options}` first.")
 
 
-def _facts(repo: str, name: str) -> Any:
-    """The size of a file on the Hub, and its hash."""
+def _facts(repo: str, name: str | None) -> list[Any]:
+    """The path, the size and the hash of a file on the Hub, or of all files of a repository."""
+    if name is None:
+        entries = HfApi().list_repo_tree(repo, repo_type="dataset", recursive=True)
+        return [entry for entry in entries if isinstance(entry, RepoFile)]
     found = HfApi().get_paths_info(repo, [name], repo_type="dataset")
     if not found:
         raise FileNotFoundError(f"There is no file {name!r} in the data set {repo!r} on the Hub.")
-    return found[0]
+    return list(found)
 
 
-def _check_disk(folder: Path, files: Sequence[tuple[Path, int]]) -> None:
-    """Raise an error if there is too little room for files that are not downloaded yet."""
-    needed, free = sum(size for _, size in files), shutil.disk_usage(folder).free
+def _check_disk(folder: Path, downloads: int, unpacked: int) -> None:
+    """Raise an error if there is too little room for bytes that are not downloaded and unpacked yet."""
+    needed, free = downloads + unpacked, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"The downloads need {needed / 1e9:.1f} GB, but the disk of {str(folder)!r} has {free / 1e9:.1f} GB. Choose "
             "another --folder, or try --subset 100000."
         )
-    if needed:
-        print(f"Downloading {needed / 1e9:.1f} GB to {folder}", file=sys.stderr, flush=True)
+    if downloads:
+        print(f"Downloading {downloads / 1e9:.1f} GB to {folder}", file=sys.stderr, flush=True)
 
 
 def _checked_mark(path: Path) -> Path:
     """A file that says that a download is complete and checked."""
     return path.with_name(f".{path.name}.checked")
-
-
-def _is_checked(path: Path) -> bool:
-    return path.is_file() and _checked_mark(path).is_file()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import islice
@@ -47,6 +48,9 @@ class LuceneRetriever:
             Saturation of the term frequency.
         b (`float`, *optional*, defaults to `0.4`):
             Strength of the length normalisation.
+        passages (`Sequence[Passage]`, *optional*):
+            The corpus of an index that does not hold the texts, such as that of Search-R1. The id of a document must be the
+            position of its passage.
 
     Raises:
         `ImportError`: If Pyserini or a Java that is new enough is missing. The message says what was found.
@@ -63,8 +67,10 @@ class LuceneRetriever:
     ```
     """
 
-    def __init__(self, index: str | Path, *, k1: float = 0.9, b: float = 0.4):
-        self.index, self.k1, self.b = str(index), k1, b
+    def __init__(
+        self, index: str | Path, *, k1: float = 0.9, b: float = 0.4, passages: Sequence[Passage] | None = None
+    ):
+        self.index, self.k1, self.b, self.passages = str(index), k1, b, passages
         _in_java(self._open)
 
     @property
@@ -141,10 +147,7 @@ class LuceneRetriever:
     def _passage(self, document: Any, score: float) -> Passage:
         docid, raw = document.get("id"), document.get("raw")
         if raw is None:
-            raise ValueError(
-                f"{self!r}: the document {docid!r} has no raw text. Index with Pyserini's option -storeRaw, or with "
-                f"`index_corpus`."
-            )
+            return replace(self._passage_at(docid), score=score)
         try:
             record = json.loads(raw)
         except json.JSONDecodeError:
@@ -152,6 +155,22 @@ class LuceneRetriever:
         if not isinstance(record, dict):  # a collection of plain text
             return Passage(id=docid, title="", text=raw, score=score)
         return read_passage(record, f"{self!r}, document {docid!r}", default_id=docid, score=score)
+
+    def _passage_at(self, docid: str) -> Passage:
+        """The passage of a document without a text."""
+        if self.passages is None:
+            raise ValueError(
+                f"{self!r}: the document {docid!r} has no raw text. Index with Pyserini's option -storeRaw, or with "
+                "`index_corpus`, or give the `passages`."
+            )
+        position = int(docid) if docid.isdecimal() else len(self.passages)
+        passage = self.passages[position] if position < len(self.passages) else None
+        if passage is None or passage.id != docid:
+            raise ValueError(
+                f"{self!r} does not belong to the given {len(self.passages)} passages: for the document {docid!r}, expected a "
+                f"passage with this id at position {docid}, found {passage and passage.id!r}."
+            )
+        return passage
 
 
 def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, threads: int = 1) -> None:

@@ -9,6 +9,12 @@ def default_device() -> torch.device:
     return torch.device("cpu") if device is None else device
 
 
+def all_accelerators() -> list[str]:
+    """The names of all accelerators of this machine, for instance `["cuda:0", "cuda:1"]`. Empty if there are none."""
+    kind = default_device().type
+    return [] if kind == "cpu" else [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
+
+
 def get_rng_state(device: torch.device) -> list[torch.Tensor]:
     """The states of the random generators that sampling uses: of the CPU, and of all devices of the given kind."""
     states = [torch.get_rng_state()]

@@ -57,6 +57,16 @@ def test_a_long_passage_is_cut_and_reported_once(bert, caplog):
     ]
 
 
+def test_a_passage_with_more_tokens_than_the_model_has_positions_is_cut(bert, caplog):
+    encoder = TextEncoder(bert, passage_prefix="", device="cpu")
+    assert encoder.settings.max_length == 64  # of 512 for this family
+    long = Passage("0", "", "paris rome " * 100)
+    np.testing.assert_allclose(
+        encoder.encode_passages([long])[0], reference(bert, long.text, "mean", max_length=64), atol=1e-5
+    )
+    assert "more than the 64 tokens" in caplog.text
+
+
 def test_vectors_without_normalisation_keep_their_length(bert):
     lengths = np.linalg.norm(TextEncoder(bert, normalize=False, device="cpu").encode_queries(TEXTS), axis=1)
     assert np.abs(lengths - 1).min() > 0.1

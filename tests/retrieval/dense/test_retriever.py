@@ -209,13 +209,39 @@ def test_too_little_room_on_the_disk_is_said_first(corpus, tmp_path, monkeypatch
         build_index(corpus, tmp_path / "index", CountingEncoder(), progress=False)
 
 
-def test_too_little_memory_is_said_first(corpus, tmp_path, monkeypatch):
+def test_too_little_memory_is_said_first(corpus, tmp_path, monkeypatch, caplog):
     import tspo_trl.retrieval.dense.retriever as module
 
-    build_index(corpus, tmp_path / "index", CountingEncoder(), form="small", progress=False)
+    encoder = CountingEncoder()
+    build_index(corpus, tmp_path / "small", encoder, form="small", progress=False)
+    index = faiss.IndexHNSWFlat(64, 16, faiss.METRIC_INNER_PRODUCT)
+    index.add(encoder.encode_passages(PASSAGES))
+    faiss.write_index(index, str(tmp_path / "hnsw"))
+    convert_faiss([tmp_path / "hnsw"], corpus, tmp_path / "faiss", encoder, progress=False)
+    build_index(corpus, tmp_path / "exact", encoder, progress=False)
     monkeypatch.setattr(module, "_free_memory", lambda: 100)
-    with pytest.raises(MemoryError, match=r"needs 0.0 GB of memory, 0.0 GB are free"):
-        DenseRetriever.load(tmp_path / "index", CountingEncoder())
+    with pytest.raises(MemoryError, match=r"small' needs 0.0 GB of memory, 0.0 GB are free. Searching it over HTTP"):
+        DenseRetriever.load(tmp_path / "small", encoder)
+    with pytest.raises(MemoryError, match=r"faiss' needs .* The form 'small' of a flat index would need 0.0 GB"):
+        DenseRetriever.load(tmp_path / "faiss", encoder)
+    assert len(DenseRetriever.load(tmp_path / "exact", encoder).search(QUERIES, 2)) == 3
+    assert "do not fit into memory (0.0 GB free), so every search reads them from the disk" in caplog.text
+
+
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path):
+    import tspo_trl.retrieval.dense.retriever as module
+
+    contents = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
+    group = {"/sys/fs/cgroup/memory.max": "5000000", "/sys/fs/cgroup/memory.current": "4000000\n"}
+    monkeypatch.setattr(module.Path, "is_file", lambda self: str(self) in contents)
+    monkeypatch.setattr(module.Path, "read_text", lambda self: contents[str(self)])
+    assert module._free_memory() == 8_192_000
+    contents.update(group)
+    assert module._free_memory() == 1_000_000
+    contents["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert module._free_memory() == 8_192_000
+    contents.clear()
+    assert module._free_memory() is None
 
 
 def test_the_index_names_its_model(tmp_path, corpus):

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ def build_index(
     *,
     form: Literal["exact", "small"] = "exact",
     dtype: Literal["float16", "float32"] = "float16",
+    devices: Sequence[str] | None = None,
     progress: bool = True,
 ) -> None:
     """
@@ -52,21 +54,32 @@ def build_index(
             `"exact"` or `"small"`, see [`ExactVectors`] and [`SmallVectors`].
         dtype (`str`, *optional*, defaults to `"float16"`):
             Type of the vectors of the form `"exact"`: `"float16"` or `"float32"`.
+        devices (`Sequence[str]`, *optional*):
+            Devices that encode at the same time, for instance `["cuda:0", "cuda:1"]`, each in a process of its own. The encoder
+            must be a [`TextEncoder`] that was loaded by name. Defaults to the device of the encoder alone.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
 
     Raises:
         `FileExistsError`: If the folder holds something else.
         `ValueError`: If the corpus is malformed, two passages share an id, or the unfinished index is of another corpus or
-            encoder.
+            encoder, or if `devices` are given and the encoder cannot be loaded again.
         `OSError`: If the disk has too little room.
     """
     check_option("form", form, ("exact", "small"))
     check_option("dtype", dtype, ("float16", "float32"))
+    if devices and not (isinstance(encoder, TextEncoder) and encoder.loaded_by_name):
+        raise ValueError(
+            f"`devices` need a `TextEncoder` that was loaded by name, which each process loads again, got {encoder!r}."
+        )
     work = _Work(Path(folder), {"encoder": encoder_fingerprint(encoder), "dtype": dtype}, progress)
     passages = work.write_passages(corpus)
     first = encoder.encode_passages(passages[:1])
     blocks = _encoded(passages, encoder)
+    if devices and isinstance(encoder, TextEncoder):
+        from .workers import encode_on
+
+        blocks = partial(encode_on, devices, encoder, work.folder, step=STEP)
     matrix = work.write_vectors(blocks, (len(passages), first.shape[1]), np.dtype(dtype))
     work.finish(form, matrix, encoder)
 

@@ -2,23 +2,22 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from ...support.devices import default_device
 from ..base import Passage
+from .settings import EncoderSettings, Pooling, find_settings
+from .static import StaticModel, load_static
 
 logger = logging.getLogger(__name__)
-
-Pooling = Literal["mean", "first", "last"]
 
 
 @runtime_checkable
@@ -57,96 +56,10 @@ class Encoder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderSettings:
-    """
-    How an embedding model makes a vector of a text.
-
-    Args:
-        pooling (`str`):
-            The hidden states that become the vector: `"mean"` (of all tokens), `"first"` or `"last"` (token).
-        query_prefix (`str`, *optional*, defaults to `""`):
-            Text before a query.
-        passage_prefix (`str`, *optional*, defaults to `""`):
-            Text before a passage.
-        normalize (`bool`, *optional*, defaults to `True`):
-            Whether vectors have length 1, so that inner products are cosines.
-        max_length (`int`, *optional*, defaults to `512`):
-            Number of tokens after which a text is cut, special tokens included.
-        append_eos (`bool`, *optional*, defaults to `False`):
-            Whether the end-of-sequence token is appended to a text that lacks it.
-    """
-
-    pooling: Pooling
-    query_prefix: str = ""
-    passage_prefix: str = ""
-    normalize: bool = True
-    max_length: int = 512
-    append_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(f"`pooling` must be one of {list(get_args(Pooling))}, got {self.pooling!r}.")
-        if self.max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
-
-
-_WEB_TASK = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
-_BGE_TASK = "Represent this sentence for searching relevant passages: "
-# The beginning of a model's name (without its owner) -> its settings, from the cards of these models. The first one counts
-_KNOWN: tuple[tuple[str, EncoderSettings], ...] = (
-    ("qwen3-embedding", EncoderSettings("last", query_prefix=_WEB_TASK, max_length=8192, append_eos=True)),
-    ("multilingual-e5-large-instruct", EncoderSettings("mean", query_prefix=f"{_WEB_TASK} ")),
-    ("multilingual-e5", EncoderSettings("mean", query_prefix="query: ", passage_prefix="passage: ")),
-    ("e5-", EncoderSettings("mean", query_prefix="query: ", passage_prefix="passage: ")),
-    ("bge-m3", EncoderSettings("first", max_length=8192)),
-    ("bge-small-en", EncoderSettings("first", query_prefix=_BGE_TASK)),
-    ("bge-base-en", EncoderSettings("first", query_prefix=_BGE_TASK)),
-    ("bge-large-en", EncoderSettings("first", query_prefix=_BGE_TASK)),
-    ("gte-qwen2", EncoderSettings("last", query_prefix=f"{_WEB_TASK} ", max_length=8192, append_eos=True)),
-    ("gte-multilingual", EncoderSettings("first", max_length=8192)),
-    ("gte-base-en-v1.5", EncoderSettings("first", max_length=8192)),
-    ("gte-large-en-v1.5", EncoderSettings("first", max_length=8192)),
-    ("gte-", EncoderSettings("mean")),
-)
-
-
-def find_settings(model: str | Path, **options: Any) -> EncoderSettings:
-    """
-    Find out how an embedding model is used: from a list of known families (E5, BGE, GTE, Qwen3-Embedding), else from the
-    files of its repository that sentence-transformers reads.
-
-    Args:
-        model (`str` or `Path`):
-            Name of a repository on the Hub, or a local folder.
-        **options:
-            Settings to use instead of those found, see [`EncoderSettings`].
-
-    Returns:
-        [`EncoderSettings`]: The settings.
-
-    Raises:
-        `ValueError`: If the model is not known, has no such files, and `pooling` is not given.
-    """
-    name = Path(model).resolve().name if Path(model).is_dir() else str(model).rpartition("/")[2]
-    for start, settings in _KNOWN:
-        if name.lower().startswith(start):
-            return replace(settings, **options)
-    found = _read_repository(str(model))
-    if found is not None:
-        return replace(found, **options)
-    if "pooling" in options:
-        return EncoderSettings(**options)
-    raise ValueError(
-        f"How {str(model)!r} makes a vector of a text is not known: it is not of the families E5, BGE, GTE or "
-        "Qwen3-Embedding, and has no file `modules.json` of sentence-transformers. Give `pooling` ('mean', 'first' or "
-        "'last') and, if its card names them, `query_prefix` and `passage_prefix`."
-    )
-
-
 class TextEncoder:
     """
-    Encodes texts with an embedding model of `transformers`.
+    Encodes texts with an embedding model of `transformers`, or with static embeddings of `model2vec` or
+    `sentence-transformers`, which have one vector for each token.
 
     A passage is encoded as its title in quotes, a line feed and its text, as in the corpora of Search-R1 and FlashRAG; without
     a title, as its text.
@@ -187,6 +100,7 @@ class TextEncoder:
         batch_tokens: int = 16384,
         **settings: Any,
     ):
+        self.model: PreTrainedModel | StaticModel
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("`tokenizer` is required with a loaded model.")
@@ -199,20 +113,33 @@ class TextEncoder:
             self.settings = find_settings(model, **settings)
             self.device = default_device() if device is None else torch.device(device)
             dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
-            self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device)
-            self.name = str(model)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+            self.name, static = str(model), load_static(str(model))
+            if static is not None:
+                self.model, tokenizer = static[0].to(self.device), cast(PreTrainedTokenizerBase, static[1])
+            else:
+                self.model = AutoModel.from_pretrained(model, dtype=dtype).to(self.device)
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         self.model.eval()
+        limit = _positions(self.model)
+        if limit is not None and limit < self.settings.max_length:
+            self.settings = replace(self.settings, max_length=limit)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if batch_tokens < 1:
             raise ValueError(f"`batch_tokens` must be at least 1, got {batch_tokens}.")
         self.batch_tokens = batch_tokens
+        #: Whether another process can load it again
+        self.loaded_by_name = not isinstance(model, PreTrainedModel)
         self._warned = False
 
     def __repr__(self) -> str:
         return f"TextEncoder({self.name!r}, pooling={self.settings.pooling!r})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype
 
     @property
     def dimensions(self) -> int:
@@ -243,7 +170,8 @@ class TextEncoder:
 
     def encode_passages(self, passages: Sequence[Passage]) -> np.ndarray:
         """
-        Encode passages, see [`Encoder`]. A passage that is longer than `max_length` is cut; this is reported once.
+        Encode passages, see [`Encoder`]. A passage that is longer than `max_length`, or than the model has positions for, is
+        cut; this is reported once.
 
         Args:
             passages (`Sequence[Passage]`):
@@ -331,6 +259,14 @@ def passage_text(passage: Passage) -> str:
     return f'"{passage.title}"\n{passage.text}' if passage.title else passage.text
 
 
+def _positions(model: torch.nn.Module) -> int | None:
+    """The number of tokens that a model has positions for. `None` if it takes texts of any length."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Rows of similar length, in batches of at most `batch_tokens` tokens with padding."""
     batch: list[int] = []
@@ -341,45 +277,3 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _read_repository(model: str) -> EncoderSettings | None:
-    """The settings in the files of sentence-transformers. `None` if there are none."""
-    modules = _read_json(model, "modules.json")
-    if not isinstance(modules, list):
-        return None
-    kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
-    if "Pooling" not in kinds:
-        return None
-    if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError(
-            f"The embedding model {model!r} has modules that are not supported: {sorted(unknown)}. Write an encoder of your "
-            "own with sentence-transformers, see `Encoder`."
-        )
-    pooling = _read_json(model, f"{kinds['Pooling']}/config.json") or {}
-    # Older versions write one flag for each mode, newer ones the name of the mode
-    flags = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
-    names = {"mean": "mean", "cls": "first", "lasttoken": "last"}
-    given = [name for flag, name in flags.items() if pooling.get(f"pooling_mode_{flag}")]
-    given = given or [names[mode] for mode in [pooling.get("pooling_mode")] if mode in names]
-    if len(given) != 1:
-        raise ValueError(f"The pooling of the embedding model {model!r} is not supported: {pooling}.")
-    prompts: Mapping[str, str] = (_read_json(model, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    length = (_read_json(model, "sentence_bert_config.json") or {}).get("max_seq_length") or 512
-    return EncoderSettings(
-        cast(Pooling, given[0]),
-        query_prefix=prompts.get("query") or "",
-        passage_prefix=prompts.get("document") or prompts.get("passage") or "",
-        normalize="Normalize" in kinds,
-        max_length=int(length),
-    )
-
-
-def _read_json(model: str, name: str) -> Any:
-    """A file of a repository, from a local folder or the Hub. `None` if it cannot be had."""
-    optional = ("gated_repo", "missing_entries", "connection_errors")
-    try:
-        path = cached_file(model, name, **{f"_raise_exceptions_for_{kind}": False for kind in optional})
-    except OSError:  # not the name of a repository: loading the model says so
-        return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ...support.files import replacing
 from .vectors import import_faiss
@@ -99,6 +100,15 @@ def open_flat(parts: Sequence[str | Path]) -> FlatFile:
     return FlatFile(files, rows, dimensions, len(header))
 
 
+def is_complete(parts: Sequence[str | Path]) -> bool:
+    """Whether files are a flat index of FAISS in which nothing is missing."""
+    try:
+        open_flat(parts)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def write_head(source: BinaryIO, path: str | Path, rows: int) -> None:
     """
     Write the first vectors of a flat index of FAISS as an index of their own.
@@ -118,11 +128,12 @@ def write_head(source: BinaryIO, path: str | Path, rows: int) -> None:
     if header[:4] not in _FLAT:
         raise ValueError(f"Not a flat index of FAISS: it begins with {header[:4]!r}, expected b'IxFI'.")
     kind, dimensions, available, *rest = _HEADER.unpack_from(header)
-    with replacing(path) as file:
+    left = rows * dimensions * 4
+    with replacing(path) as file, tqdm(total=left, desc="Getting vectors", unit="B", unit_scale=True) as bar:
         file.write(_HEADER.pack(kind, dimensions, rows, *rest) + _COUNT.pack(rows * dimensions))
-        left = rows * dimensions * 4
-        while left and (block := source.read(min(left, 2**24))):
+        while left and (block := source.read(min(left, 2**22))):
             file.write(block)
+            bar.update(len(block))
             left -= len(block)
         if left:
             raise ValueError(f"The file ends before vector {rows} of {available}.")

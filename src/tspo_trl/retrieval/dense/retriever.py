@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -89,7 +89,7 @@ class DenseRetriever:
         Raises:
             `FileNotFoundError`: If there is no index in the folder.
             `ValueError`: If the index is damaged, of another version, of another corpus or of another encoder.
-            `MemoryError`: If the bits of the form `"small"` do not fit into memory.
+            `MemoryError`: If the bits of the form `"small"`, or an index that `faiss` reads, do not fit into memory.
         """
         folder = Path(folder)
         if not (folder / "index.json").is_file():
@@ -115,7 +115,7 @@ class DenseRetriever:
             )
         try:
             self.passages = PassageFile(folder)
-            self.vectors = _open_vectors(folder, about["form"], encoder, device, candidates)
+            self.vectors = _open_vectors(folder, about, encoder, device, candidates)
             if not self.vectors.shape[0] == len(self.passages) == about["passages"]:
                 counts = (self.vectors.shape[0], len(self.passages), about["passages"])
                 raise ValueError(f"its files disagree about the number of passages: {counts}")
@@ -173,23 +173,34 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _open_vectors(
-    folder: Path, form: str, encoder: Encoder, device: str | torch.device | None, candidates: int
+    folder: Path, about: Mapping[str, Any], encoder: Encoder, device: str | torch.device | None, candidates: int
 ) -> Vectors:
-    if form == "small":
-        _check_memory((folder / "bits.npy").stat().st_size)
+    free = _free_memory()
+    if about["form"] == "small":
+        _check_memory(
+            folder, folder / "bits.npy", free, "Searching it over HTTP on a larger machine needs no memory here."
+        )
         return SmallVectors(folder, candidates)
-    if form == "faiss":
-        _check_memory((folder / "index.faiss").stat().st_size)
+    if about["form"] == "faiss":
+        bits = about["passages"] * encoder.encode_queries(["a"]).shape[1] / 8e9
+        _check_memory(
+            folder, folder / "index.faiss", free, f"The form 'small' of a flat index would need {bits:.1f} GB."
+        )
         return FaissVectors(folder / "index.faiss")
     matrix = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     wanted = torch.device(getattr(encoder, "device", "cpu") if device is None else device)
     if wanted.type == "cuda" and device is None and matrix.nbytes > torch.cuda.mem_get_info(wanted)[0]:
-        free = torch.cuda.mem_get_info(wanted)[0]
         logger.warning(
             "The vectors (%.1f GB) do not fit on %s (%.1f GB free), so they are compared on the CPU.",
-            *(matrix.nbytes / 1e9, wanted, free / 1e9),
+            *(matrix.nbytes / 1e9, wanted, torch.cuda.mem_get_info(wanted)[0] / 1e9),
         )
         wanted = torch.device("cpu")
+    if wanted.type == "cpu" and free is not None and matrix.nbytes > free:
+        logger.warning(
+            "The vectors in %r (%.1f GB) do not fit into memory (%.1f GB free), so every search reads them from the disk. The "
+            "form 'small' would need %.1f GB of memory.",
+            *(str(folder), matrix.nbytes / 1e9, free / 1e9, matrix.size / 8e9),
+        )
     return ExactVectors(matrix, wanted)
 
 
@@ -217,17 +228,25 @@ def _check_encoder(passages: Sequence[Passage], vectors: Vectors, encoder: Encod
         )
 
 
-def _check_memory(needed: int) -> None:
-    """Raise an error if so many bytes are not free, as far as this is known."""
-    free = _free_memory()
+def _check_memory(folder: Path, file: Path, free: int | None, advice: str) -> None:
+    """Raise an error if a file does not fit into memory, as far as this is known."""
+    needed = file.stat().st_size
     if free is not None and needed > free:
-        raise MemoryError(f"The index needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free.")
+        raise MemoryError(
+            f"The index in {str(folder)!r} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free. {advice}"
+        )
 
 
 def _free_memory() -> int | None:
-    """Free memory in bytes. `None` if this system does not tell."""
-    meminfo = Path("/proc/meminfo")
+    """Free memory in bytes, within the limit of the container. `None` if this system does not tell."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if not meminfo.is_file():
         return None
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    files = [group / "memory.max", group / "memory.current"]
+    if all(file.is_file() for file in files):
+        limit, used = (file.read_text().strip() for file in files)
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int(used)))
+    return free
