@@ -132,7 +132,9 @@ def answer_probabilities(trainer: TSPOTrainer, trajectory: Trajectory, gold: str
     but the last. Shape (K,).
     """
     tokenizer, device = trainer.processing_class, trainer.accelerator.device
-    start, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<answer>", f"{gold}</answer>"))
+    start, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<answer>", f"{gold}</answer>")
+    )
     contexts, ids = [list(trajectory.prompt_ids)], list(trajectory.prompt_ids)
     for done in trajectory.turns[:-1]:
         ids = [*ids, *done.token_ids, *done.observation_ids]

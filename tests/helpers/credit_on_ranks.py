@@ -10,7 +10,6 @@ from datasets import Dataset
 from tspo_trl import BM25Retriever, Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
 from tspo_trl.rollout.stats import RolloutStats
 
-
 GOLDS = [["gold"], ["silver", "argent"]]
 
 

@@ -9,7 +9,14 @@ import torch
 from tspo_trl import Trajectory, Turn
 from tspo_trl.rollout.facts import RolloutFacts, rollout_facts
 from tspo_trl.rollout.stats import RolloutStats
-from tspo_trl.training.metrics import add_metrics, chance_metrics, mean_logprob, retrieval_facts, retrieval_metrics, rollout_metrics
+from tspo_trl.training.metrics import (
+    add_metrics,
+    chance_metrics,
+    mean_logprob,
+    retrieval_facts,
+    retrieval_metrics,
+    rollout_metrics,
+)
 
 NAN = float("nan")
 
@@ -44,6 +51,9 @@ def test_facts_of_a_rollout():
         "tokens": 5,
         "occurrence": 2,
         "credited": 0,
+        "answered": 0,
+        "evidence": 0,
+        "later": 2,
     }
 
 

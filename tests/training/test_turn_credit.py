@@ -10,7 +10,7 @@ from tspo_trl import TSPOTrainer
 from tspo_trl.rollout.log import read_rollouts
 from tspo_trl.scoring import contains_answer
 
-GOLDS = [["novel"], ["book", "books"], ["author"], ["wrote"]]
+GOLDS = [["novel"], ["writer"], ["city", "town"], ["born"]]
 
 
 def wrong_reward(trajectories, **kwargs):

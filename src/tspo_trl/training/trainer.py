@@ -47,9 +47,7 @@ RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callabl
 
 
 # The ignored error: `create_model_card` is as in TRL, which differs from transformers
-class TSPOTrainer(
-    TurnCreditMixin, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin, GRPOTrainer
-):  # type: ignore[misc]
+class TSPOTrainer(TurnCreditMixin, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
