@@ -4,7 +4,8 @@
     python -m benchmarks.occurrence --rollouts 1024 --turns 4 --golds 8
 
 The passages are made of real sentences (the HotpotQA sample of the tests), and all of them differ. `first_occurrence` is called
-once per rollout, as in training. Answers are drawn from the same sample: in a hit, the last turn contains one of them.
+once per rollout, as in training. Answers are drawn from the same sample: in a hit, the last turn contains one of them. "chance" is
+the time to look for the answers of every question, with 8 rollouts each, in the passages of other questions.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import statistics
 import time
 from pathlib import Path
 
+from tspo_trl.chance import PooledRollout, SearchPool
 from tspo_trl.credit import first_occurrence
 from tspo_trl.retrieval.corpus import iter_corpus
 
+GROUP = 8  # rollouts of a question
 DATA = Path(__file__).parents[1] / "tests" / "data" / "hotpotqa"
 
 
@@ -42,6 +45,14 @@ def make_rollouts(
     return made
 
 
+def count_by_chance(rollouts: list[tuple[list[str], list[str]]]) -> None:
+    """What a step does to find out how often its answers are found by chance."""
+    pool = SearchPool()
+    pool.add([PooledRollout(str(i // GROUP), golds, texts) for i, (texts, golds) in enumerate(rollouts)])
+    for i in range(0, len(rollouts), GROUP):
+        pool.count(str(i // GROUP), rollouts[i][1], rollouts[i][1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.occurrence",
@@ -56,10 +67,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print("| rollouts with a hit | found | seconds per step |")
-    print("|---|---|---|")
+    print("| rollouts with a hit | found | seconds per step | chance, seconds per step |")
+    print("|---|---|---|---|")
     for hits in (0.0, 0.5, 1.0):
-        seconds, found = [], 0
+        seconds, by_chance, found = [], [], 0
         for repeat in range(args.repeats + 1):
             rollouts = make_rollouts(
                 args.rollouts, args.turns, args.passages, args.words, args.golds, hits, args.seed + repeat
@@ -67,7 +78,11 @@ def main() -> None:
             start = time.perf_counter()
             found = sum(first_occurrence(texts, golds) is not None for texts, golds in rollouts)
             seconds.append(time.perf_counter() - start)
-        print(f"| {hits:.0%} | {found / args.rollouts:.0%} | {statistics.median(seconds[1:]):.3f} |")
+            start = time.perf_counter()
+            count_by_chance(rollouts)
+            by_chance.append(time.perf_counter() - start)
+        times = " | ".join(f"{statistics.median(values[1:]):.3f}" for values in (seconds, by_chance))
+        print(f"| {hits:.0%} | {found / args.rollouts:.0%} | {times} |")
 
 
 if __name__ == "__main__":

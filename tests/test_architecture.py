@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "engines": {"support"},
     "rollout": {"_version", "support", "engines", "retrieval"},
     "credit": {"scoring"},
+    "chance": {"scoring"},
     "rewards": {"scoring", "rollout"},
     "audit": {"credit", "scoring", "rollout", "retrieval"},
     "sharing": {"_version", "support", "rollout", "retrieval"},
     "agent": {"engines", "rollout", "retrieval", "sharing"},
     "questions": {"scoring", "support"},
     "training": {
-        *("_version", "support", "credit", "scoring", "rewards", "rollout"),
+        *("_version", "support", "credit", "chance", "scoring", "rewards", "rollout"),
         *("engines", "retrieval", "sharing", "questions"),
     },
     "evaluation": {

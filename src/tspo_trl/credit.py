@@ -10,13 +10,13 @@ paper specifies and what this library chooses.
 
 from collections.abc import Sequence
 from math import isnan
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from .scoring import contains_answer, normalize_answer
 
-Guard = Literal["none", "degenerate", "strict"]
+Guard = Literal["none", "degenerate", "chance", "strict"]
 Placement = Literal["first", "up_to_first"]
 Level = Literal["stage", "turn", "trajectory"]
 Baseline = Literal["turn", "group"]
@@ -38,15 +38,15 @@ def eligible_golds(golden_answers: Sequence[str], *, question: str = "", guard: 
         question (`str`, *optional*, defaults to `""`):
             The question, used by the guard `"strict"`.
         guard (`str`, *optional*, defaults to `"degenerate"`):
-            `"none"`: all golden answers, as in the paper. `"degenerate"`: excludes those that normalise to `""`,
-            `"yes"`, `"no"`, `"noanswer"` or a single character. `"strict"`: also excludes those that occur in the
+            `"none"`: all golden answers, as in the paper. `"degenerate"` and `"chance"`: excludes those that normalise to
+            `""`, `"yes"`, `"no"`, `"noanswer"` or a single character. `"strict"`: also excludes those that occur in the
             question.
 
     Returns:
         `list[str]`: The eligible golden answers, possibly none.
     """
-    if guard not in ("none", "degenerate", "strict"):
-        raise ValueError(f"`guard` must be 'none', 'degenerate' or 'strict', got {guard!r}.")
+    if guard not in get_args(Guard):
+        raise ValueError(f"`guard` must be one of {list(get_args(Guard))}, got {guard!r}.")
     golds = list(golden_answers)
     if guard != "none":
         golds = [g for g in golds if (n := normalize_answer(g)) not in _DEGENERATE and len(n) > 1]
@@ -241,6 +241,7 @@ def turn_advantages(
     baseline: Baseline = "turn",
     scale_rewards: Scale = "group",
     success_threshold: float = 1.0,
+    turn_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     The advantages of turns by the stage-aware rule of TSPO. A rollout has one of two kinds of advantages:
@@ -251,7 +252,8 @@ def turn_advantages(
       have a k-th turn, or over all turns of the group.
 
     Standard deviations are unbiased (n - 1), as in TRL. The advantage is exactly 0 for a single value and for values
-    without variance.
+    without variance. With `turn_weights`, a turn advantage becomes \\(w_g A_{i,k} + (1 - w_g) A_i\\): with the weight 0, the
+    group has GRPO's advantages.
 
     Args:
         turn_rewards (`torch.Tensor`):
@@ -272,6 +274,9 @@ def turn_advantages(
             not divide.
         success_threshold (`float`, *optional*, defaults to `1.0`):
             A rollout whose outcome is at least this is correct.
+        turn_weights (`torch.Tensor`, *optional*):
+            Weights of the turn advantages of each group in [0, 1], shape (N / G,), see [`~chance.chance_weights`]. `None`
+            means 1.
 
     Returns:
         `torch.Tensor`: Advantages of shape (N, K), 0 where `turn_rewards` is NaN.
@@ -287,6 +292,9 @@ def turn_advantages(
     # Both kinds of advantages, for all rollouts
     trajectory = _normalize(outcomes.view(-1, num_generations), (1,), scale_rewards).view(-1, 1)
     turn = _normalize_turns(turn_rewards, num_generations, baseline, scale_rewards)
+    if turn_weights is not None:
+        weight = turn_weights.repeat_interleave(num_generations)[:, None]
+        turn = torch.where(weight == 1, turn, weight * turn + (1 - weight) * trajectory)
 
     # One of them for each group
     turn_level = uses_turn_level(
@@ -306,12 +314,13 @@ def summed_turn_advantages(
     level: Level = "stage",
     baseline: Baseline = "turn",
     success_threshold: float = 1.0,
+    turn_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     The advantages of turns if rewards are normalised one by one and then summed (`multi_objective_aggregation=
     "normalize_then_sum"` of TRL): the turn reward is one more reward, whose weight is α.
 
-    $$ A_{i,k} = A_i + \alpha \, (p_{i,k} - \mathrm{mean}\,p) / (\mathrm{std}\,p + 10^{-4}) $$
+    $$ A_{i,k} = A_i + w_g \, \alpha \, (p_{i,k} - \mathrm{mean}\,p) / (\mathrm{std}\,p + 10^{-4}) $$
 
     where \\(A_i\\) is the trajectory advantage of TRL, which holds all reward functions, and \\(p_{i,k}\\) is 1 if the turn
     earns FOLR, else 0. If all outcomes of a group are equal, the sign is that of the turn reward minus its mean. Without
@@ -328,8 +337,9 @@ def summed_turn_advantages(
             G, the size of a group; N must be a multiple of it.
         alpha (`float`, *optional*, defaults to `0.5`):
             The weight α of the turn reward, as `reward_weights` are those of the reward functions.
-        level, baseline, success_threshold:
-            As in [`turn_advantages`]: which rollouts have turn rewards, and the turns over which mean and std are taken.
+        level, baseline, success_threshold, turn_weights:
+            As in [`turn_advantages`]: which rollouts have turn rewards, the turns over which mean and std are taken, and the
+            weights w of the groups.
 
     Returns:
         `torch.Tensor`: Advantages of shape (N, K), 0 where `paid` is NaN.
@@ -340,6 +350,8 @@ def summed_turn_advantages(
     _check_groups(outcomes, num_generations, baseline)
     paid = paid.masked_fill(outcomes.isnan()[:, None], torch.nan)
     turn = alpha * _normalize_turns(paid, num_generations, baseline, "group")
+    if turn_weights is not None:
+        turn = turn * turn_weights.repeat_interleave(num_generations)[:, None]
     turn_level = uses_turn_level(
         outcomes, num_generations=num_generations, level=level, success_threshold=success_threshold
     )

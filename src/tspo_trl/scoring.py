@@ -8,7 +8,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -156,19 +156,44 @@ def contains_answer(text: str | None, golden_answers: Sequence[str]) -> bool:
     False
     ```
     """
-    if not text:
+    return bool(text) and SearchedText.of(text or "").contains(golden_answers)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchedText:
+    """
+    A text, prepared for the two rules of [`contains_answer`]. Use it if many answers are searched in the same text.
+
+    Args:
+        text (`str`):
+            The text itself.
+        folded (`str`):
+            The text after [`fold`].
+        joined (`bytes`):
+            The text in lower case, without punctuation.
+    """
+
+    text: str
+    folded: str
+    joined: bytes
+
+    @classmethod
+    def of(cls, text: str) -> "SearchedText":
+        """Prepare a text."""
+        return cls(text, fold(text), _without_punctuation(text))
+
+    def contains(self, golden_answers: Iterable[str]) -> bool:
+        """Whether any golden answer occurs, see [`contains_answer`]."""
+        for gold in golden_answers:
+            answer = searched_answer(gold)
+            # Most passages contain no part of an answer: this is seen before anything is normalised
+            searched = self.folded if answer.joined else self.text
+            if answer.pattern is not None and answer.key in searched and answer.pattern.search(searched):
+                return True
+            words = answer.joined_words
+            if words and all(map(self.joined.__contains__, words)) and f" {answer.joined} " in _padded(self.text):
+                return True
         return False
-    folded, joined = fold(text), _without_punctuation(text)
-    for gold in golden_answers:
-        answer = searched_answer(gold)
-        # Most passages contain no part of an answer: this is seen before anything is normalised
-        searched = folded if answer.joined else text
-        if answer.pattern is not None and answer.key in searched and answer.pattern.search(searched):
-            return True
-        words = answer.joined_words
-        if words and all(map(joined.__contains__, words)) and f" {answer.joined} " in _padded(text):
-            return True
-    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from datasets import Dataset
 from tspo_trl import BM25Retriever, Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
 from tspo_trl.rollout.stats import RolloutStats
 
+GOLDS = [["gold"], ["silver", "argent"]]
+
 
 class Recorded:
     """A search loop whose rollouts depend only on their position in the batch of all ranks."""
@@ -25,7 +27,7 @@ class Recorded:
 
     @staticmethod
     def rollout(number, prompt_ids):
-        found = [Passage(id="0", title="", text="the gold")]
+        found = [Passage(id="0", title="", text="the gold" if number % 3 else "the gold and silver")]
         turns = [
             Turn(
                 token_ids=[10 + k, 20 + number],
@@ -43,7 +45,7 @@ class Recorded:
 
 
 def main(policy, output, level):
-    rows = [{"prompt": f"Question: {i}\n", "question": str(i), "golden_answers": ["gold"]} for i in range(8)]
+    rows = [{"prompt": f"Question: {i}\n", "question": str(i), "golden_answers": GOLDS[i % 2]} for i in range(8)]
     batch = 16 // int(os.environ.get("WORLD_SIZE", "1"))
     trainer = TSPOTrainer(
         model=policy,
@@ -55,6 +57,7 @@ def main(policy, output, level):
             per_device_train_batch_size=batch,
             num_generations=8,
             advantage_level=level,
+            folr_guard="chance",
             max_completion_length=64,
             max_observation_tokens=16,
             report_to="none",

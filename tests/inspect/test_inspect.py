@@ -96,6 +96,50 @@ def test_the_turn_that_found_the_answer_is_explained():
     )
 
 
+def by_chance(chance, weight, **changes):
+    """The rescued group with turn advantages that are weighed."""
+    records = [r | {"chance": chance, "turn_weight": weight} | changes for r in rescued_group()]
+    return [r | {"turn_advantages": [weight * a for a in r["turn_advantages"]]} for r in records]
+
+
+def test_the_part_of_chance_in_the_finds_is_explained():
+    group = Group(0, by_chance(0.31, 0.4))
+    assert explain_group(group, SETTINGS) == (
+        "No rollout is correct, so turns are compared with each other, and a turn that found a golden answer stands "
+        "out: 1 of 2 rollouts found one and answered wrong. A golden answer occurs in 31% of the searches of other "
+        "questions: the turn advantages are multiplied by 0.40, the share of finds that chance does not explain."
+    )
+    assert explain_turn(group, 1, 0, SETTINGS)[1] == (
+        "No rollout of the group is correct, so turns are compared: this one got 0.50, the mean of turn 1 over 2 rollouts "
+        "is 0.25, times 0.40 because of chance → advantage +0.28, made more likely."
+    )
+
+
+def test_finds_that_chance_explains_teach_nothing():
+    group = Group(0, by_chance(0.6, 0.0))
+    assert explain_group(group, SETTINGS) == (
+        "The outcome of all rollouts is 0.00, so none has an advantage: nothing is learned. A golden answer occurs in 60% "
+        "of the searches of other questions: chance explains what this group found, so turn rewards do not count."
+    )
+    assert "nothing is learned" in explain_turn(group, 1, 0, SETTINGS)[1]
+
+
+@pytest.mark.parametrize(
+    ("chance", "weight", "level", "shown"),
+    [
+        (0.0, 1.0, "stage", False),
+        (0.02, 1.0, "stage", True),  # with another guard, chance has no effect
+        (None, 1.0, "stage", False),  # an evaluation
+        (0.6, 0.0, "trajectory", False),
+    ],
+)
+def test_chance_is_mentioned_where_it_matters(chance, weight, level, shown):
+    group = Group(0, by_chance(chance, weight))
+    text = explain_group(group, SETTINGS | {"advantage_level": level})
+    assert ("searches of other questions" in text) == shown
+    assert "multiplied" not in text
+
+
 def test_a_group_whose_outcomes_differ_is_not_rescued():
     group = Group(0, rescued_group())
     assert composition(group, SETTINGS) == "rescued"

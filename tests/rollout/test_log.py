@@ -64,6 +64,8 @@ def test_a_record_holds_the_rollout_and_its_credit():
         "outcome": 0.5,
         "first_occurrence": 0,
         "credited_turn": 0,
+        "chance": None,
+        "turn_weight": 1.0,
         "turn_rewards": [1.0, 0.5],
         "turn_advantages": [0.25, -0.25],
         "trajectory": trajectory,

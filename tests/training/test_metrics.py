@@ -9,7 +9,14 @@ import torch
 from tspo_trl import Trajectory, Turn
 from tspo_trl.rollout.facts import RolloutFacts, rollout_facts
 from tspo_trl.rollout.stats import RolloutStats
-from tspo_trl.training.metrics import add_metrics, mean_logprob, retrieval_facts, retrieval_metrics, rollout_metrics
+from tspo_trl.training.metrics import (
+    add_metrics,
+    chance_metrics,
+    mean_logprob,
+    retrieval_facts,
+    retrieval_metrics,
+    rollout_metrics,
+)
 
 NAN = float("nan")
 
@@ -44,6 +51,9 @@ def test_facts_of_a_rollout():
         "tokens": 5,
         "occurrence": 2,
         "credited": 0,
+        "answered": 0,
+        "evidence": 0,
+        "later": 2,
     }
 
 
@@ -56,6 +66,28 @@ def test_facts_of_a_rollout_without_passages():
 def test_a_search_that_was_not_executed_is_not_counted():
     trajectory = Trajectory(prompt_ids=[], turns=[search("a"), search("b", None)])
     assert facts_of(trajectory)["searches"] == 1
+
+
+def test_facts_about_the_evidence():
+    turns = [search("a"), search("b", "empty"), search("c"), Turn(token_ids=[1], action="answer", content="x")]
+    trajectory = Trajectory(prompt_ids=[], turns=turns, status="answered")
+    facts = rollout_facts(trajectory, 0, None, evidence=2)
+    assert (facts.answered, facts.evidence, facts.later) == (1, 2, 2)
+    assert rollout_facts(trajectory, 2, None).later == rollout_facts(trajectory, None, None).later == 0
+
+
+def test_metrics_of_chance():
+    values = chance_metrics(
+        torch.tensor([0.1, 0.2, 0.3, 0.4, 0.9, 0.9]),
+        torch.tensor([0.5, 1.0, 0.0]),
+        torch.tensor([True, False, False, False, True, True]),
+        torch.tensor([0.0, 1.0, 0.0, NAN, 0.0, NAN]),
+        num_generations=2,
+    )
+    assert values == {
+        "search/chance": pytest.approx((0.1 + 0.2 + 0.3 + 0.9) / 4),
+        "search/chance_weight": pytest.approx((0.5 + 0.0) / 2),
+    }
 
 
 def test_facts_of_a_truncated_rollout():
@@ -82,13 +114,13 @@ def metrics(rows, outcomes, has_signal, num_generations, success_threshold=1.0, 
 
 # Five groups of two: all wrong with a signal, all wrong without, mixed, all correct (one without outcome), no outcomes
 ROWS = [
-    {"turns": 3, "searches": 2, "duplicate": 1, "occurrence": 1, "credited": 1},
-    {"turns": 2, "searches": 1},
+    {"turns": 3, "searches": 2, "duplicate": 1, "occurrence": 1, "credited": 1, "evidence": 1, "answered": 1},
+    {"turns": 2, "searches": 1, "answered": 1},
     {"turns": 1, "invalid": 1},
     {"turns": 5, "searches": 3, "failed": 0, "invalid": 1, "truncated": 1},
-    {"turns": 3, "searches": 2, "occurrence": 0, "credited": -1},
-    {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0},
-    {"turns": 2, "searches": 1},
+    {"turns": 3, "searches": 2, "occurrence": 0, "credited": -1, "evidence": 2, "later": 1, "answered": 1},
+    {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0, "evidence": 1, "answered": 1},
+    {"turns": 2, "searches": 1, "answered": 1},
     {"turns": 2, "searches": 1, "failed": 1},
     {"turns": 1, "searches": 1, "failed": 1},
     {"turns": 4, "searches": 4, "failed": 1},
@@ -111,6 +143,10 @@ EXPECTED = {
     "search/hit": 3 / 7,
     "search/near_miss": 2 / 7,
     "search/first_turn": (2 + 1 + 1) / 3,
+    "search/evidence": 4 / 16,
+    "search/after_evidence": 1 / 3,
+    "answers/from_memory": 1 / 2,
+    "answers/unsupported": 2 / 4,
     "turns/mean": 25 / 10,
     "turns/truncated": 1 / 10,
 }

@@ -246,7 +246,7 @@ def test_stage_level_is_grpo_in_groups_with_a_correct_rollout(make_trainer):
 class ByNumber(TSPOTrainer):
     """The advantage of a turn is its number. Only even groups use turn advantages."""
 
-    def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, success_threshold):
+    def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, num_generations, **kwargs):
         numbers = torch.arange(1.0, int(num_turns.max()) + 1).expand(len(outcomes), -1)
         numbers = numbers.masked_fill(numbers > num_turns[:, None], torch.nan)
         group = torch.arange(len(outcomes)) // num_generations

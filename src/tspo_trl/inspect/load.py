@@ -274,8 +274,12 @@ def _check_record(record: dict[str, Any]) -> None:
         "credited_turn": turn_or_none,
         "turn_rewards": number_per_turn,
         "turn_advantages": number_per_turn,
+        "chance": ("a number or null", lambda value: _are_numbers([value])),
+        "turn_weight": ("a number", lambda value: _are_numbers([value]) and value is not None),
     }
     for name, (what, is_right) in expected.items():
+        if name in ("chance", "turn_weight") and name not in record:
+            continue  # logs of older versions have none
         if name not in record:
             raise ValueError(f"a rollout without {name!r}: it is of another version, or from elsewhere")
         if not is_right(record[name]):

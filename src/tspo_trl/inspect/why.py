@@ -53,8 +53,31 @@ def _has_signal(group: Group) -> bool:
 
 def by_turn(group: Group, settings: Mapping[str, Any]) -> bool:
     """Whether turn advantages apply to a group, rather than the trajectory advantage."""
+    return _turn_level(group, settings) and turn_weight(group) > 0
+
+
+def _turn_level(group: Group, settings: Mapping[str, Any]) -> bool:
     level = settings.get("advantage_level", "stage")
     return level == "turn" or (level == "stage" and not any(is_correct(r, settings) for r in group.rollouts))
+
+
+def turn_weight(group: Group) -> float:
+    """The weight of turn advantages, 1 in logs of older versions."""
+    return float(group.rollouts[0].get("turn_weight", 1.0))
+
+
+def explain_chance(group: Group, settings: Mapping[str, Any]) -> str:
+    """Say how often chance finds an answer of a group and what follows. Empty if it is unknown, or has no effect."""
+    chance, weight = group.rollouts[0].get("chance"), turn_weight(group)
+    found = any(record["credited_turn"] is not None for record in group.rollouts)
+    if chance is None or not found or not _turn_level(group, settings):
+        return ""
+    occurs = f" A golden answer occurs in {chance:.0%} of the searches of other questions"
+    if weight == 1:
+        return f"{occurs}." if chance >= 0.005 else ""
+    if weight == 0:
+        return f"{occurs}: chance explains what this group found, so turn rewards do not count."
+    return f"{occurs}: the turn advantages are multiplied by {show(weight)}, the share of finds that chance does not explain."
 
 
 def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
@@ -76,6 +99,7 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
     lost = f" {size - len(scored)} could not be scored and are excluded from all means." if len(scored) < size else ""
     if not scored:
         return "No rollout could be scored" + ("." if evaluated else ": nothing is learned from this group.")
+    lost = explain_chance(group, settings) + lost
     outcomes = {record["outcome"] for record in scored}
     rollouts = f"{correct} of {len(scored)} rollouts {'is' if correct == 1 else 'are'} correct"
     if not by_turn(group, settings):
@@ -190,7 +214,11 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
     if settings.get("multi_objective_aggregation") == "normalize_then_sum" and advantage:
         compared = _compared(value, values, of, any_correct, group, settings)
         return f"{compared}; each reward function is normalised by itself, and their sum by the batch → {result}"
-    expected = _expected(value, values, settings)
+    expected, weighed = _expected(value, values, settings), ""
+    if expected is not None and by_turn(group, settings) and (weight := turn_weight(group)) < 1:
+        outcomes = [other["outcome"] for other in scored]
+        expected = weight * expected + (1 - weight) * (_expected(record["outcome"], outcomes, settings) or 0.0)
+        weighed = f", times {show(weight)} because of chance"
     if expected is None and settings.get("scale_rewards") == "batch":
         return f"{_compared(value, values, of, any_correct, group, settings)}, divided by the deviation of the batch → {result}"
     if expected is None or abs(expected - advantage) > 2e-3 * max(1.0, abs(advantage)):
@@ -202,7 +230,7 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
         return f"The only {of if of != 'the outcome' else 'rollout'} of the group, nothing to compare with → {result}"
     if max(values) == min(values):
         return f"{_all(values, of)} {show(value)}, so there is nothing to compare → {result}"
-    more = ""
+    more = weighed
     if of == "the outcome" and abs((record["turn_rewards"][turn] or 0.0) - value) > 1e-6:
         more = " (partial rewards do not count in such a group)"
     return f"{_compared(value, values, of, any_correct, group, settings)}{more} → {result}"

@@ -29,6 +29,12 @@ class RolloutFacts(NamedTuple):
             The 0-based turn whose passages first contain a golden answer, for the metrics; -1 if there is none.
         credited (`int`):
             The same with the configured `folr_guard`: the turn that can earn FOLR; -1 if there is none.
+        answered (`int`):
+            1 if the rollout gave an answer, else 0.
+        evidence (`int`):
+            Number of searches whose passages contain a golden answer, for the metrics.
+        later (`int`):
+            Number of searches after the turn `occurrence`.
     """
 
     turns: int
@@ -40,9 +46,14 @@ class RolloutFacts(NamedTuple):
     tokens: int
     occurrence: int
     credited: int
+    answered: int
+    evidence: int
+    later: int
 
 
-def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int | None) -> RolloutFacts:
+def rollout_facts(
+    trajectory: Trajectory, occurrence: int | None, credited: int | None, evidence: int = 0
+) -> RolloutFacts:
     """
     Compute the facts of a rollout.
 
@@ -53,6 +64,8 @@ def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int 
             The 0-based turn whose passages first contain a golden answer, for the metrics.
         credited (`int` or `None`):
             The same with the configured `folr_guard`: the turn that can earn FOLR.
+        evidence (`int`, *optional*, defaults to `0`):
+            Number of searches whose passages contain a golden answer.
     """
     searches = [turn for turn in trajectory.turns if turn.retrieval is not None]
     queries = [turn.content.lower() for turn in searches]
@@ -66,4 +79,7 @@ def rollout_facts(trajectory: Trajectory, occurrence: int | None, credited: int 
         tokens=sum(len(turn.token_ids) for turn in trajectory.turns),
         occurrence=-1 if occurrence is None else occurrence,
         credited=-1 if credited is None else credited,
+        answered=int(trajectory.status == "answered"),
+        evidence=evidence,
+        later=0 if occurrence is None else sum(t.retrieval is not None for t in trajectory.turns[occurrence + 1 :]),
     )

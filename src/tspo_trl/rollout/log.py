@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from math import isnan
+from math import isnan, nan
 from os import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ def rollout_record(
     facts: RolloutFacts,
     turn_rewards: Sequence[float],
     turn_advantages: Sequence[float],
+    chance: float = nan,
+    turn_weight: float = 1.0,
     *,
     reward_names: Sequence[str],
     step: int,
@@ -66,6 +68,10 @@ def rollout_record(
             At least K values; only the first K are written.
         turn_advantages (`Sequence[float]`):
             At least K values; only the first K are written.
+        chance (`float`, *optional*):
+            Share of the searches of other questions whose passages contain a golden answer, NaN if it is not known.
+        turn_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the turn advantages of the group, see [`~chance.chance_weights`].
         reward_names (`Sequence[str]`):
             The names of the reward functions.
         step (`int`):
@@ -89,6 +95,8 @@ def rollout_record(
         "outcome": _nan_to_none([outcome])[0],
         "first_occurrence": facts.occurrence if facts.occurrence >= 0 else None,
         "credited_turn": facts.credited if facts.credited >= 0 else None,
+        "chance": _nan_to_none([chance])[0],
+        "turn_weight": turn_weight,
         "turn_rewards": _nan_to_none(turn_rewards[:num_turns]),
         "turn_advantages": _nan_to_none(turn_advantages[:num_turns]),
         "trajectory": trajectory,
@@ -102,6 +110,8 @@ def batch_records(
     facts: Sequence[Sequence[float]],
     turn_rewards: Sequence[Sequence[float]],
     turn_advantages: Sequence[Sequence[float]],
+    chance: Sequence[float],
+    turn_weights: Sequence[float],
     *,
     reward_names: Sequence[str],
     step: int,
@@ -124,6 +134,10 @@ def batch_records(
             The rewards of the turns.
         turn_advantages (`Sequence[Sequence[float]]`):
             The advantages of the turns.
+        chance (`Sequence[float]`):
+            How often a search of another question finds a golden answer.
+        turn_weights (`Sequence[float]`):
+            The weights of turn advantages.
         reward_names (`Sequence[str]`):
             The names of the reward functions.
         step (`int`):
@@ -145,6 +159,8 @@ def batch_records(
             RolloutFacts(*facts[i]),  # type: ignore[arg-type]
             turn_rewards[i],
             turn_advantages[i],
+            chance[i],
+            turn_weights[i],
             reward_names=reward_names,
             step=step,
             group=(first + i) // num_generations,

@@ -1,4 +1,4 @@
 """The trainer: `TSPOTrainer` and its configuration, generation, credit, checkpoints, metrics and data sets.
 
-May import: `credit`, `scoring`, `rewards`, `rollout`, `engines`, `retrieval`, `sharing`, `questions`, `support`.
+May import: `credit`, `chance`, `scoring`, `rewards`, `rollout`, `engines`, `retrieval`, `sharing`, `questions`, `support`.
 """

@@ -188,6 +188,13 @@ class ExactResumeMixin:
         """Files of this process that each step appends to."""
         return []
 
+    def _resumed_state(self) -> dict[str, Any]:
+        """What else later steps of this process depend on, as plain data."""
+        return {}
+
+    def _resume_state(self, state: dict[str, Any]) -> None:
+        """Restore what `_resumed_state` returned. Empty for a checkpoint of an older version."""
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Train, see [`~transformers.Trainer.train`].
@@ -285,6 +292,7 @@ class ExactResumeMixin:
         # transformers saves neither the generators of all kinds of devices, nor those of all devices of a process
         random = get_rng_state(self.accelerator.device)
         progress = {"rollouts": self._buffered_inputs, "sizes": sizes, "random": random}
+        progress["state"] = self._resumed_state()
         torch.save(progress, self._progress_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -298,6 +306,7 @@ class ExactResumeMixin:
             # TRL would start at 0, and generate new rollouts instead of using the remaining ones
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             self._buffered_inputs = send_to_device(progress["rollouts"], self.accelerator.device)
+            self._resume_state(progress.get("state", {}))
             same_run = Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve()
             for file in self._growing_files() if same_run else ():
                 size = progress["sizes"].get(file.name)

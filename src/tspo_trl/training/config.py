@@ -109,9 +109,10 @@ class TSPOConfig(GRPOConfig):
         folr_placement (`str`, *optional*, defaults to `"first"`):
             `"first"` pays the turn of the first occurrence, `"up_to_first"` every turn up to and including it.
         folr_guard (`str`, *optional*, defaults to `"degenerate"`):
-            Golden answers that cannot earn the partial reward. `"none"`: no restriction, as published. `"degenerate"`:
-            answers that normalise to the empty string, yes, no, noanswer or a single character. `"strict"`: also answers
-            that the question contains, and occurrences in a turn whose own query names the golden answer.
+            Which occurrences of golden answers earn the partial reward. `"none"`: all, as published. `"degenerate"`: none of
+            answers that normalise to the empty string, yes, no, noanswer or a single character. `"chance"`: the same, and
+            the turn advantages of a group count as much as its finds exceed what chance would find. `"strict"`:
+            as `"degenerate"`, and none of answers that the question contains, or in a turn whose own query names the answer.
         advantage_level (`str`, *optional*, defaults to `"stage"`):
             `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
             `"turn"`: turn advantages always. `"trajectory"`: GRPO.
@@ -220,9 +221,10 @@ class TSPOConfig(GRPOConfig):
     folr_guard: Guard = field(
         default="degenerate",
         metadata={
-            "help": "Golden answers that cannot earn the partial reward. 'none': no restriction, as published. "
-            "'degenerate': answers that normalise to the empty string, yes, no, noanswer or a single character. 'strict': "
-            "also answers that the question contains, and occurrences in a turn whose own query names the golden answer.",
+            "help": "Which occurrences of golden answers earn the partial reward. 'none': all, as published. 'degenerate': "
+            "none of answers that normalise to the empty string, yes, no, noanswer or a single character. 'chance': the "
+            "same, and the turn advantages of a group count as much as its finds exceed what chance would find. 'strict': "
+            "as 'degenerate', and none of answers that the question contains, or in a turn whose own query names the answer.",
         },
     )
     advantage_level: Level = field(

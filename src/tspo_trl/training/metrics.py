@@ -99,9 +99,41 @@ def rollout_metrics(
         "search/hit": hit.sum() / rollouts,
         "search/near_miss": near_miss.sum() / rollouts.cpu(),
         "search/first_turn": (column.occurrence + 1)[hit].mean(),
+        "search/evidence": column.evidence.sum() / searches,
+        "search/after_evidence": column.later[hit].mean(),
+        "answers/from_memory": (~hit[correct]).float().mean(),
+        "answers/unsupported": column.answered[scorable & ~hit].mean(),
         "turns/mean": column.turns.mean(),
         "turns/truncated": column.truncated.mean(),
     }
+    return {name: value.item() for name, value in values.items()}
+
+
+def chance_metrics(
+    by_chance: torch.Tensor, weights: torch.Tensor, found: torch.Tensor, outcomes: torch.Tensor, *, num_generations: int
+) -> dict[str, float]:
+    """
+    How much of what is found chance explains.
+
+    Args:
+        by_chance (`torch.Tensor`):
+            The probability that a rollout finds a golden answer by chance, shape (N,), see
+            [`~tspo_trl.chance.chance_hits`].
+        weights (`torch.Tensor`):
+            The share of the finds of a group that chance does not explain, shape (N / G,).
+        found (`torch.Tensor`):
+            Whether a rollout found a golden answer, booleans of shape (N,).
+        outcomes (`torch.Tensor`):
+            Outcome rewards of shape (N,), NaN for rollouts without an outcome, which do not count.
+        num_generations (`int`):
+            Number of rollouts in a group, G.
+
+    Returns:
+        `dict[str, float]`: Metrics by name. The mean weight is over the groups that found an answer.
+    """
+    scorable = ~outcomes.isnan()
+    finding = (found & scorable).view(-1, num_generations).any(dim=1)
+    values = {"search/chance": by_chance[scorable].mean(), "search/chance_weight": weights[finding].mean()}
     return {name: value.item() for name, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""The trainer: rollouts, evaluation and turn credit. Only this class and its four mixins override methods of TRL."""
+"""The trainer: its construction and its rollouts. Only this class and its five mixins override methods of TRL."""
 
 import textwrap
 from collections.abc import Callable
@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..credit import (
-    Scale,
-    first_occurrence,
-    folr_rewards,
-    folr_turns,
-    has_variance,
-    summed_turn_advantages,
-    token_advantages,
-    turn_advantages,
-    uses_turn_level,
-)
 from ..retrieval import Retriever
 from ..retrieval.probe import try_retriever
 from ..rewards import exact_match_reward
-from ..rollout.facts import RolloutFacts, rollout_facts
 from ..rollout.limits import SearchLimits
 from ..rollout.log import append_rollouts, batch_records, log_files, write_settings
 from ..rollout.loop import SearchLoop
@@ -44,14 +31,12 @@ from .collapse import CollapseCallback
 from .config import TSPOConfig
 from .datasets import find_prompt_template, map_datasets, prepare_dataset
 from .evaluations import EvaluationMixin
-from .forward import CompactForwardMixin, sampled_logps
-from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine, show_texts
-from .masking import keep_ratios_finite, mean_trained_advantages, replace_last
-from .metrics import add_metrics, mean_logprob, rollout_metrics
+from .forward import CompactForwardMixin
+from .generation import RetrieverStack, SearchRollouts, as_messages, make_engine
 from .multimodal import text_part
 from .progress import ignore_harmless_warnings, shorten_output
-from .rounds import replace_without_signal
 from .sharding import check_processes
+from .turn_credit import TurnCreditMixin
 from .unsupported import check_keywords
 
 if TYPE_CHECKING:
@@ -62,7 +47,7 @@ RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]] | Callabl
 
 
 # The ignored error: `create_model_card` is as in TRL, which differs from transformers
-class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
+class TSPOTrainer(TurnCreditMixin, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin, GRPOTrainer):  # type: ignore[misc]
     """
     Trainer for Turn-level Stage-aware Policy Optimization (TSPO), proposed in [TSPO: Breaking the Double Homogenization
     Dilemma in Multi-turn Search Policy Optimization](https://huggingface.co/papers/2601.22776).
@@ -127,10 +112,6 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwar
     chat_template_kwargs: Any
     model: Any
     _signature_columns: Any
-    num_generations: int
-    scale_rewards: Scale
-    num_generations_eval: int
-    _further_rollouts = 0  # of all ranks that the step has sampled before this round, with `dynamic_sampling`
 
     _tag_names = ["trl", "tspo"]
     _name = "TSPO"
@@ -262,164 +243,6 @@ class TSPOTrainer(ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwar
         else:
             completions = ["".join(turn.text for turn in trajectory.turns) for trajectory in trajectories]
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # TRL names the arguments of reward functions after columns; the plural is for a list, as in `prompts`
-        renamed = [{"trajectories" if key == "trajectory" else key: row[key] for key in row} for row in inputs]
-        rewards_per_func = super()._calculate_rewards(renamed, prompts, completions, completion_ids_list)
-        failed = [row["trajectory"].status == "retrieval_failed" for row in inputs]
-        rewards_per_func[gather(torch.tensor(failed, device=rewards_per_func.device))] = torch.nan
-        self._rewards_per_func = rewards_per_func  # of all ranks, needed for the turn credit
-        return rewards_per_func
-
-    def compute_turn_advantages(
-        self,
-        outcomes: torch.Tensor,
-        first_occurrence: torch.Tensor,
-        num_turns: torch.Tensor,
-        *,
-        num_generations: int,
-        success_threshold: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Compute the credit of every turn from the options of the configuration. Override this method to try another
-        credit assignment.
-
-        Args:
-            outcomes (`torch.Tensor`):
-                Outcome rewards of the N rollouts of all ranks, shape (N,), NaN for rollouts without an
-                outcome. The G rollouts of a group are adjacent.
-            first_occurrence (`torch.Tensor`):
-                The 0-based turn whose passages first contain a golden answer accepted by `folr_guard`, integers of shape
-                (N,), -1 if there is none.
-            num_turns (`torch.Tensor`):
-                Number of turns of each rollout, integers of shape (N,).
-            num_generations (`int`):
-                Number of rollouts in a group, G.
-            success_threshold (`float`):
-                A rollout is correct if its outcome is at least this.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Turn rewards of shape (N, K), NaN where a rollout has no
-            k-th turn, which are logged; turn advantages of shape (N, K); and booleans of shape (N,), true for rollouts that are
-            trained with turn advantages. The others are trained with the advantage that TRL computes for the rollout.
-        """
-        args = self.args
-        placed: Any = {"placement": args.folr_placement, "success_threshold": success_threshold}
-        rewards = folr_rewards(outcomes, first_occurrence, num_turns, alpha=args.folr_alpha, **placed)
-        stage: Any = {
-            "num_generations": num_generations,
-            "level": args.advantage_level,
-            "success_threshold": success_threshold,
-        }
-        if args.multi_objective_aggregation == "normalize_then_sum":
-            paid = folr_turns(outcomes, first_occurrence, num_turns, **placed)
-            advantages = summed_turn_advantages(
-                paid,
-                outcomes,
-                self._trajectory_advantages,
-                alpha=args.folr_alpha,
-                baseline=args.turn_baseline,
-                **stage,
-            )
-        else:
-            advantages = turn_advantages(
-                rewards, outcomes, baseline=args.turn_baseline, scale_rewards=self.scale_rewards, **stage
-            )
-        return rewards, advantages, uses_turn_level(outcomes, **stage)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # TRL generates, and computes rewards and trajectory advantages. Each row then holds its trajectory
-        roll_out = super()._generate_and_score_completions
-        output = self._assign_credit(inputs, roll_out(inputs))
-        if self.args.dynamic_sampling and self.model.training:
-            output = replace_without_signal(self, output, lambda rows: self._assign_credit(rows, roll_out(rows)))
-        return output
-
-    def _assign_credit(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Any]:
-        """Replace the advantages of TRL in `output`, the inputs of the loss, by those of the turns, and log the rollouts."""
-        trajectory_advantages = output["advantages"]
-        mode = "train" if self.model.training else "eval"
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        groups: Any = {"num_generations": num_generations, "success_threshold": self.args.success_threshold}
-        start = self.accelerator.process_index * len(inputs)
-        local = slice(start, start + len(inputs))
-
-        # Turn credit, over the rollouts of all ranks, because a group may span several ranks
-        outcomes = self._outcomes()
-        self._trajectory_advantages = self._without_residue(gather(trajectory_advantages), outcomes, num_generations)
-        facts = gather(torch.tensor([self._facts(row) for row in inputs], device=outcomes.device))
-        by_fact: Any = RolloutFacts(*facts.unbind(dim=1))
-        turn_rewards, advantages, uses_turns = self.compute_turn_advantages(
-            outcomes, by_fact.credited, by_fact.turns, **groups
-        )
-
-        # Metrics, over the rollouts of all ranks
-        logps = [mean_logprob(row["trajectory"]) for row in inputs]
-        logps = gather(torch.tensor(logps, device=outcomes.device))
-        has_signal = torch.where(uses_turns, (advantages != 0).any(dim=1), self._trajectory_advantages != 0)
-        add_metrics(self._metrics[mode], rollout_metrics(facts, outcomes, has_signal, logps, **groups))
-
-        # Token advantages: those of the turn, or TRL's advantage of the rollout, to which all options of TRL apply
-        local_advantages = torch.where(uses_turns[local, None], advantages[local], trajectory_advantages[:, None])
-        local_advantages = local_advantages.masked_fill(turn_rewards[local].isnan(), 0.0)
-        if self.args.advantage_level != "trajectory" or uses_turns.any():
-            turn_index = self._turn_index(inputs, output["completion_ids"])
-            output["advantages"] = token_advantages(local_advantages, turn_index)
-
-        keep_ratios_finite(output)
-        if self._compact:
-            output["sampled_logps"] = sampled_logps([row["trajectory"] for row in inputs], output["completion_ids"])
-
-        # `log_completions` shows the advantages of training, and rollouts as texts. TRL has appended its own
-        replace_last(self._logs["advantages"], gather(mean_trained_advantages(output)).tolist())
-        if self.log_completions:
-            show_texts(self._logs, inputs, self.search_loop.protocol)
-
-        # Log of the rollouts. An evaluation counts and logs every rollout once
-        before, kept = self._count_once(facts, outcomes, has_signal, logps, self._rewards_per_func)
-        if self.args.log_trajectories:
-            columns = [x[local] for x in (self._rewards_per_func, outcomes, facts, turn_rewards)]
-            rows = inputs[: max(kept - start, 0)]
-            self._log_rollouts(
-                rows, [*columns, local_advantages], num_generations, before + self._further_rollouts + start
-            )
-        return output
-
-    def _outcomes(self) -> torch.Tensor:
-        """The outcome rewards of the N rollouts of all ranks, shape (N,), NaN if no reward function returned a value."""
-        rewards = self._rewards_per_func
-        outcomes = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        return outcomes.masked_fill(rewards.isnan().all(dim=1), torch.nan)
-
-    def _without_residue(self, advantages: torch.Tensor, outcomes: torch.Tensor, num_generations: int) -> torch.Tensor:
-        """TRL's advantages, exactly 0 in groups without variance, where TRL may leave the rounding error of a mean."""
-        one_by_one = self.args.multi_objective_aggregation == "normalize_then_sum"
-        values = self._rewards_per_func * self.reward_weights.to(outcomes.device) if one_by_one else outcomes[:, None]
-        return advantages.masked_fill(~has_variance(values, num_generations), 0.0)
-
-    def _facts(self, row: dict[str, Any]) -> RolloutFacts:
-        trajectory: Trajectory = row["trajectory"]
-        # Metrics always use the default guard, so that runs with different guards can be compared
-        occurrence, credited = (
-            first_occurrence(
-                trajectory.passage_texts,
-                row["golden_answers"],
-                question=row["question"],
-                queries=trajectory.queries,
-                guard=guard,
-            )
-            for guard in ("degenerate", self.args.folr_guard)
-        )
-        return rollout_facts(trajectory, occurrence, credited)
-
-    def _turn_index(self, rows: list[dict[str, Any]], completion_ids: torch.Tensor) -> torch.Tensor:
-        """The 0-based turn of each completion token of the local rollouts, shape (B, L), -1 on observations and padding."""
-        turn_index = torch.full(completion_ids.shape, -1, device=completion_ids.device)
-        for i, row in enumerate(rows):
-            index = row["trajectory"].turn_index
-            turn_index[i, : len(index)] = torch.tensor(index)
-        return turn_index
 
     def _log_rollouts(
         self, rows: list[dict[str, Any]], columns: list[torch.Tensor], num_generations: int, first: int

@@ -1,0 +1,174 @@
+r"""How often golden answers are found by chance, and how much less a find is worth then.
+
+A golden answer such as "France" occurs in many passages. A rollout that finds it may have searched for anything. The
+passages that other questions retrieved tell how often: no answer was looked for there. The share of a group's finds
+that chance explains takes nothing but these passages: no annotation and no model.
+
+Notation as in `credit`: N rollouts in groups of G, which are adjacent.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from typing import NamedTuple
+
+import torch
+
+from .scoring import SearchedText, normalize_answer
+
+#: Number of recent searches whose passages are kept, over all processes.
+POOL_SEARCHES = 256
+
+
+class PooledRollout(NamedTuple):
+    """
+    What a pool keeps of a rollout.
+
+    Args:
+        question (`str`):
+            The question.
+        golden_answers (`Sequence[str]`):
+            Its golden answers.
+        passage_texts (`Sequence[str | None]`):
+            The passages of each search that was executed as one string, `None` if it found none.
+    """
+
+    question: str
+    golden_answers: Sequence[str]
+    passage_texts: Sequence[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    question: str
+    answers: frozenset[str]  # golden answers of the question, normalised
+    text: SearchedText
+
+
+class SearchPool:
+    """
+    The passages of recent searches, in which golden answers of other questions are looked for. With few questions in a
+    step, the pool holds the searches of several steps.
+
+    Args:
+        size (`int`, *optional*, defaults to `256`):
+            Number of searches that are kept.
+    """
+
+    def __init__(self, size: int = POOL_SEARCHES):
+        self._searches: deque[_Search] = deque(maxlen=size)
+
+    def add(self, rollouts: Sequence[PooledRollout]) -> None:
+        """
+        Add the searches of a step. If they are too many, the first rollouts of every group are taken.
+
+        Args:
+            rollouts (`Sequence[PooledRollout]`):
+                The rollouts of the step. Those of a question are adjacent.
+        """
+        size = self._searches.maxlen or 0
+        groups = [list(group) for _, group in groupby(rollouts, key=lambda rollout: rollout.question)]
+        added: list[_Search] = []
+        for same_number in zip_longest(*groups):
+            if len(added) >= size:
+                break
+            for rollout in filter(None, same_number):
+                answers = _normalized(rollout.golden_answers)
+                added += [
+                    _Search(rollout.question, answers, SearchedText.of(text or "")) for text in rollout.passage_texts
+                ]
+        self._searches.extend(added[:size])
+
+    def count(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> tuple[int, int]:
+        """
+        Count the searches of other questions whose passages contain a golden answer. Questions with an answer in common
+        are not others: their rollouts look for it.
+
+        Args:
+            question (`str`):
+                The question.
+            golden_answers (`Sequence[str]`):
+                All its golden answers.
+            eligible (`Sequence[str]`):
+                The golden answers to look for.
+
+        Returns:
+            `tuple[int, int]`: Number of searches that found one, and number of searches of other questions.
+        """
+        answers = _normalized(golden_answers)
+        others = [s for s in self._searches if s.question != question and answers.isdisjoint(s.answers)]
+        return sum(search.text.contains(eligible) for search in others), len(others)
+
+    def state(self) -> list[tuple[str, list[str], str]]:
+        """The pool as plain data, which a checkpoint can hold."""
+        return [(search.question, sorted(search.answers), search.text.text) for search in self._searches]
+
+    def load_state(self, state: Iterable[tuple[str, list[str], str]]) -> None:
+        """Restore what [`SearchPool.state`] returned."""
+        self._searches.clear()
+        self._searches.extend(
+            _Search(question, frozenset(answers), SearchedText.of(text)) for question, answers, text in state
+        )
+
+
+def _normalized(answers: Iterable[str]) -> frozenset[str]:
+    return frozenset(normalize_answer(answer) or answer.strip().lower() for answer in answers)
+
+
+def chance_hits(chance: torch.Tensor, num_searches: torch.Tensor, *, num_generations: int) -> torch.Tensor:
+    r"""
+    The probability that a rollout finds a golden answer by chance alone. A rollout with more searches has more chances:
+
+    $$ b_i = 1 - (1 - p_g)^{n_i} $$
+
+    Args:
+        chance (`torch.Tensor`):
+            The probability p that a search which looks for something else finds a golden answer of the group, shape
+            (N / G,).
+        num_searches (`torch.Tensor`):
+            Number of executed searches n of each rollout, shape (N,).
+        num_generations (`int`):
+            G, the size of a group.
+
+    Returns:
+        `torch.Tensor`: Probabilities of shape (N,).
+    """
+    return 1 - (1 - chance.repeat_interleave(num_generations)) ** num_searches
+
+
+def chance_weights(
+    found: torch.Tensor, by_chance: torch.Tensor, scored: torch.Tensor, *, num_generations: int, margin: float = 0.0
+) -> torch.Tensor:
+    r"""
+    The share of a group's finds that chance does not explain:
+
+    $$ w_g = \max\left(0, 1 - \frac{b_g + m \sqrt{b_g (1 - b_g) / G}}{h_g}\right) $$
+
+    where \\(h_g\\) is the share of the group's rollouts whose passages contain a golden answer, \\(b_g\\) the share that is
+    expected by chance, and the root is the standard error of such a share. Turn advantages are multiplied by it. It is 1
+    if chance finds nothing, and 0 if chance finds as much as the group.
+
+    Args:
+        found (`torch.Tensor`):
+            Whether the passages of a rollout contain an eligible golden answer, booleans of shape (N,).
+        by_chance (`torch.Tensor`):
+            The probability that they do by chance, shape (N,), see [`chance_hits`].
+        scored (`torch.Tensor`):
+            Whether a rollout has an outcome, booleans of shape (N,). The others do not count.
+        num_generations (`int`):
+            G, the size of a group.
+        margin (`float`, *optional*, defaults to `0.0`):
+            Number m of standard errors by which finds must exceed chance.
+
+    Returns:
+        `torch.Tensor`: Weights in [0, 1] of shape (N / G,). 1 for a group in which nothing is found, neither by its rollouts
+        nor by chance.
+    """
+    counted = scored.view(-1, num_generations).to(by_chance.dtype)
+    size = counted.sum(dim=1).clamp(min=1)
+    share = (found.view(-1, num_generations) * counted).sum(dim=1) / size
+    expected = (by_chance.view(-1, num_generations) * counted).sum(dim=1) / size
+    expected = expected + margin * (expected * (1 - expected) / size).sqrt()
+    weights = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
+    return torch.where(expected == 0, 1.0, weights)
