@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.study import arms
 from benchmarks.study.__main__ import DOCS, RESULTS, insert, plan, read_results
 from benchmarks.study.analysis import (
     half_of_the_error,
@@ -19,12 +20,24 @@ from benchmarks.study.analysis import (
     steps_to,
     summarize,
 )
-from benchmarks.study.arms import ARMS, GRPO, TSPO, TSPO_SETTINGS, TwoSegmentTrainer, near_miss_reward
+from benchmarks.study.arms import (
+    ARMS,
+    GRPO,
+    TSPO,
+    TSPO_SETTINGS,
+    InformationGainTrainer,
+    ModulatedTrainer,
+    PassageUtilityTrainer,
+    TwoSegmentTrainer,
+    answer_probabilities,
+    near_miss_reward,
+    passage_utility,
+)
 from benchmarks.study.cells import HELDOUT
 from benchmarks.study.regimes import REGIMES, ZONES, mislead, study_tokenizer
 from benchmarks.study.report import arrange, markdown, paired, summaries
 from helpers.paths import ROOT
-from tspo_trl import Passage, Trajectory, TSPOConfig, Turn
+from tspo_trl import Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
 from tspo_trl.demo import make_world
 from tspo_trl.scoring import contains_answer
 
@@ -55,6 +68,81 @@ def test_two_segments_exclude_unscorable_rollouts():
     _, advantages, _ = two_segments([0.0, 0.0, nan], [0, -1, 0], [2, 2, 2], 3)
     one = 0.5 / (math.sqrt(0.5) + 1e-4)
     torch.testing.assert_close(advantages, torch.tensor([[one, 0.0], [-one, 0.0], [0.0, 0.0]]))
+
+
+def credit(trainer_class, outcomes, occurrence, turns, size, *, weights=None, trajectories=()):
+    """The turn rewards and advantages of an arm, which needs only the configuration of its trainer."""
+    trainer = object.__new__(trainer_class)
+    trainer.args = TSPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+    trainer.scale_rewards = "group"
+    return trainer.compute_turn_advantages(
+        torch.tensor(outcomes),
+        torch.tensor(occurrence),
+        torch.tensor(turns),
+        num_generations=size,
+        success_threshold=1.0,
+        turn_weights=torch.tensor(weights or [1.0] * (len(outcomes) // size)),
+        rows=[{"trajectory": trajectory, "golden_answers": ["gold"]} for trajectory in trajectories],
+    )
+
+
+def test_modulated_credit_keeps_the_signs_of_outcomes():
+    outcomes, occurrence = [1.0, 0.0, 0.0, 0.0] + [0.0] * 4, [0, 1, -1, -1] * 2
+    _, advantages, used = credit(ModulatedTrainer, outcomes, occurrence, [2] * 8, 4, weights=[0.5, 1.0])
+    good, bad = 0.75 / (0.5 + 1e-4), -0.25 / (0.5 + 1e-4)
+    mixed = torch.tensor([[good * 1.25, good], [bad, bad * 0.75], [bad, bad], [bad, bad]])
+    torch.testing.assert_close(advantages[:4], mixed)
+    _, tspo, _ = credit(TSPOTrainer, outcomes, occurrence, [2] * 8, 4)
+    torch.testing.assert_close(advantages[4:], tspo[4:])
+    assert used.all()
+
+
+def found(*turns):
+    """A trajectory whose turns retrieved passages with these ids."""
+    made = [Turn(token_ids=[1], action="search", passages=[Passage(i, "", i) for i in ids]) for ids in turns]
+    return Trajectory(prompt_ids=[0], turns=made, status="no_answer")
+
+
+def test_the_utility_of_a_passage_is_the_success_that_goes_with_it():
+    trajectories = [found("ab"), found("b", "c"), found("c"), found("bc")]
+    assert passage_utility(trajectories, [1.0, 0.0, 1.0, nan]) == pytest.approx({"a": 0.5, "b": -0.5, "c": -0.5})
+    assert passage_utility(trajectories[:2], [1.0, 0.0])["b"] == 0.0  # all rollouts have it
+
+
+def test_turns_with_useful_passages_get_more_of_the_outcome():
+    trajectories = [found("a", "c"), found("b", "c"), found("a", "c"), found("b", "c")]
+    _, advantages, used = credit(PassageUtilityTrainer, [1.0, 0, 1, 0], [-1] * 4, [2] * 4, 4, trajectories=trajectories)
+    assert advantages[0, 0] > advantages[0, 1] > 0 > advantages[1, 1] > advantages[1, 0]
+    assert used.all()
+    _, wrong, _ = credit(PassageUtilityTrainer, [0.0] * 4, [-1] * 4, [2] * 4, 4, trajectories=trajectories)
+    assert (wrong == 0).all()
+
+
+def test_information_gain_is_the_change_of_the_probability_of_the_answer(make_trainer, tokenizer):
+    trainer = make_trainer()
+    turns = [Turn(token_ids=[5, 6], observation_ids=[7, 8, 9]), Turn(token_ids=[6]), Turn(token_ids=[4])]
+    trajectory = Trajectory(prompt_ids=[3, 4, 5], turns=turns)
+    start, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<answer>", "novel</answer>"))
+    expected = []
+    for context in ([3, 4, 5], [3, 4, 5, 5, 6, 7, 8, 9], [3, 4, 5, 5, 6, 7, 8, 9, 6]):
+        ids = torch.tensor([[*context, *start, *answer]])
+        with torch.no_grad():
+            logps = trainer.model(ids).logits.log_softmax(-1)[0, -len(answer) - 1 : -1]
+        expected.append(logps.gather(1, ids[0, -len(answer) :, None]).mean().exp())
+    found = answer_probabilities(trainer, trajectory, "novel")
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_credit_by_information_gain_counts_later_turns(monkeypatch):
+    gains = {1: torch.tensor([0.1, 0.5, 0.4]), 2: torch.tensor([0.1])}
+    monkeypatch.setattr(arms, "answer_probabilities", lambda trainer, trajectory, gold: gains[trajectory.prompt_ids[0]])
+    trajectories = [Trajectory(prompt_ids=[1]), Trajectory(prompt_ids=[2])]
+    rewards, advantages, _ = credit(InformationGainTrainer, [0.0, 1.0], [-1, -1], [3, 1], 2, trajectories=trajectories)
+    torch.testing.assert_close(rewards, torch.tensor([[0.4, -0.1, 0.0], [1.0, nan, nan]]), equal_nan=True)
+    values = torch.tensor([0.4, -0.1, 0.0, 1.0])
+    normal = (values - values.mean()) / (values.std() + 1e-4)
+    torch.testing.assert_close(advantages[0], normal[:3].flip(0).cumsum(0).flip(0))
+    torch.testing.assert_close(advantages[1], torch.tensor([normal[3], 0.0, 0.0]))
 
 
 def make_trajectory(answer, texts):
@@ -180,8 +268,10 @@ def test_arms_are_compared_seed_by_seed():
 
 def test_the_page_shows_the_committed_results():
     cells = read_results(RESULTS)
+    measured = {cell["arm"] for cell in cells}  # an arm is published with all its regimes and seeds, or not at all
+    assert measured >= {GRPO, TSPO}
     assert {(c["regime"], c["arm"], c["seed"]) for c in cells} == {
-        (c.regime, c.arm, c.seed) for c in plan(REGIMES, ARMS, 5)
+        (c.regime, c.arm, c.seed) for c in plan(REGIMES, measured, 5)
     }
     assert len({json.dumps(c["scale"]) for c in cells}) == 1
     for cell in cells:
