@@ -171,7 +171,7 @@ def _poor_queries(question: str, plan: Plan, rng: random.Random) -> list[str]:
     words = question.strip().rstrip("?").split()
     queries = [question.strip()]
     for _ in range(_POOR_QUERIES if len(words) > 3 else 0):
-        length = rng.randint(2, max(2, len(words) // 2))
+        length = rng.randint(3, max(3, len(words) // 2))
         start = rng.randint(0, len(words) - length)
         queries.append(" ".join(words[start : start + length]))
     return [query for query in dict.fromkeys(queries) if query not in plan.queries]
