@@ -3,12 +3,15 @@
 import json
 from importlib.util import find_spec
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from benchmarks.real_model import model as real
 from benchmarks.real_model.sample import COLUMNS, FOLDER, PASSAGES, SIZES, components, entities, main, read, split
+from helpers.paths import ROOT
 from tspo_trl import BM25Retriever, load_corpus, load_questions
+from tspo_trl.commands.cold_start import parse_arguments
 
 
 def row(number, titles, golds=("yes",)):
@@ -123,6 +126,14 @@ def test_too_little_memory_is_reported_before_the_conversion(tmp_path, monkeypat
         real.check_memory()
     monkeypatch.setattr(real, "available_gib", lambda: None)
     real.check_memory()
+
+
+def test_the_configuration_of_the_cold_start_is_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given, config, model = parse_arguments(["--config", "benchmarks/real_model/cold_start.yaml"])
+    assert Path(str(given.dataset_name)).is_file()
+    assert Path(str(given.corpus)).is_file()
+    assert (config.max_searches, config.bf16, model.model_name_or_path) == (2, True, "runs/real/base")
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """The cold start of a tiny model: it learns to search, and the model that it saves is trained further."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from helpers.limits import LIMITS
 from tspo_trl import (
@@ -129,6 +131,15 @@ def test_defaults():
     assert (config.max_searches, config.num_passages, config.max_observation_tokens) == (4, 3, 500)
 
 
+def test_every_option_has_a_help_text_and_is_documented():
+    inherited = {option.name for option in fields(SFTConfig)}
+    own = [option for option in fields(ColdStartConfig) if option.name not in inherited]
+    assert len(own) == 10
+    for option in own:
+        assert option.metadata.get("help")
+        assert option.name in ColdStartConfig.__doc__
+
+
 def test_fewer_demonstrations_than_asked_for_are_reported(make_cold_start, caplog):
     trainer = make_cold_start(num_demonstrations=100_000)
     assert (
@@ -170,7 +181,5 @@ def test_what_cannot_be_done_is_named(make_cold_start, options, error, message):
 
 
 def test_a_configuration_of_another_trainer_is_refused(silent_dir, retriever, titled):
-    from trl import SFTConfig
-
     with pytest.raises(TypeError, match="`args` must be a `ColdStartConfig`, got `SFTConfig`"):
         ColdStartTrainer(silent_dir, SFTConfig("x", use_cpu=True, bf16=False), titled, retriever)
