@@ -3,7 +3,6 @@
 import logging
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..engines.vllm import check_vllm
 from ..retrieval.results import check_retriever
-from ..rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
 from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
 from .datasets import check_best_metric, check_dataset, map_datasets
 from .multimodal import load_options, multimodal_config
-from .unsupported import report_unused_options
+from .unsupported import report_other_protocol, report_unused_options
 
 logger = logging.getLogger(__name__)
 
@@ -216,29 +214,6 @@ def report_left_out(args: TSPOConfig, train_dataset: Any) -> None:
             _questions(len(train_dataset)),
             size,
             left,
-        )
-
-
-def report_other_protocol(args: TSPOConfig, model: Any) -> None:
-    """
-    Log that a model was saved with another protocol, for instance by a cold start: it then has to learn a new format.
-
-    Args:
-        args ([`TSPOConfig`]):
-            The configuration.
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model. Only folders are read.
-    """
-    file = Path(model) / SEARCH_CONFIG_NAME if isinstance(model, str) else None
-    if file is None or not file.is_file() or args.process_index > 0:
-        return
-    saved = SearchConfig.load(file)
-    if saved.protocol != args.protocol:
-        logger.warning(
-            "The model %r was trained with `protocol=%r`, and this run has `protocol=%r`: the model does not know its format.",
-            model,
-            saved.protocol,
-            args.protocol,
         )
 
 
