@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -79,6 +80,24 @@ def test_the_command_makes_a_model(tmp_path, model_dir, capsys, monkeypatch, ada
     assert agent.config == config
 
 
+def test_an_interrupted_run_is_resumed(tmp_path, model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("tspo_trl.commands.cold_start.use_all_cores", lambda: None)
+    options = {
+        **OPTIONS,
+        "model_name_or_path": model_dir,
+        "check_questions": 0,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    main([*DATA, *flags(options | {"output_dir": whole})])
+    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
+    main([*DATA, *flags(options | {"output_dir": resumed}), "--resume_from_checkpoint", "true"])
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() != (whole / "checkpoint-1" / "model.safetensors").read_bytes()
+
+
 def test_the_example_marks_what_is_learned():
     protocol = make_family_protocol("qwen2_5")
     rows = load_questions(DATA[1])
@@ -135,6 +154,7 @@ def test_held_out_questions_are_not_demonstrated(tmp_path):
         ),
         (["--dataset_name", "QUESTIONS", "--corpus", "ELSEWHERE", "--model", "MODEL"], "(hit@3 is 0)"),
         (["--dataset_name", "FEW", "--corpus", "CORPUS", "--model", "MODEL"], "There are too few demonstrations"),
+        ([*DATA, "--model", "MODEL", "--resume_from_checkpoint", "true"], "is 'true', but there is no such checkpoint"),
         ([*DATA, "--model", "MODEL", "--output_dir", "CORPUS"], "`output_dir` must be a folder"),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",

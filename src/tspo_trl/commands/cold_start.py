@@ -29,6 +29,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
 from ..cold_start.config import ColdStartConfig
@@ -146,6 +147,20 @@ def load_rows(script_args: ColdStartArguments, seed: int) -> tuple[Questions, li
     return dataset.select(sorted(order[count:])), list(dataset.select(order[:count]))
 
 
+def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
+    """The checkpoint to resume from: a path, or "true" for the last one of the output folder."""
+    if resume is None or resume.lower() == "false":
+        return None
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    path = last if resume.lower() == "true" else resume
+    if path is None or not Path(path).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {resume!r}, but there is no such checkpoint. With `save_strategy` 'steps' or 'epoch', "
+            f"they are saved in {str(output_dir)!r}."
+        )
+    return path
+
+
 def report_demonstrations(made: Demonstrations, protocol: SearchProtocol, num_passages: int) -> None:
     """Print how many demonstrations there are, and an example."""
     items, console = made.items, Console(soft_wrap=True, highlight=False)
@@ -211,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script_args, training_args, model_args = parse_arguments(arguments)
     check_inputs(script_args, model_args)
     use_all_cores()
+    resume = find_checkpoint(training_args.resume_from_checkpoint, Path(str(training_args.output_dir)))
     dataset, heldout = load_rows(script_args, training_args.seed)
     retriever = load_retriever(script_args, logged=False)
     assert retriever is not None
@@ -229,10 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
     )
     with keeping_tracebacks():
-        run(trainer, heldout, retriever)
+        run(trainer, resume, heldout, retriever)
 
 
-def run(trainer: ColdStartTrainer, heldout: list[dict[str, Any]], retriever: Retriever) -> None:
+def run(trainer: ColdStartTrainer, resume: str | None, heldout: list[dict[str, Any]], retriever: Retriever) -> None:
     """Train, save and report."""
     args, is_main = trainer.args, PartialState().is_main_process
     if is_main:
@@ -240,7 +256,7 @@ def run(trainer: ColdStartTrainer, heldout: list[dict[str, Any]], retriever: Ret
     # Rollouts of a sharded model would need its engine
     tried = heldout if trainer.accelerator.distributed_type == DistributedType.NO else []
     before = _rates(trainer, tried, retriever)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     after = _rates(trainer, tried, retriever)
     folder = Path(str(args.output_dir))
     if trainer.is_adapter:
