@@ -1,8 +1,10 @@
 """The command of the cold start, as a user runs it."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from helpers.families import make_family_protocol
 from helpers.paths import HOTPOTQA, ROOT
 from helpers.tag_protocols import make_bytes
-from tspo_trl import BM25Retriever, SearchAgent, SearchConfig, load_questions, make_demonstrations
+from tspo_trl import BM25Retriever, ColdStartTrainer, SearchAgent, SearchConfig, load_questions, make_demonstrations
 from tspo_trl.commands.cold_start import example_lines, load_rows, main, parse_arguments
 from tspo_trl.commands.errors import run_command
 from tspo_trl.commands.main import main as tspo
@@ -96,6 +98,22 @@ def test_an_interrupted_run_is_resumed(tmp_path, model_dir, capsys, monkeypatch)
     main([*DATA, *flags(options | {"output_dir": resumed}), "--resume_from_checkpoint", "true"])
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
     assert (whole / "model.safetensors").read_bytes() != (whole / "checkpoint-1" / "model.safetensors").read_bytes()
+
+
+def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr("tspo_trl.commands.cold_start.use_all_cores", lambda: None)
+    step = ColdStartTrainer.training_step
+
+    def step_with_signal(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(ColdStartTrainer, "training_step", step_with_signal)
+    options = {**OPTIONS, "model_name_or_path": model_dir, "check_questions": 0, "output_dir": tmp_path / "out"}
+    with pytest.raises(SystemExit) as stopped:
+        main([*DATA, *flags(options)])
+    assert stopped.value.code == 143
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_the_example_marks_what_is_learned():

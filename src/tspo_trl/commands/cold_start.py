@@ -41,6 +41,7 @@ from ..questions.hints import hints_in_flags
 from ..retrieval import Retriever
 from ..rollout.protocol import SearchProtocol
 from ..training.progress import show
+from ..training.signals import StopOnSignal
 from .arguments import DataArguments, load_retriever
 from .demo import DEMO
 from .errors import keeping_tracebacks
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=training_args,
         train_dataset=dataset,
         retriever=retriever,
+        callbacks=[StopOnSignal()],
         peft_config=get_peft_config(model_args),
     )
     with keeping_tracebacks():
