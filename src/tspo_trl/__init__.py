@@ -12,8 +12,12 @@ _MODULES = {
     "BM25Retriever": "retrieval",
     "Benchmark": "questions",
     "CachedRetriever": "retrieval",
+    "ColdStartConfig": "cold_start.config",
+    "ColdStartTrainer": "cold_start.trainer",
     "CollapseCallback": "training.collapse",
     "DenseRetriever": "retrieval.dense",
+    "Demonstration": "cold_start.demonstrations",
+    "Demonstrations": "cold_start.demonstrations",
     "EndpointEngine": "engines.endpoint",
     "EvaluationResults": "evaluation.results",
     "HTTPRetriever": "retrieval",
@@ -41,6 +45,8 @@ _MODULES = {
     "load_benchmark": "questions",
     "load_corpus": "retrieval",
     "load_questions": "questions",
+    "make_demonstrations": "cold_start.demonstrations",
+    "merge_adapter": "cold_start.trainer",
     "open_retriever": "retrieval",
     "question_splits": "questions",
     "read_rollouts": "rollout.log",
@@ -49,6 +55,12 @@ __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from .agent import SearchAgent as SearchAgent
+    from .cold_start.config import ColdStartConfig as ColdStartConfig
+    from .cold_start.demonstrations import Demonstration as Demonstration
+    from .cold_start.demonstrations import Demonstrations as Demonstrations
+    from .cold_start.demonstrations import make_demonstrations as make_demonstrations
+    from .cold_start.trainer import ColdStartTrainer as ColdStartTrainer
+    from .cold_start.trainer import merge_adapter as merge_adapter
     from .engines.endpoint import EndpointEngine as EndpointEngine
     from .engines.static import TransformersEngine as TransformersEngine
     from .evaluation.evaluate import evaluate as evaluate

@@ -184,7 +184,7 @@ class SearchAgent:
         check_retriever(retriever)
         config = config or SearchConfig()
         network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        eos_token_ids = _eos_token_ids(processing_class, network.generation_config.eos_token_id)
+        eos_token_ids = end_token_ids(processing_class, network.generation_config.eos_token_id)
         if not eos_token_ids:
             raise ValueError(
                 "Neither the tokenizer nor the model has an end-of-sequence token. Set `tokenizer.eos_token`."
@@ -271,7 +271,7 @@ class SearchAgent:
         config = config.replace(**search_settings)
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-sequence token. Set its `eos_token`.")
-        eos_token_ids = _eos_token_ids(tokenizer, generation_config.eos_token_id)
+        eos_token_ids = end_token_ids(tokenizer, generation_config.eos_token_id)
         protocol = _protocol(config, tokenizer, eos_token_ids)
         engine = EndpointEngine(
             url,
@@ -357,8 +357,19 @@ class SearchAgent:
         return trajectories
 
 
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
-    """The tokens that end a message: that of the tokenizer, and those of the generation configuration."""
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+    """
+    The tokens that end a message of a model.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        eos (`int` or `list[int]`, *optional*):
+            The `eos_token_id` of the generation configuration.
+
+    Returns:
+        `list[int]`: That of the tokenizer, and those of the generation configuration; possibly none.
+    """
     eos_token_ids = [eos] if isinstance(eos, int) else list(eos or [])
     if tokenizer.eos_token_id not in (None, *eos_token_ids):
         eos_token_ids = [tokenizer.eos_token_id, *eos_token_ids]

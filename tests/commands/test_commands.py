@@ -19,6 +19,7 @@ from tspo_trl.commands.serve import parse_arguments as parse_serve_arguments
 RETRIEVER = ["--corpus", "--index", "--retriever_backend", "--retriever_language", "--retriever_encoder"]
 OPTIONS = {
     "train": [*RETRIEVER, "--retriever_url", "--max_searches", "--output_dir"],
+    "cold_start": [*RETRIEVER, "--retriever_url", "--max_searches", "--num_demonstrations", "--output_dir"],
     "evaluate": [*RETRIEVER, "--backend", "--retriever_url", "--max_searches", "--compare", "--output_dir"],
     "audit": [*RETRIEVER, "--backend", "--retriever_url", "--top_k", "--output_dir"],
     "serve": [*RETRIEVER, "--backend", "--port"],

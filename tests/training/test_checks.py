@@ -1,13 +1,14 @@
 """Checks of a trainer's model, tokenizer and batches, which come before anything large is loaded."""
 
 import logging
+import shutil
 
 import pytest
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tspo_trl import TSPOTrainer
+from tspo_trl import SearchConfig, TSPOTrainer
 from tspo_trl.demo import make_tokenizer
 from tspo_trl.support.paths import check_model_path, suggest_path
 
@@ -148,3 +149,13 @@ def test_a_name_of_two_parts_may_be_on_the_hub(tmp_path, monkeypatch):
     for path in ("./runs/other", "/runs", "~/runs", "runs/a/b", "other/"):
         with pytest.raises(FileNotFoundError, match=f"there is no folder '{path}'"):
             check_model_path(path)
+
+
+def test_a_model_of_another_protocol_is_reported(make_trainer, policy_dir, tmp_path, caplog):
+    folder = shutil.copytree(policy_dir, tmp_path / "cold")
+    SearchConfig(protocol="tags").save(folder)
+    make_trainer(model=str(folder))
+    assert "does not know its format" not in caplog.text
+    SearchConfig(protocol="tool_call").save(folder)
+    make_trainer(model=str(folder))
+    assert "was trained with `protocol='tool_call'`, and this run has `protocol='tags'`" in caplog.text

@@ -10,6 +10,7 @@ from .errors import run_command
 
 COMMANDS = {
     "train": "Train a search agent; without arguments, the embedded demo.",
+    "cold_start": "Teach a model to search by demonstrations, before it is trained.",
     "evaluate": "Evaluate models on questions with golden answers, and compare them.",
     "audit": "Check whether a retriever and its corpus support training on given questions.",
     "serve": "Serve a retriever over HTTP.",
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
-    name = parser.parse_args(arguments[:1]).command
+    name = parser.parse_args(arguments[:1]).command.replace("-", "_")
     if name not in COMMANDS:
         nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         parser.error(f"unknown command {name!r}: did you mean {nearest!r}? The commands are {', '.join(COMMANDS)}.")

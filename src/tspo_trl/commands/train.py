@@ -31,13 +31,13 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..demo import make_world
 from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..questions.hints import hints_in_flags
-from ..retrieval import BM25Retriever, Retriever, open_retriever
+from ..retrieval import Retriever
 from ..rollout.limits import SearchLimits
 from ..training.checkpoints import last_checkpoint
 from ..training.checks import check_batches
@@ -46,19 +46,10 @@ from ..training.curves import plot_curves
 from ..training.progress import show
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
+from .arguments import DataArguments, load_retriever
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
 from .errors import keeping_tracebacks
-from .options import (
-    BACKEND,
-    BACKENDS,
-    ENCODER,
-    LANGUAGE,
-    RETRIEVER_OPTIONS,
-    check_input_files,
-    check_model,
-    check_question_files,
-    parse_columns,
-)
+from .options import check_input_files, check_model, check_question_files
 from .parser import RecipeParser, split_config
 
 Questions: TypeAlias = Dataset | IterableDataset
@@ -83,31 +74,14 @@ TRAIN_FLAGS = EVAL_FLAGS | {
 
 
 @dataclass
-class SearchArguments(ScriptArguments):
+class SearchArguments(DataArguments):
     """
-    Arguments for the questions and the passages, in addition to those of [`~trl.ScriptArguments`].
+    Arguments for the questions and the passages, in addition to those of [`DataArguments`].
 
     Args:
-        dataset_name (`str` or `list[str]`, *optional*):
-            Data sets on the Hub, files or folders, see [`load_questions`], or `"demo"`. Several are mixed.
-        dataset_columns (`dict` or `str`, *optional*):
-            Names of the columns in the data set, for instance `{"question": "query", "golden_answers": "answers.text"}`.
         eval_dataset_name (`list[str]`, *optional*):
             Evaluate on these instead of `dataset_test_split`: benchmarks by name, or data sets as in `dataset_name`. Each has
             its own metrics, for instance `eval_nq_reward`.
-        corpus (`str`, *optional*):
-            JSONL file of passages. The demo has its own.
-        index (`str`, *optional*):
-            Saved index, used instead of `corpus`; with the backend `"lucene"`, a path or the name of a prebuilt index. See
-            [`~retrieval.open_retriever`].
-        retriever_url (`str`, *optional*):
-            Address of a retrieval server, used instead of `corpus`, for instance of `tspo serve`.
-        retriever_backend (`str`, *optional*, defaults to `"bm25"`):
-            `"bm25"`, `"rank_bm25"`, `"lucene"`, `"dense"` or `"hybrid"`.
-        retriever_language (`str`, *optional*):
-            Language of BM25's stop words and stemmer, or `"none"`. Defaults to English, or to the language of the index.
-        retriever_encoder (`str`, *optional*):
-            Embedding model of the backends `"dense"` and `"hybrid"`. Defaults to the model that the index names.
         max_train_questions (`int`, *optional*):
             Number of training questions, drawn with a fixed seed; the first ones of the demo or of a stream. Defaults to all.
         max_eval_questions (`int`, *optional*):
@@ -119,29 +93,9 @@ class SearchArguments(ScriptArguments):
             demo.
     """
 
-    dataset_name: list[str] | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "data sets on the Hub, files or folders, or 'demo'; several are mixed",
-            "aliases": ["--dataset"],
-        },
-    )
-    dataset_columns: dict[str, str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "names of the columns, for instance golden_answers=answers.text; or a JSON object",
-            "aliases": ["--columns"],
-        },
-    )
     eval_dataset_name: list[str] | None = field(
         default=None, metadata={"help": "evaluate on these benchmarks or data sets instead of the test split"}
     )
-    corpus: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["corpus"]})
-    index: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["index"]})
-    retriever_url: str | None = field(default=None, metadata={"help": RETRIEVER_OPTIONS["retriever_url"]})
-    retriever_backend: str = field(default="bm25", metadata={"help": f"{BACKEND}: {', '.join(BACKENDS)}"})
-    retriever_language: str | None = field(default=None, metadata={"help": LANGUAGE})
-    retriever_encoder: str | None = field(default=None, metadata={"help": ENCODER, "aliases": ["--encoder"]})
     max_train_questions: int | None = field(
         default=None, metadata={"help": "number of training questions; all of them if not given"}
     )
@@ -155,17 +109,9 @@ class SearchArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:
-            self.dataset_name = self.dataset_name[0]  # type: ignore[assignment]
+        super().__post_init__()
         if isinstance(self.eval_dataset_name, str):  # from YAML
             self.eval_dataset_name = [self.eval_dataset_name]
-        if isinstance(self.dataset_columns, str):
-            self.dataset_columns = [self.dataset_columns]  # type: ignore[assignment]
-        if isinstance(self.dataset_columns, list):
-            try:
-                self.dataset_columns = parse_columns(self.dataset_columns)
-            except ValueError as error:
-                raise ValueError(f"`dataset_columns` must be {error}") from error
 
 
 @hints_in_flags(EVAL_FLAGS)
@@ -200,24 +146,6 @@ def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQue
     if not tested:
         return train_dataset, None
     return train_dataset, load_questions(tested, name=config, split=split, max_questions=count, **options)
-
-
-def load_retriever(script_args: SearchArguments, logged: bool) -> Retriever | None:
-    """The retriever; `None` repeats a run from its retrieval log."""
-    options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
-    if any(options.values()):
-        retriever = open_retriever(
-            **options,
-            backend=script_args.retriever_backend,
-            language=script_args.retriever_language,
-            encoder=script_args.retriever_encoder,
-        )
-        if not isinstance(retriever, BM25Retriever):
-            retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
-        return retriever
-    if logged:
-        return None
-    raise ValueError("Passages are required: --corpus, a saved --index, or --retriever_url, the address of a server.")
 
 
 def load_data(

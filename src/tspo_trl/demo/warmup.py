@@ -15,11 +15,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engines.base import BatchEngine, Generation
 from ..engines.static import TransformersEngine
 from ..retrieval import BM25Retriever, Retriever
 from ..rollout.limits import SearchLimits
 from ..rollout.loop import SearchLoop
+from ..rollout.scripted import follow_scripts
 from ..rollout.tags import TagProtocol
 from ..rollout.trajectory import Trajectory
 from ..scoring import exact_match
@@ -28,32 +28,6 @@ from .world import Question, World, make_world
 
 #: Budgets of the search loop that fit the demo; the recipe's configuration has the same.
 LIMITS = SearchLimits(max_searches=4, num_passages=2, max_turn_tokens=16, max_observation_tokens=64)
-
-
-class DemonstrationEngine(BatchEngine):
-    """
-    An engine that writes prepared turns instead of sampling them.
-
-    Args:
-        scripts (`dict[tuple[int, ...], list[list[int]]]`):
-            Tokens of the turns to write, by prompt.
-        turn_end_ids (`frozenset[int]`):
-            Tokens that end a turn. They are used to count the turns written so far.
-    """
-
-    def __init__(self, scripts: dict[tuple[int, ...], list[list[int]]], turn_end_ids: frozenset[int]):
-        super().__init__()
-        self._scripts = scripts
-        self._lengths = sorted({len(prompt) for prompt in scripts}, reverse=True)
-        self._turn_end_ids = turn_end_ids
-
-    def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
-        return [Generation(token_ids=self._next_turn(context)) for context in contexts]
-
-    def _next_turn(self, context: list[int]) -> list[int]:
-        length = next(n for n in self._lengths if tuple(context[:n]) in self._scripts)
-        done = sum(token in self._turn_end_ids for token in context[length:])
-        return self._scripts[tuple(context[:length])][done]
 
 
 def demonstrate(
@@ -68,11 +42,11 @@ def demonstrate(
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer with a token for each closing tag of the protocol, for instance of [`make_tokenizer`].
+            The tokenizer, for instance of [`make_tokenizer`].
         retriever ([`Retriever`]):
             Retriever that executes the searches.
         prompts (`Sequence[str]`):
-            B different prompts as plain text.
+            B prompts as plain text.
         scripts (`Sequence[Sequence[str]]`):
             The turns to write for each prompt.
         limits ([`SearchLimits`], *optional*):
@@ -83,10 +57,8 @@ def demonstrate(
     """
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     script_ids = [[tokenizer(turn)["input_ids"] for turn in script] for script in scripts]
-    ends = frozenset(tokenizer(tag)["input_ids"][-1] for tag in TagProtocol.stop_strings)
-    engine = DemonstrationEngine(dict(zip(map(tuple, prompt_ids), script_ids, strict=True)), ends)
-    loop = SearchLoop(engine, retriever, TagProtocol(tokenizer), eos_token_ids=[tokenizer.eos_token_id], limits=limits)
-    return loop.run(prompt_ids)[0]
+    protocol, ends = TagProtocol(tokenizer), [tokenizer.eos_token_id]
+    return follow_scripts(prompt_ids, script_ids, retriever, protocol, eos_token_ids=ends, limits=limits)
 
 
 def demonstrate_world(

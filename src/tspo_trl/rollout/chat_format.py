@@ -15,7 +15,7 @@ from .response_format import find_response_template, template_name
 _MARKUP = re.compile(r"<[^\s<>]+>")
 
 # Placeholders in the conversations. The response shows whether the template escapes what it writes.
-_QUESTION, _QUERY, _ANSWER, _RESPONSE = "tspo-question", "tspo-query", "tspo-answer", 'tspo"\\\nresponse'
+QUESTION, QUERY, ANSWER, _RESPONSE = "tspo-question", "tspo-query", "tspo-answer", 'tspo"\\\nresponse'
 _HARD_QUERIES = ('Who wrote "Emma", and when?', "Emma's author, born 1775", "{x}: [a, b] (c) = 1\\2")
 
 ADVICE = (
@@ -129,12 +129,12 @@ def read_chat_format(
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"`protocol='tool_call'` needs a chat template, but the tokenizer has none. {ADVICE}")
-    chat = _Chat(tokenizer, tool, dict(chat_template_kwargs))
+    chat = Chat(tokenizer, tool, dict(chat_template_kwargs))
     # A call and its response
-    text = chat.render_call(_QUERY, _RESPONSE)
+    text = chat.render_call(QUERY, _RESPONSE)
     escaped = escape(_RESPONSE) in text
     response = escape(_RESPONSE) if escaped else _RESPONSE
-    written = {"tools": tool["function"]["description"], "calls": _QUERY, "responses": response}
+    written = {"tools": tool["function"]["description"], "calls": QUERY, "responses": response}
     if missing := [name for name, part in written.items() if part not in text]:
         raise ValueError(
             f"`protocol='tool_call'` needs a chat template that writes tools, their calls and their responses; {chat.label} "
@@ -142,13 +142,13 @@ def read_chat_format(
         )
     response_template = find_response_template(tokenizer, chat.template)
     conversation, _, closing = text.rpartition(response)
-    before, _, after = conversation.rpartition(_QUESTION)[2].rpartition(_QUERY)
+    before, _, after = conversation.rpartition(QUESTION)[2].rpartition(QUERY)
     # An answer, as the last message and before another one
-    answer = chat.render([_USER, _ANSWERED]).rpartition(_QUESTION)[2]
-    after_answer = chat.render([_USER, _ANSWERED, _USER]).rpartition(_ANSWER)[2]
+    answer = chat.render([USER, _ANSWERED]).rpartition(QUESTION)[2]
+    after_answer = chat.render([USER, _ANSWERED, USER]).rpartition(ANSWER)[2]
     _check_tokens(tokenizer, before + after + closing + answer)
     call_end = _find_end(tokenizer, eos_token_ids, "call", [after])
-    answer_end = _find_end(tokenizer, eos_token_ids, "answer", [answer.rpartition(_ANSWER)[2], after_answer])
+    answer_end = _find_end(tokenizer, eos_token_ids, "answer", [answer.rpartition(ANSWER)[2], after_answer])
     call_tail, _, opening = after.partition(call_end)
     thought = _find_thought(response_template)
     found = ChatFormat(
@@ -168,18 +168,29 @@ def read_chat_format(
     return found
 
 
-_USER = {"role": "user", "content": _QUESTION}
-_ANSWERED = {"role": "assistant", "content": _ANSWER}
+USER = {"role": "user", "content": QUESTION}
+_ANSWERED = {"role": "assistant", "content": ANSWER}
 
 
-class _Chat:
-    """Renders conversations."""
+class Chat:
+    """
+    Renders conversations with a chat template.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        tool (`dict`):
+            The schema of the search tool.
+        kwargs (`dict`):
+            Further arguments of the chat template.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tool: dict[str, Any], kwargs: dict[str, Any]):
         self.tokenizer = tokenizer
         self.tool = tool
         self.name: str = tool["function"]["name"]
         self.kwargs = kwargs
+        self._arguments_as_text = False  # some templates take a text
         self.template = tokenizer.get_chat_template(tools=[tool])
         name = template_name(self.template)
         self.label = "this one" if name is None else f"this one (TRL's {name!r})"
@@ -193,30 +204,36 @@ class _Chat:
 
     def render_call(self, query: str, response: str, *, start: bool = True) -> str:
         """The text of a conversation with a call and its response."""
-        arguments: Any = {"query": query}
-        for _ in range(2):
-            call = {"type": "function", "function": {"name": self.name, "arguments": arguments}}
-            message = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                return self.render([_USER, message, self._response(response)], start=start)
-            except (TemplateError, TypeError) as error:
-                failure = error
-                arguments = json.dumps({"query": query})  # some templates take a text
-        raise ValueError(
-            f"`protocol='tool_call'` needs a chat template that renders tool calls, {self.label} fails: {failure!r}. {ADVICE}"
-        ) from failure
+        try:
+            return self.render([USER, self.call(query), self.response(response)], start=start)
+        except (TemplateError, TypeError) as error:
+            if self._arguments_as_text:
+                raise ValueError(
+                    f"`protocol='tool_call'` needs a chat template that renders tool calls, {self.label} fails: {error!r}. "
+                    f"{ADVICE}"
+                ) from error
+        self._arguments_as_text = True
+        return self.render_call(query, response, start=start)
+
+    def call(self, query: str) -> dict[str, Any]:
+        """A message with a call, in the form that the template takes once [`Chat.render_call`] has found it out."""
+        arguments = {"query": query}
+        written = json.dumps(arguments) if self._arguments_as_text else arguments
+        call = {"type": "function", "function": {"name": self.name, "arguments": written}}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     def user_hint(self) -> tuple[str, str] | None:
         """The texts around a message of the user, if the template cannot write a response after one without a call."""
         try:
-            if _QUERY in self.render([_USER, _ANSWERED, self._response(_QUERY)], start=True):
+            if QUERY in self.render([USER, _ANSWERED, self.response(QUERY)], start=True):
                 return None
         except (TemplateError, TypeError):
             pass
-        before, _, after = self.render([_USER, _ANSWERED, {**_USER, "content": _QUERY}], start=True).rpartition(_QUERY)
-        return before.rpartition(_ANSWER)[2], after
+        before, _, after = self.render([USER, _ANSWERED, {**USER, "content": QUERY}], start=True).rpartition(QUERY)
+        return before.rpartition(ANSWER)[2], after
 
-    def _response(self, content: str) -> dict[str, str]:
+    def response(self, content: str) -> dict[str, str]:
+        """A message with the response of the tool."""
         return {"role": "tool", "name": self.name, "content": content}
 
 
@@ -250,12 +267,12 @@ def _find_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
     )
 
 
-def _find_starts(chat: _Chat, response_template: Mapping[str, Any], closing: str) -> tuple[str, str]:
+def _find_starts(chat: Chat, response_template: Mapping[str, Any], closing: str) -> tuple[str, str]:
     """The beginning of the model's message after a message of the user, and after a response."""
-    first = chat.render([_USER], start=True).removeprefix(chat.render([_USER]))
+    first = chat.render([USER], start=True).removeprefix(chat.render([USER]))
     # If the model's message goes on after a response, the template does not begin it again
-    without = chat.render_call(_QUERY, _RESPONSE, start=False)
-    text = chat.render_call(_QUERY, _RESPONSE)
+    without = chat.render_call(QUERY, _RESPONSE, start=False)
+    text = chat.render_call(QUERY, _RESPONSE)
     following = text.removeprefix(without) if text.startswith(without) else closing
     anchor = response_template.get("start_anchor_pattern") or re.escape(response_template["start_anchor"])
     return first, following if re.search(anchor, following) else first + following
@@ -286,12 +303,12 @@ def _find_tags(text: str) -> tuple[str, ...]:
     return tuple(sorted({mark.strip("</>") for mark in _MARKUP.findall(text) if "|" not in mark} - {""}))
 
 
-def _check_calls(chat: _Chat, found: ChatFormat) -> None:
+def _check_calls(chat: Chat, found: ChatFormat) -> None:
     """Raise an error if the calls of the template are not read as they were written."""
     tokenizer = chat.tokenizer
-    for query in (_QUERY, *_HARD_QUERIES):
-        call = chat.render_call(query, "").rpartition(_QUESTION)[2]
-        if query == _QUERY:  # a message is read from its tokens
+    for query in (QUERY, *_HARD_QUERIES):
+        call = chat.render_call(query, "").rpartition(QUESTION)[2]
+        if query == QUERY:  # a message is read from its tokens
             call = str(tokenizer.decode(tokenizer(call, add_special_tokens=False)["input_ids"]))
         try:
             message = tokenizer.parse_response(call, found.response_template, prefix="", tools=[chat.tool])

@@ -81,3 +81,18 @@ class SearchLimits:
                 An object with all limits as attributes, for instance a [`TSPOConfig`] or a [`SearchConfig`].
         """
         return SearchLimits(**{limit.name: getattr(settings, limit.name) for limit in fields(SearchLimits)})
+
+
+def limit_option(name: str) -> Any:
+    """
+    An option of a configuration with the default and the help text of a limit.
+
+    Args:
+        name (`str`):
+            The name of the limit and of the option.
+
+    Returns:
+        A field of a dataclass.
+    """
+    limit = SearchLimits.__dataclass_fields__[name]
+    return field(default=limit.default, metadata={"help": limit.metadata["help"]})

@@ -96,11 +96,7 @@ class SearchLoop:
         max_context_length: int | None = None,
     ):
         limits = limits or SearchLimits()
-        if limits.max_searches and limits.max_observation_tokens < protocol.min_observation_tokens:
-            raise ValueError(
-                f"`max_observation_tokens` must be at least {protocol.min_observation_tokens}, got "
-                f"{limits.max_observation_tokens}: the opening and the closing of an observation count too."
-            )
+        check_observation_tokens(protocol, limits)
         self.engine = engine
         self.retriever = retriever
         self.protocol = protocol
@@ -279,6 +275,26 @@ class SearchLoop:
         turn.observation_ids, turn.passages = closing + observation.token_ids, observation.passages
         turn.retrieval = "ok" if passages else "empty"
         item.completion += turn.observation_ids
+
+
+def check_observation_tokens(protocol: SearchProtocol, limits: SearchLimits) -> None:
+    """
+    Check that an observation has room for a passage.
+
+    Args:
+        protocol ([`SearchProtocol`]):
+            Writes observations.
+        limits ([`SearchLimits`]):
+            The limits of the search loop.
+
+    Raises:
+        `ValueError`: If `max_observation_tokens` is too small.
+    """
+    if limits.max_searches and limits.max_observation_tokens < protocol.min_observation_tokens:
+        raise ValueError(
+            f"`max_observation_tokens` must be at least {protocol.min_observation_tokens}, got "
+            f"{limits.max_observation_tokens}: the opening and the closing of an observation count too."
+        )
 
 
 def _call(function: Callable[..., _SearchReply], *args: object) -> Future[_SearchReply]:

@@ -207,6 +207,23 @@ class SearchProtocol(ABC):
         text = str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
         return text, *self.parse(text, ended=ended)
 
+    def write(self, action: Action, content: str, *, after_response: bool) -> list[int]:
+        """
+        Write a turn, as a model would, so that [`SearchProtocol.read`] reads the action. Demonstrations consist of such turns.
+
+        Args:
+            action (`str`):
+                `"search"` or `"answer"`.
+            content (`str`):
+                The query or the answer.
+            after_response (`bool`):
+                Whether the turn follows the passages of a search. Otherwise it follows the prompt.
+
+        Returns:
+            `list[int]`: The T tokens. The action may be read differently if `content` has markup of the protocol.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}.write` is needed to make demonstrations.")
+
     @property
     @abstractmethod
     def hint_ids(self) -> list[int]:

@@ -105,6 +105,21 @@ class TagProtocol(SearchProtocol):
             return ("search", content) if content else ("invalid", "")
         return "answer", content
 
+    def write(self, action: Action, content: str, *, after_response: bool) -> list[int]:
+        """
+        Write a turn as the prompt asks for it, without a thought: `<search> query </search>` or `<answer> answer </answer>`. See
+        [`SearchProtocol.write`].
+
+        Args:
+            action (`str`):
+                `"search"` or `"answer"`.
+            content (`str`):
+                The query or the answer.
+            after_response (`bool`):
+                Whether the turn follows the passages of a search. It is written in the same way.
+        """
+        return self._encode(f"<{action}> {content} </{action}>", "\n")  # prompts and observations end with a line feed
+
     @property
     def hint_ids(self) -> list[int]:
         """The observation after an invalid action."""

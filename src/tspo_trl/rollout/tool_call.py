@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat_format import escape, first_query, read_chat_format
+from .chat_format import Chat, escape, first_query, read_chat_format
 from .protocol import SearchProtocol
 from .trajectory import Action
+from .written_turns import written_turns
 
 SEARCH_TOOL: dict[str, Any] = {
     "type": "function",
@@ -85,6 +86,7 @@ class ToolCallProtocol(SearchProtocol):
     ):
         ends = [i for i in (eos_token_ids or [tokenizer.eos_token_id]) if i is not None]
         self._format = read_chat_format(tokenizer, SEARCH_TOOL, ends, chat_template_kwargs or {})
+        self._chat = Chat(tokenizer, SEARCH_TOOL, dict(chat_template_kwargs or {}))
         thought = self._format.thought
         if prompt_template in (None, PROMPT) and (thought is None or thought.close != "</think>"):
             prompt_template = PROMPT.replace(_THINK, "")
@@ -202,6 +204,27 @@ class ToolCallProtocol(SearchProtocol):
         if content:
             return "answer", content
         return ("invalid" if text.strip() and not thoughts else "none"), ""
+
+    def write(self, action: Action, content: str, *, after_response: bool) -> list[int]:
+        """
+        Write a message with a call or an answer as the chat template does, without a thought. See [`SearchProtocol.write`].
+
+        Args:
+            action (`str`):
+                `"search"` or `"answer"`.
+            content (`str`):
+                The query or the answer.
+            after_response (`bool`):
+                Whether the message follows the response of the tool. Otherwise it follows the question.
+        """
+        before = self._close if after_response else []
+        start = self._format.starts[after_response]
+        written: list[int] = []
+        for text in written_turns(self._chat, self._format, action, content, after_response=after_response):
+            written = self._encode(text, start)
+            if self.read(written, ended=True, before=before)[1:] == (action, content):
+                break
+        return written
 
     @property
     def hint_ids(self) -> list[int]:

@@ -15,7 +15,7 @@ from ..support.paths import check_model_path, suggest_path
 from .config import TSPOConfig
 from .datasets import check_best_metric, check_dataset, map_datasets
 from .multimodal import load_options, multimodal_config
-from .unsupported import report_unused_options
+from .unsupported import report_other_protocol, report_unused_options
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def check_setup(
     check_batches(args, train_dataset, eval_dataset)
     report_left_out(args, train_dataset)
     report_unused_options(args)
+    report_other_protocol(args, model)
 
 
 def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any) -> None:
@@ -253,17 +254,34 @@ def check_tokenizer(model: Any, processing_class: Any, args: TSPOConfig) -> Any:
     """
     tokenizer = processing_class
     if isinstance(model, str) and processing_class is None:
-        sides = {"padding_side": "left", "truncation_side": "left"}  # as in TRL
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model, **sides, **load_options(args))
-        except OSError as error:
-            raise FileNotFoundError(
-                f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
-                f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
-            ) from error
+        tokenizer = load_tokenizer(model, args)
         processing_class = None if multimodal_config(model, args) is None else tokenizer
     check_end_token(tokenizer)
     return processing_class
+
+
+def load_tokenizer(model: str, args: Any) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a model.
+
+    Args:
+        model (`str`):
+            A folder or a name on the Hub.
+        args ([`TSPOConfig`] or [`~trl.SFTConfig`]):
+            The configuration.
+
+    Raises:
+        `FileNotFoundError`: If there is none, for instance because there is no such model on the Hub.
+    """
+    sides = {"padding_side": "left", "truncation_side": "left"}  # as in TRL
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **sides, **load_options(args))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`model`: the tokenizer of {model!r} cannot be loaded. It must be a folder with a model and its "
+            f"tokenizer, or a name on the Hub: {str(error).splitlines()[0]}{suggest_path(model)}"
+        ) from error
+    return tokenizer
 
 
 def check_loaded(model: Any, processing_class: Any, router_aux_loss_coef: float) -> PreTrainedTokenizerBase:

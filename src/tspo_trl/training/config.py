@@ -11,7 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from ..credit import Aggregation, Baseline, Guard, Level, Placement, Scale
-from ..rollout.limits import SearchLimits
+from ..rollout.limits import SearchLimits, limit_option
 from ..rollout.protocols import ProtocolName
 from .collapse import KINDS
 from .progress import ignore_harmless_warnings
@@ -43,12 +43,6 @@ _INHERITED: dict[str, Any] = {
     "temperature": float,
 }
 _SMALLEST = {"num_generations": 2, "retrieval_cache_size": 0, "max_sampling_rounds": 1}
-
-
-def _limit(name: str) -> Any:
-    """An option with the default and the help text of the limit of the same name."""
-    limit = SearchLimits.__dataclass_fields__[name]
-    return field(default=limit.default, metadata={"help": limit.metadata["help"]})
 
 
 _TURN_LIMIT = "set `max_turn_tokens`, the limit of a turn, or `max_completion_length`"
@@ -171,12 +165,12 @@ class TSPOConfig(GRPOConfig):
             "(the chat template's own tool calls; a message without a call is the answer)."
         },
     )
-    max_searches: int = _limit("max_searches")
-    num_passages: int = _limit("num_passages")
-    max_turn_tokens: int = _limit("max_turn_tokens")
-    max_query_tokens: int = _limit("max_query_tokens")
-    max_observation_tokens: int = _limit("max_observation_tokens")
-    max_completion_length: int | None = _limit("max_completion_length")
+    max_searches: int = limit_option("max_searches")
+    num_passages: int = limit_option("num_passages")
+    max_turn_tokens: int = limit_option("max_turn_tokens")
+    max_query_tokens: int = limit_option("max_query_tokens")
+    max_observation_tokens: int = limit_option("max_observation_tokens")
+    max_completion_length: int | None = limit_option("max_completion_length")
 
     # Parameters that control retrieval
     max_retrieval_failure_rate: float = field(

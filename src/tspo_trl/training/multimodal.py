@@ -12,12 +12,12 @@ from trl.trainer import grpo_trainer
 from .config import TSPOConfig
 
 
-def load_options(args: TSPOConfig) -> dict[str, Any]:
+def load_options(args: Any) -> dict[str, Any]:
     """
     The arguments of `from_pretrained` that say which version of a model is loaded.
 
     Args:
-        args ([`TSPOConfig`]):
+        args ([`TSPOConfig`] or [`~trl.SFTConfig`]):
             The configuration.
     """
     given: Any = args.model_init_kwargs or {}

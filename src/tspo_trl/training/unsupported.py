@@ -1,11 +1,13 @@
-"""Arguments and options of TRL that have no meaning in a search loop, and what to use instead."""
+"""Arguments and options of TRL that have no meaning in a search loop, and options that do not fit a model."""
 
 import logging
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from ..rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
 from .config import TSPOConfig
 
 logger = logging.getLogger(__name__)
@@ -66,4 +68,27 @@ def report_unused_options(args: TSPOConfig) -> None:
             "`max_tool_calling_iterations` (%s) has no effect: `max_searches` (%d) limits the searches of a rollout.",
             args.max_tool_calling_iterations,
             args.max_searches,
+        )
+
+
+def report_other_protocol(args: TSPOConfig, model: Any) -> None:
+    """
+    Log that a model was saved with another protocol, for instance by a cold start: it then has to learn a new format.
+
+    Args:
+        args ([`TSPOConfig`]):
+            The configuration.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model. Only folders are read.
+    """
+    file = Path(model) / SEARCH_CONFIG_NAME if isinstance(model, str) else None
+    if file is None or not file.is_file() or args.process_index > 0:
+        return
+    saved = SearchConfig.load(file)
+    if saved.protocol != args.protocol:
+        logger.warning(
+            "The model %r was trained with `protocol=%r`, and this run has `protocol=%r`: the model does not know its format.",
+            model,
+            saved.protocol,
+            args.protocol,
         )

@@ -1,0 +1,94 @@
+"""The configuration of the cold start."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from ..rollout.limits import SearchLimits, limit_option
+from ..rollout.protocols import ProtocolName
+from ..training.progress import ignore_harmless_warnings
+
+
+@dataclass
+class ColdStartConfig(SFTConfig):
+    r"""
+    Configuration of the [`ColdStartTrainer`].
+
+    Only the parameters that are specific to the cold start are listed here; all of [`~trl.SFTConfig`] and
+    [`~transformers.TrainingArguments`] apply too.
+
+    Parameters:
+        protocol (`str`, *optional*, defaults to `"tags"`):
+            How the model writes its actions: `"tags"` or `"tool_call"`, see [`TSPOConfig`]. Set it, the limits and
+            `chat_template_kwargs` as in the training that follows.
+        max_searches, num_passages, max_turn_tokens, max_query_tokens, max_observation_tokens, max_completion_length:
+            The limits of the search loop, see [`SearchLimits`].
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template, for instance `{"enable_thinking": False}`.
+        num_demonstrations (`int`, *optional*, defaults to `256`):
+            Maximum number of demonstrations.
+        failed_share (`float`, *optional*, defaults to `0.0`):
+            Share of the demonstrations that begin with a search that finds no evidence. Its query is not learned, but the
+            better query after it is.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `max_length`: Defaults to `None` instead of `1024`: no demonstration is cut. A longer demonstration is left out.
+    > - `num_train_epochs`: Defaults to `1.0` instead of `3.0`.
+    > - `logging_steps`: Defaults to `1` instead of `10`.
+    > - `save_strategy`: Defaults to `"no"` instead of `"steps"`.
+    > - `bf16`: Defaults to `False` instead of `True` if no device supports it, so that a run also starts on a CPU.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    protocol: ProtocolName = field(
+        default="tags", metadata={"help": "How the model writes its actions: 'tags' or 'tool_call'."}
+    )
+    max_searches: int = limit_option("max_searches")
+    num_passages: int = limit_option("num_passages")
+    max_turn_tokens: int = limit_option("max_turn_tokens")
+    max_query_tokens: int = limit_option("max_query_tokens")
+    max_observation_tokens: int = limit_option("max_observation_tokens")
+    max_completion_length: int | None = limit_option("max_completion_length")
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the chat template, for instance '{\"enable_thinking\": false}'."},
+    )
+    num_demonstrations: int = field(default=256, metadata={"help": "Maximum number of demonstrations."})
+    failed_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the demonstrations that begin with a search that finds no evidence. Its query is not "
+            "learned, but the better query after it is."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Maximum number of tokens of a demonstration; longer ones are left out."},
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of passes over the demonstrations."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every X updates steps."})
+    save_strategy: str = field(default="no", metadata={"help": "When checkpoints are saved: 'no', 'steps' or 'epoch'."})
+
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(ProtocolName):
+            raise ValueError(f"`protocol` must be one of {list(get_args(ProtocolName))}, got {self.protocol!r}.")
+        limits = SearchLimits.of(self)
+        limits.check_room()
+        if limits.max_searches < 1:
+            raise ValueError(f"`max_searches` must be at least 1 to demonstrate a search, got {limits.max_searches}.")
+        if not isinstance(self.num_demonstrations, int) or self.num_demonstrations < 1:
+            raise ValueError(f"`num_demonstrations` must be at least 1, got {self.num_demonstrations!r}.")
+        if not 0 <= self.failed_share <= 1:
+            raise ValueError(f"`failed_share` must be between 0 and 1, got {self.failed_share}.")
+        for part in (folder := Path(self.output_dir or "."), *folder.parents):
+            if part.exists() and not part.is_dir():
+                raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
+        if self.bf16 is None and not is_torch_bf16_gpu_available():
+            self.bf16 = False
+        ignore_harmless_warnings()  # the next line raises one
+        super().__post_init__()
