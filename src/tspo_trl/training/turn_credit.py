@@ -189,15 +189,15 @@ class TurnCreditMixin:
         before, kept = self._count_once(facts, outcomes, has_signal, logps, self._rewards_per_func)
         if self.args.log_trajectories:
             of_groups = (x.repeat_interleave(num_generations) for x in (chance, weights))
-            columns = (self._rewards_per_func, outcomes, facts, turn_rewards)
-            columns = [*(x[local] for x in columns), local_advantages, *(x[local] for x in of_groups)]
+            of_rollouts = (self._rewards_per_func, outcomes, facts, turn_rewards)
+            columns = [*(x[local] for x in of_rollouts), local_advantages, *(x[local] for x in of_groups)]
             rows = inputs[: max(kept - start, 0)]
             first = before + self._further_rollouts + start
             self._log_rollouts(rows, columns, num_generations, first)
         return output
 
     def _chance(
-        self, rows: list[dict[str, Any]], facts: RolloutFacts, outcomes: torch.Tensor, num_generations: int
+        self, rows: list[dict[str, Any]], facts: Any, outcomes: torch.Tensor, num_generations: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         How often chance finds a golden answer of each group of all ranks, and the weight of its turn advantages, both of
