@@ -1,7 +1,9 @@
 """The reader of passages, and the published forms of corpus files."""
 
 import gzip
+import io
 import json
+import tarfile
 from types import MappingProxyType
 from uuid import UUID
 
@@ -221,6 +223,27 @@ def test_published_forms_of_corpora(tmp_path, name, compressed):
 def test_a_compressed_file_is_recognised_without_its_suffix(tmp_path):
     (tmp_path / "corpus.jsonl").write_bytes(gzip.compress(FILES["corpus.jsonl"].encode()))
     assert load_corpus(tmp_path / "corpus.jsonl") == PASSAGES
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "list.json", "dpr.tsv"])
+def test_the_first_file_of_a_compressed_archive_is_read(tmp_path, name):
+    """As the corpus of Search-R1 is published: an archive that is named like a compressed file."""
+    content = FILES[name].encode()
+    with tarfile.open(tmp_path / f"{name}.gz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        folder, member = tarfile.TarInfo("indexes"), tarfile.TarInfo("indexes/file")
+        folder.type, member.size = tarfile.DIRTYPE, len(content)
+        archive.addfile(folder)
+        archive.addfile(member, io.BytesIO(content))
+    assert load_corpus(tmp_path / f"{name}.gz") == PASSAGES
+
+
+def test_an_archive_without_a_file_is_an_error(tmp_path):
+    with tarfile.open(tmp_path / "corpus.jsonl.gz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        folder = tarfile.TarInfo("indexes")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz.*damaged or incomplete: the archive has no file"):
+        load_corpus(tmp_path / "corpus.jsonl.gz")
 
 
 def test_a_text_of_a_table_may_be_long_and_have_several_lines(tmp_path):

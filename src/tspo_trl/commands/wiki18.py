@@ -18,8 +18,7 @@ import sys
 import tarfile
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,7 +31,7 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm.auto import tqdm
 
 from ..retrieval import BM25Retriever, HybridRetriever, LuceneRetriever, Retriever, iter_corpus
-from ..retrieval.corpus import PassageFile
+from ..retrieval.corpus import PassageFile, decompressed
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER
 from ..support.files import replacing
 from .options import check_at_least_one, make_parser
@@ -209,7 +208,7 @@ def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
     """
     written = 0
     try:
-        with replacing(corpus) as target, _packed_lines(source) as lines:
+        with replacing(corpus) as target, decompressed(source) as lines:
             for line in tqdm(islice(lines, count), total=count, desc="Getting passages"):
                 target.write(line)
                 written += 1
@@ -219,23 +218,6 @@ def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
         raise ValueError(
             f"The corpus {CORPUS_FILE!r} is damaged or incomplete after {written} passages ({error}): download it again."
         ) from error
-
-
-@contextmanager
-def _packed_lines(source: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The lines of a compressed file, or of the file in a compressed archive."""
-    with gzip.open(source) as content:
-        is_archive = content.read(512)[257:262] == b"ustar"
-        content.seek(0)
-        if not is_archive:
-            yield cast(IO[bytes], content)
-            return
-        with tarfile.open(fileobj=content, mode="r|") as archive:  # as a stream
-            for member in archive:
-                if member.isfile():
-                    yield cast(IO[bytes], archive.extractfile(member))
-                    return
-        raise tarfile.ReadError("the archive has no file")
 
 
 def check_download(path: Path, size: int, sha256: str | None) -> None:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import mmap
+import tarfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ _OTHER_FORMATS = {
 
 def iter_corpus(path: str | Path) -> Iterator[Passage]:
     """
-    Read a corpus file in one of its published forms, plain or compressed with gzip.
+    Read a corpus file in one of its published forms, plain, compressed with gzip, or the first file of an archive that is.
 
     - JSONL: one passage a line, for instance `{"id", "title", "text"}`, `{"_id", "title", "text"}` (BEIR) or `{"id",
       "contents"}` with the title on the first line of `contents`, as in the corpora of FlashRAG and Search-R1. See
@@ -71,7 +72,7 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
             for record, where, default_id in _read_records(file, path):
                 yield read_passage(record, where, default_id=default_id, score=0.0)
                 empty = False
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"The corpus file {str(path)!r} is damaged or incomplete: {error}") from error
     if empty:
         raise ValueError(f"The corpus file {str(path)!r} has no passages.")
@@ -93,10 +94,37 @@ def _open_corpus(path: Path) -> Iterator[IO[bytes]]:
                     f"The corpus file {str(path)!r} is in the format {name}, which cannot be read: convert it to JSONL."
                 )
         if start.startswith(b"\x1f\x8b"):
-            with gzip.open(file) as content:
-                yield cast(IO[bytes], content)
+            with decompressed(file) as content:
+                yield content
         else:
             yield file
+
+
+@contextmanager
+def decompressed(source: IO[bytes]) -> Iterator[IO[bytes]]:
+    """
+    Open a file that is compressed with gzip, or the first file of an archive of `tar` that is: the published corpus of Wikipedia
+    is such an archive, whatever its name says. Both are read as a stream.
+
+    Args:
+        source (`IO[bytes]`):
+            The compressed file, open for reading at its beginning.
+
+    Raises:
+        `tarfile.TarError`: If the archive is damaged, or holds no file.
+    """
+    with gzip.open(source) as content:
+        is_archive = content.read(512)[257:262] == b"ustar"
+        content.seek(0)
+        if not is_archive:
+            yield cast(IO[bytes], content)
+            return
+        with tarfile.open(fileobj=content, mode="r|") as archive:  # as a stream
+            for member in archive:
+                if member.isfile():
+                    yield cast(IO[bytes], archive.extractfile(member))
+                    return
+        raise tarfile.ReadError("the archive has no file")
 
 
 def _read_records(file: IO[bytes], path: Path) -> Iterator[tuple[Any, str, str]]:
