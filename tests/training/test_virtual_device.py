@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 import tspo_trl.training.generation
 import tspo_trl.training.sharding
-import tspo_trl.training.trainer
+import tspo_trl.training.turn_credit
 from helpers.training import varied_reward
 from helpers.virtual_device import VirtualCuda, VirtualTensor
 
@@ -35,7 +35,7 @@ def on_device_only(monkeypatch):
 
         return checked
 
-    for module in (tspo_trl.training.generation, tspo_trl.training.sharding, tspo_trl.training.trainer):
+    for module in (tspo_trl.training.generation, tspo_trl.training.sharding, tspo_trl.training.turn_credit):
         monkeypatch.setattr(module, "gather", check(module.gather, 0))
     monkeypatch.setattr(Accelerator, "gather", check(Accelerator.gather, 1))
     return calls
