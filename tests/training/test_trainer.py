@@ -22,6 +22,7 @@ from tspo_trl.training.evaluations import EvaluationMixin
 from tspo_trl.training.forward import CompactForwardMixin
 from tspo_trl.training.generation import with_end
 from tspo_trl.training.masking import keep_ratios_finite
+from tspo_trl.training.turn_credit import TurnCreditMixin
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -736,10 +737,11 @@ def test_few_methods_are_overridden():
     assert {name for name, _ in overridden} == {
         # TSPOTrainer
         "__init__",
-        "_calculate_rewards",
         "_generate",
-        "_generate_and_score_completions",
         "_set_signature_columns_if_needed",
+        # TurnCreditMixin
+        "_calculate_rewards",
+        "_generate_and_score_completions",
         # EvaluationMixin
         "evaluation_loop",
         "get_eval_dataloader",
@@ -763,7 +765,8 @@ def test_few_methods_are_overridden():
     }
     assert len(overridden) == 21  # no method is overridden twice
     assert all("__class__" in method.__code__.co_freevars for _, method in overridden)
-    assert ours == (TSPOTrainer, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin)
+    mixins = (TurnCreditMixin, ExactResumeMixin, EvaluationMixin, SharingMixin, CompactForwardMixin)
+    assert ours == (TSPOTrainer, *mixins)
     assert issubclass(TSPOConfig, GRPOConfig)
 
 
