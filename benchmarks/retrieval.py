@@ -174,19 +174,19 @@ def measure_http(folder: Path, seconds: float) -> Measurement:
         raise ImportError(f"The server requires {' and '.join(missing)}: `pip install 'tspo-trl[server]'`.")
     built = build_mapped(folder)
     started = time.perf_counter()
-    with serve(folder / "bm25s") as (url, process):
+    with serve("--index", str(folder / "bm25s")) as (url, process):
         load_s = time.perf_counter() - started
         retriever = HTTPRetriever(url, batch_size=BATCH)
         return measure(retriever, folder, seconds, built, load_s, process)
 
 
 @contextmanager
-def serve(index: Path) -> Iterator[tuple[str, int]]:
+def serve(*options: str) -> Iterator[tuple[str, int]]:
     """Start a server on a free local port. Yield its URL and its process id when it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(SERVER), "--index", str(index), "--port", str(port)])
+    process = subprocess.Popen([sys.executable, str(SERVER), *options, "--port", str(port)])
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
             ready = False

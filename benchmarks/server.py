@@ -16,25 +16,21 @@ import math
 import os
 import platform
 import re
-import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import httpx2
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from benchmarks.retrieval import peak_memory, write_data
+from benchmarks.retrieval import peak_memory, serve, write_data
 from tspo_trl.retrieval import (
     BM25Retriever,
     HTTPRetriever,
@@ -46,7 +42,6 @@ from tspo_trl.retrieval import (
 )
 from tspo_trl.retrieval.dense import TextEncoder, build_index
 
-SERVER = Path(__file__).parent.parent / "recipes" / "serve_retriever.py"
 K = 3
 TOLERANCE = 0.01  # of a score: rounding differs with the queries beside it, and may exchange neighbouring ranks
 DIMENSIONS = 256  # of the random vectors
@@ -75,28 +70,6 @@ def save_random_encoder(corpus: Path, folder: Path) -> None:
     table /= torch.tensor([1, *(words[word] for word in sorted(words))])[:, None].sqrt()
     save_file({"embeddings": table}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "model2vec", "normalize": True}))
-
-
-@contextmanager
-def serve(*options: str) -> Iterator[tuple[str, int]]:
-    """Start a server on a free local port. Yield its URL and its process id when it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(SERVER), *options, "--port", str(port)])
-    try:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
-            ready = False
-            while not ready:
-                if process.poll() is not None:
-                    raise RuntimeError("The server exited. See its message above.")
-                time.sleep(0.05)
-                with suppress(httpx2.TransportError):
-                    ready = client.get("/health").status_code == 200
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.kill()
-        process.wait()
 
 
 def is_right(found: Sequence[Passage], best: Sequence[Passage]) -> bool:

@@ -59,10 +59,10 @@ def test_a_rollout_with_more_searches_has_more_chances():
     assert torch.allclose(hits, torch.tensor([0.0, 0.5, 0.75, 0.875, 0, 0, 0, 0]))
 
 
-def weights(found, by_chance, scored=None, **kwargs):
+def weights(found, by_chance, scored=None):
     found, by_chance = torch.tensor(found), torch.tensor(by_chance)
     scored = torch.ones_like(found) if scored is None else torch.tensor(scored)
-    return chance_weights(found.bool(), by_chance, scored.bool(), num_generations=4, **kwargs)
+    return chance_weights(found.bool(), by_chance, scored.bool(), num_generations=4)
 
 
 def test_weights_are_the_share_of_finds_that_chance_does_not_explain():
@@ -75,12 +75,6 @@ def test_weights_of_groups_without_finds_or_outcomes():
     assert weights([0] * 8, [0.0] * 4 + [0.3] * 4).tolist() == [1.0, 0.0]  # nothing to weigh in both
     assert weights([1, 1, 0, 0], [0.25, 0.25, 0.9, 0.9], [1, 1, 0, 0]).tolist() == [0.75]  # unscored do not count
     assert weights([1, 1, 1, 1], [0.2] * 4, [0, 0, 0, 0]).isfinite().all()
-
-
-def test_a_margin_asks_for_more_than_the_standard_error():
-    assert weights([1, 1, 0, 0], [0.0] * 4, margin=1.0).tolist() == [1.0]
-    assert weights([1, 1, 0, 0], [0.2] * 4, margin=1.0).item() == pytest.approx(1 - (0.2 + (0.16 / 4) ** 0.5) / 0.5)
-    assert weights([1, 1, 0, 0], [0.4] * 4, margin=1.0).item() == 0.0
 
 
 @pytest.mark.parametrize("level", ["stage", "turn"])

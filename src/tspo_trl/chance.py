@@ -138,16 +138,16 @@ def chance_hits(chance: torch.Tensor, num_searches: torch.Tensor, *, num_generat
 
 
 def chance_weights(
-    found: torch.Tensor, by_chance: torch.Tensor, scored: torch.Tensor, *, num_generations: int, margin: float = 0.0
+    found: torch.Tensor, by_chance: torch.Tensor, scored: torch.Tensor, *, num_generations: int
 ) -> torch.Tensor:
     r"""
     The share of a group's finds that chance does not explain:
 
-    $$ w_g = \max\left(0, 1 - \frac{b_g + m \sqrt{b_g (1 - b_g) / G}}{h_g}\right) $$
+    $$ w_g = \max\left(0, 1 - \frac{b_g}{h_g}\right) $$
 
-    where \\(h_g\\) is the share of the group's rollouts whose passages contain a golden answer, \\(b_g\\) the share that is
-    expected by chance, and the root is the standard error of such a share. Turn advantages are multiplied by it. It is 1
-    if chance finds nothing, and 0 if chance finds as much as the group.
+    where \\(h_g\\) is the share of the group's rollouts whose passages contain a golden answer, and \\(b_g\\) the share that is
+    expected by chance. It is 1 if chance finds nothing, and 0 if chance finds as much as the group. See [`turn_advantages`]
+    for what it is multiplied with.
 
     Args:
         found (`torch.Tensor`):
@@ -158,8 +158,6 @@ def chance_weights(
             Whether a rollout has an outcome, booleans of shape (N,). The others do not count.
         num_generations (`int`):
             G, the size of a group.
-        margin (`float`, *optional*, defaults to `0.0`):
-            Number m of standard errors by which finds must exceed chance.
 
     Returns:
         `torch.Tensor`: Weights in [0, 1] of shape (N / G,). 1 for a group in which nothing is found, neither by its rollouts
@@ -169,6 +167,5 @@ def chance_weights(
     size = counted.sum(dim=1).clamp(min=1)
     share = (found.view(-1, num_generations) * counted).sum(dim=1) / size
     expected = (by_chance.view(-1, num_generations) * counted).sum(dim=1) / size
-    expected = expected + margin * (expected * (1 - expected) / size).sqrt()
     weights = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
     return torch.where(expected == 0, 1.0, weights)

@@ -1,15 +1,13 @@
 """The configuration of the cold start."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..rollout.limits import SearchLimits, limit_option
 from ..rollout.protocols import ProtocolName
-from ..training.progress import ignore_harmless_warnings
+from ..training.config import fit_to_machine
 
 
 @dataclass
@@ -85,10 +83,5 @@ class ColdStartConfig(SFTConfig):
             raise ValueError(f"`num_demonstrations` must be at least 1, got {self.num_demonstrations!r}.")
         if not 0 <= self.failed_share <= 1:
             raise ValueError(f"`failed_share` must be between 0 and 1, got {self.failed_share}.")
-        for part in (folder := Path(self.output_dir or "."), *folder.parents):
-            if part.exists() and not part.is_dir():
-                raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
-        if self.bf16 is None and not is_torch_bf16_gpu_available():
-            self.bf16 = False
-        ignore_harmless_warnings()  # the next line raises one
+        fit_to_machine(self)
         super().__post_init__()

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
 
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
@@ -336,12 +337,7 @@ class TSPOConfig(GRPOConfig):
         for name, instead in _NOT_FOR_GENERATION.items():
             if name in (self.generation_kwargs or {}):
                 raise ValueError(f"`generation_kwargs` cannot have {name!r}: {instead}.")
-        for part in (folder := Path(self.output_dir or "."), *folder.parents):
-            if part.exists() and not part.is_dir():
-                raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
-        if self.bf16 is None and not is_torch_bf16_gpu_available():
-            self.bf16 = False
-        ignore_harmless_warnings()  # the next line raises one
+        fit_to_machine(self)
         super().__post_init__()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
@@ -369,3 +365,22 @@ def _is_a(value: Any, kind: Any) -> bool:
     if kind == list[str]:
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
     return isinstance(value, (str, PathLike) if kind is str else kind)
+
+
+def fit_to_machine(args: TrainingArguments) -> None:
+    """
+    Check the output folder of a configuration, and let a run start where no device supports bfloat16.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The configuration, before its `__post_init__`. A `bf16` that is not set becomes `False` without such a device.
+
+    Raises:
+        `ValueError`: If `output_dir` is a file, or lies in one.
+    """
+    for part in (folder := Path(args.output_dir or "."), *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
+    if args.bf16 is None and not is_torch_bf16_gpu_available():
+        args.bf16 = False
+    ignore_harmless_warnings()  # `__post_init__` raises one
