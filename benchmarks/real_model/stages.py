@@ -1,5 +1,6 @@
 """The stages of a run: convert the model, evaluate it, make the cold start, train. Each is done once, and can be resumed."""
 
+import gc
 import json
 import resource
 import shutil
@@ -161,6 +162,7 @@ def do_stages(stages: Sequence[Stage], folder: Path) -> None:
         print(f"{label}; about {left:.0f} minutes left in all", flush=True)
         start = time.perf_counter()
         stage.work()
+        gc.collect()  # the next stage needs the memory
         done = {"minutes": round((time.perf_counter() - start) / 60, 2), "peak_gib": round(peak_gib(), 2)}
         stage.mark(folder).parent.mkdir(parents=True, exist_ok=True)
         replace_file(stage.mark(folder), json.dumps(done) + "\n")

@@ -1,6 +1,7 @@
 """The run of the real model: its stages, checks and tables; the whole run is tested where the model's packages are installed."""
 
 import json
+from dataclasses import fields
 from importlib.util import find_spec
 
 import numpy as np
@@ -82,7 +83,9 @@ def test_every_credit_is_accepted_and_differs_in_nothing_else(tmp_path, credit):
     options = {"output_dir": tmp_path / "run"}
     _, plain, _ = train_command.parse_arguments(["--config", config, *flags(options)])
     _, args, _ = train_command.parse_arguments(["--config", config, *flags(options | CREDITS[credit])])
-    different = {name for name in vars(TSPOConfig("x")) if getattr(args, name) != getattr(plain, name)}
+    different = {
+        name for name in (field.name for field in fields(TSPOConfig)) if getattr(args, name) != getattr(plain, name)
+    }
     assert different <= set(CREDITS[credit])
     assert args.compact_forward
     assert args.generation_batch_size // args.num_generations == 4
