@@ -260,7 +260,7 @@ def test_runs_are_compared_with_grpo_seed_by_seed():
     lines = steps_table(records).splitlines()
     assert len(lines) == 4
     assert "0.200" in lines[2]
-    assert "| +0.200 |" in lines[3]  # only the seed that both have
+    assert " +0.200 |" in lines[3]  # only the seed that both have
     assert "1/1" in lines[3]
     assert "30.0" in lines[3]
 
