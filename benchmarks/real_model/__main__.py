@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     configured = yaml.safe_load(CONFIGS["train"].read_text(encoding="utf-8"))
     steps = args.steps or (QUICK_STEPS if args.quick else configured["max_steps"])
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
     run = Run(args.folder, args.credit, args.seed, steps, args.quick)
     check_folder(run)
     check_machine(run)

