@@ -42,7 +42,7 @@ CREDITS: dict[str, dict[str, Any]] = {
     },
     "default": {},
 }
-TRAINING_GIB = 8.0
+TRAINING_GIB = 10.0  # of the cold start too
 SAMPLES = 4  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
 #: Measured on two cores, for the time that is left: minutes of a stage, and seconds of a step.
