@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install
 	$(BIN)/accelerate launch --quiet recipes/train.py $(ARGS)
 
-# The same with a real language model and real questions, within 90 minutes on two cores: docs/real_model.md
+# The same with a real language model and real questions; it continues where it was stopped: docs/real_model.md
 real: $(VENV)/real/.installed
 	PYTHONPATH=$(VENV)/real $(BIN)/python -m benchmarks.real_model $(ARGS)
 

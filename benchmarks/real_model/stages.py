@@ -45,7 +45,7 @@ CREDITS: dict[str, dict[str, Any]] = {
 TRAINING_GIB = 10.0  # of the cold start too
 SAMPLES = 4  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
-#: Measured on two cores, for the time that is left: minutes of a stage, and seconds of a step.
+#: Estimates for two idle cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
 MINUTES = {"base": 1.0, "cold_start": 5.0, "evaluate": 6.0}
 STEP_SECONDS = 35.0
 #: With `--quick`
