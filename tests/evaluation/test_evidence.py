@@ -11,6 +11,7 @@ from tspo_trl import EvaluationResults, Passage, Trajectory, Turn, compare_resul
 from tspo_trl.evaluation.evidence import EVIDENCE, evidence_scores
 from tspo_trl.evaluation.results import METRICS, Scores
 from tspo_trl.evaluation.tables import comparison_table, results_table
+from tspo_trl.scoring import exact_match, f1_score
 
 OTHER = Passage(id="8", title="Golden Mirror", text="Golden Mirror is a novel by Della Brisk, who says no.")
 
@@ -40,6 +41,16 @@ def rollout(*searches, answer=None):
 def test_scores_of_evidence(searches, answer, golds, em, expected):
     assert tuple(evidence_scores(rollout(*searches, answer=answer), golds, em).values()) == expected
     assert tuple(evidence_scores(rollout(), golds, 0.0)) == EVIDENCE
+
+
+@pytest.mark.parametrize(("answer", "em", "unsupported"), [("noanswer", 1, 1), ("Mira Talvek", 0, 1), (None, 0, 0)])
+def test_questions_without_an_answer(answer, em, unsupported):
+    """With the golden answer noanswer, the scores tell who declined, who answered all the same, and who said nothing."""
+    searched = rollout([Passage("0", "noanswer", "A page about noanswer.")], answer=answer)
+    golds = ["noanswer"]
+    assert exact_match(searched.answer, golds) == f1_score(searched.answer, golds) == em
+    scores = evidence_scores(searched, golds, em)
+    assert (scores["evidence"], scores["after_evidence"], scores["unsupported"]) == (0, 0, unsupported)
 
 
 def test_evaluations_report_evidence(tmp_path, scripted):
