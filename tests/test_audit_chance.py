@@ -22,10 +22,10 @@ def recipe():
 
 def test_chance_is_measured_on_a_sample_of_searches_and_reproducible(recipe):
     cities = [("Rome", "Italy"), ("Paris", "France"), ("Oslo", "Reykjavik")] * 200
-    rows = [row(f"{city}, {i}?", [gold]) for i, (city, gold) in enumerate(cities)] + [row("of Oslo", ["Italy"])]
+    rows = [row(f"{city}, {i}?", [gold]) for i, (city, gold) in enumerate(cities)]
     ranks = recipe.search_all(rows, Words(), top_k=2)
     assert ranks == recipe.search_all(rows, Words(), top_k=2)
-    assert {(r.plain, r.chance) for r in ranks[:-1]} == {(1, Chance((0.0, 0.0)))}
+    assert {(r.plain, r.chance) for r in ranks} == {(1, Chance((0.0, 0.0)))}
     common = recipe.search_all([*rows, row("of Bergen", ["capital"])], Words(), top_k=2)[-1]
     assert common.chance == Chance((1.0, 1.0), "capital")
     two = [row("Rome?", ["France"]), row("Paris?", ["Italy"])]

@@ -54,16 +54,16 @@ def test_questions_without_an_answer(answer, em, unsupported):
 
 
 def test_evaluations_report_evidence(tmp_path, scripted):
-    scripts = {**SCRIPTS, "Patient": ["<search> Silent Harbor</search>"] * 3 + ["<answer> Mira Talvek</answer>"]}
-    golds = {**GOLDS, "Patient": ["Mira Talvek"]}
+    scripts = {**SCRIPTS, "Hollow": ["<search> Silent Harbor</search>"] * 3 + ["<answer> Mira Talvek</answer>"]}
+    golds = {**GOLDS, "Hollow": ["Mira Talvek"]}
     results = evaluate(scripted(scripts), {"books": rows(**golds)}, tmp_path, progress=False)
     found = scores_of(tmp_path / "books")
 
     def ones(name):
         return {q: float(row[name]) for q, row in found.items() if float(row[name])}
 
-    assert ones("evidence") == {"Silent": 1, "Golden": 1, "Broken": 1, "Patient": 3}
-    assert ones("after_evidence") == {"Patient": 2}
+    assert ones("evidence") == {"Silent": 1, "Golden": 1, "Broken": 1, "Hollow": 3}
+    assert ones("after_evidence") == {"Hollow": 2}
     assert ones("from_memory") == {"Crimson": 1}
     assert ones("unsupported") == {"Hidden": 1, "Crimson": 1}
     metrics = results.summary()["datasets"]["books"]["metrics"]
@@ -136,7 +136,8 @@ def test_results_of_an_earlier_version_are_loaded_and_compared(tmp_path, scripte
     assert compare_results(new, new)["books"]["absent"] == []
     assert "Only one" not in comparison_table(compare_results(new, new), "new", "new")
     both = results_table({"old": old.summary(), "new": new.summary()})
-    assert "| books (6)            | old   |             – |              – |" in both
+    of_old = [line for line in both.partition("Evidence:")[2].partition("Turns:")[0].splitlines() if "| old " in line]
+    assert [line.count("–") for line in of_old] == [len(EVIDENCE)]
     assert "Evidence:" not in results_table({"old": old.summary()})
 
 
