@@ -192,7 +192,7 @@ def recipe():
 
 def test_audit_of_real_questions_and_passages(tmp_path):
     files = ["--dataset", SAMPLE / "questions.jsonl", "--corpus", SAMPLE / "passages.jsonl"]
-    result = audit(*files, "--output_dir", tmp_path / "new" / "folder")
+    result = audit(*files, "--max_searches", 2, "--output_dir", tmp_path / "new" / "folder")
     assert result.returncode == 0, result.stderr[-4000:]
     assert (tmp_path / "new" / "folder" / "audit.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     data = json.loads((tmp_path / "new" / "folder" / "audit.json").read_text(encoding="utf-8"))
@@ -221,6 +221,14 @@ def test_audit_of_real_questions_and_passages(tmp_path):
         assert data["plain"]["rates"][k - 1] == pytest.approx(plain / len(usable))
         assert data["ideal"]["rates"][k - 1] == pytest.approx(ideal / len(usable))
         assert data["supporting"]["rates"][k - 1] == pytest.approx(recall / len(rows))
+    by_chance = []
+    for r in usable:
+        others = [other for other in rows if other is not r and other["golden_answers"] != r["golden_answers"]]
+        by_chance.append(sum(hit(other["question"], r["golden_answers"], 3) for other in others) / len(others))
+    assert data["chance"]["rates"][2] == pytest.approx(sum(by_chance) / len(usable))
+    expected = [sum(1 - (1 - p) ** n for p in by_chance) / len(usable) for n in (1, 2)]
+    assert data["chance_hits"] == pytest.approx(expected)
+    assert data["chance_weights"] == pytest.approx([1 - b / data["plain"]["rates"][2] for b in expected])
     closed = [r for r in rows if r["golden_answers"][0] in ("yes", "no")]
     named = [r for r in usable if contains_answer(r["question"], r["golden_answers"])]
     assert data["unusable"]["yes_no"]["questions"] == len(closed)
@@ -307,6 +315,10 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
         (
             ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--max_questions", "0"],
             "--max_questions must be at least 1",
+        ),
+        (
+            ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--max_searches", "0"],
+            "--max_searches must be at least 1, got 0",
         ),
     ],
 )
