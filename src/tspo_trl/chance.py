@@ -80,9 +80,9 @@ class SearchPool:
                 ]
         self._searches.extend(added[:size])
 
-    def count(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> tuple[int, int]:
+    def finds(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> list[bool | None]:
         """
-        Count the searches of other questions whose passages contain a golden answer. Questions with an answer in common
+        Whether the passages of each search contain a golden answer of another question. Questions with an answer in common
         are not others: their rollouts look for it.
 
         Args:
@@ -94,11 +94,29 @@ class SearchPool:
                 The golden answers to look for.
 
         Returns:
-            `tuple[int, int]`: Number of searches that found one, and number of searches of other questions.
+            `list[bool | None]`: A value for each search of the pool, oldest first; `None` if its question is no other one.
         """
         answers = _normalized(golden_answers)
-        others = [s for s in self._searches if s.question != question and answers.isdisjoint(s.answers)]
-        return sum(search.text.contains(eligible) for search in others), len(others)
+        return [
+            search.text.contains(eligible)
+            if search.question != question and answers.isdisjoint(search.answers)
+            else None
+            for search in self._searches
+        ]
+
+    def count(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> tuple[int, int]:
+        """
+        Count the searches of other questions whose passages contain a golden answer.
+
+        Args:
+            question, golden_answers, eligible:
+                As in [`SearchPool.finds`].
+
+        Returns:
+            `tuple[int, int]`: Number of searches that found one, and number of searches of other questions.
+        """
+        others = [found for found in self.finds(question, golden_answers, eligible) if found is not None]
+        return sum(others), len(others)
 
     def state(self) -> list[tuple[str, list[str], str]]:
         """The pool as plain data, which a checkpoint can hold."""
