@@ -1,0 +1,78 @@
+"""Write a set to files: its tables, its pictures, and its block in the documentation."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import sweep
+from .pictures import draw_curves, draw_differences
+from .report import Results, arrange, markdown
+from .sets import read_set
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "study.md"
+END = "<!-- end -->\n"
+EMPTY = "The repository has no results of this set.\n"
+
+
+def begin(name: str) -> str:
+    """Return the mark before the block of a set. It names the command that prints the block."""
+    return f"<!-- begin: python -m benchmarks.study --report --set {name} -->\n"
+
+
+def pictures(results: Results) -> dict[str, tuple[str, Callable[[Results, Path], None]]]:
+    """Return the pictures of some results: for the name of each file, its description and the function that draws it."""
+    if sweep.is_sweep(results):
+        return {"sweep": ("Minus GRPO, against the share of passages that name other answers", sweep.draw_sweep)}
+    return {
+        "curves": ("Exact match and found answers against steps, in every regime", draw_curves),
+        "differences": ("Every arm minus GRPO, in every regime", draw_differences),
+    }
+
+
+def tables(results: Results) -> str:
+    """Format the tables of some results."""
+    return sweep.markdown(results) if sweep.is_sweep(results) else markdown(results)
+
+
+def image(name: str, picture: str) -> str:
+    """Return the path of a picture of a set, relative to the documentation."""
+    return f"images/study_{name}_{picture}.png"
+
+
+def block(name: str, cells: Sequence[dict[str, Any]]) -> str:
+    """Format the block of a set: its pictures and its tables."""
+    if not cells:
+        return EMPTY
+    results = arrange(cells)
+    shown = [f"![{text}]({image(name, picture)})" for picture, (text, _) in pictures(results).items()]
+    return "\n\n".join([*shown, tables(results)])
+
+
+def insert(page: str, name: str, text: str) -> str:
+    """Replace the block of a set in a documentation page."""
+    before, mark, rest = page.partition(begin(name))
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"The page has no block between {begin(name)!r} and {END!r}.")
+    return f"{before}{mark}\n{text}\n{end}{after}"
+
+
+def publish(name: str) -> None:
+    """Write the published results of a set to the documentation: its block, and its pictures."""
+    cells = read_set(name)
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), name, block(name, cells)), encoding="utf-8")
+    if cells:
+        results = arrange(cells)
+        for picture, (_, draw) in pictures(results).items():
+            draw(results, DOCS / image(name, picture))
+
+
+def write_report(cells: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Write tables and pictures of some results to a folder, and return the tables."""
+    results = arrange(cells)
+    text = tables(results)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    for picture, (_, draw) in pictures(results).items():
+        draw(results, folder / f"{picture}.png")
+    return text
