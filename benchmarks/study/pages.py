@@ -1,4 +1,4 @@
-"""Write a set to files: its tables, its pictures, and its block in the documentation."""
+"""Write a set to files: its tables, its pictures, and its blocks in the documentation."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from . import sweep
 from .pictures import draw_curves, draw_differences
-from .report import Results, arrange, markdown
+from .report import Results, arrange, claims, markdown, origin
 from .sets import read_set
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -16,8 +16,8 @@ EMPTY = "The repository has no results of this set.\n"
 
 
 def begin(name: str) -> str:
-    """Return the mark before the block of a set. It names the command that prints the block."""
-    return f"<!-- begin: python -m benchmarks.study --report --set {name} -->\n"
+    """Return the mark before a block. It names the command that prints the block."""
+    return f"<!-- begin: {name}, printed by python -m benchmarks.study --report -->\n"
 
 
 def pictures(results: Results) -> dict[str, tuple[str, Callable[[Results, Path], None]]]:
@@ -40,17 +40,19 @@ def image(name: str, picture: str) -> str:
     return f"images/study_{name}_{picture}.png"
 
 
-def block(name: str, cells: Sequence[dict[str, Any]]) -> str:
-    """Format the block of a set: its pictures and its tables."""
-    if not cells:
-        return EMPTY
+def blocks(name: str, cells: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Format the blocks of a set: its pictures and its tables, and of the defaults the answer."""
     results = arrange(cells)
     shown = [f"![{text}]({image(name, picture)})" for picture, (text, _) in pictures(results).items()]
-    return "\n\n".join([*shown, tables(results)])
+    found = {name: "\n\n".join([*shown, tables(results)]) if cells else EMPTY}
+    if name == "defaults":
+        answer = claims(results)
+        found["answer"] = f"{answer}\n\n{origin(results)}\n" if answer else EMPTY
+    return found
 
 
 def insert(page: str, name: str, text: str) -> str:
-    """Replace the block of a set in a documentation page."""
+    """Replace a block of a documentation page."""
     before, mark, rest = page.partition(begin(name))
     _, end, after = rest.partition(END)
     if not mark or not end:
@@ -59,9 +61,12 @@ def insert(page: str, name: str, text: str) -> str:
 
 
 def publish(name: str) -> None:
-    """Write the published results of a set to the documentation: its block, and its pictures."""
+    """Write the published results of a set to the documentation: its blocks, and its pictures."""
     cells = read_set(name)
-    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), name, block(name, cells)), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for mark, text in blocks(name, cells).items():
+        page = insert(page, mark, text)
+    PAGE.write_text(page, encoding="utf-8")
     if cells:
         results = arrange(cells)
         for picture, (_, draw) in pictures(results).items():

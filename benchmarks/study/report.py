@@ -112,7 +112,7 @@ def claims(results: Results) -> str:
         _row("minus GRPO", [_with_interval(list(to_grpo[r].values()), level) for r in results]),
         _row(f"behind GRPO by more than {MARGIN}", [_behind(list(to_grpo[r].values())) for r in results]),
         _row(f"minus {ARMS[TSPO].title}", [_with_interval(list(to_tspo[r].values()), level) for r in results]),
-        _row("steps to the target, ratio to GRPO", [_ratio(results[r], DEFAULT) for r in results]),
+        _row("steps to the target, ratio to GRPO", [_ratio(results[r], DEFAULT, one_left_out=True) for r in results]),
         "",
         *_conclusions(results, to_grpo, to_tspo),
     ]
@@ -256,14 +256,28 @@ def _with_interval(values: Sequence[float], level: float = LEVEL) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low == low else f"{mean:+.3f}"
 
 
-def _ratio(of_regime: Mapping[str, Mapping[int, Cell]], arm: str) -> str:
-    """Format the ratio of the steps to the target of an arm and GRPO, on their mean curves over the seeds that both have."""
-    seeds = of_regime.get(arm, {}).keys() & of_regime.get(GRPO, {}).keys()
+def _ratio(of_regime: Mapping[str, Mapping[int, Cell]], arm: str, *, one_left_out: bool = False) -> str:
+    """
+    Format the ratio of the steps to the target of an arm and GRPO, on their mean curves over the seeds that both have; with its
+    range over all sets of seeds that leave one out, if asked for and if all of them have a ratio.
+    """
+    seeds = sorted(of_regime.get(arm, {}).keys() & of_regime.get(GRPO, {}).keys())
     if not seeds:
         return ""
-    curves = [mean_curve([of_regime[name][seed] for seed in seeds]) for name in (arm, GRPO)]
-    found = steps_ratio(*curves, target_of(of_regime))
-    return f"{found[0]}{found[1]:.2f}" if found else "-"
+    target = target_of(of_regime)
+
+    def over(kept: Sequence[int]) -> tuple[str, float] | None:
+        curves = [mean_curve([of_regime[name][seed] for seed in kept]) for name in (arm, GRPO)]
+        return steps_ratio(*curves, target)
+
+    found = over(seeds)
+    text = f"{found[0]}{found[1]:.2f}" if found else "-"
+    if one_left_out and len(seeds) > 2:
+        ratios = [ratio for left in seeds if (ratio := over([seed for seed in seeds if seed != left]))]
+        if len(ratios) == len(seeds):
+            low, high = (f"{sign}{value:.2f}" for sign, value in (f(ratios, key=lambda r: r[1]) for f in (min, max)))
+            text += f" ({low} to {high})"
+    return text
 
 
 def _to_target(values: Sequence[Summary]) -> str:
