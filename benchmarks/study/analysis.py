@@ -213,7 +213,8 @@ def mean_curve(cells: Sequence[Cell], name: str = "em") -> Floats:
 
 def steps_ratio(curve: Sequence[float], of_base: Sequence[float], target: float) -> tuple[str, float] | None:
     """
-    Compare the steps that two mean curves need to reach a target.
+    Compare the steps that two mean curves need to reach a target. If the baseline does not reach it, its highest running mean is
+    the target.
 
     Args:
         curve (`Sequence[float]`):
@@ -224,11 +225,11 @@ def steps_ratio(curve: Sequence[float], of_base: Sequence[float], target: float)
             The exact match to reach.
 
     Returns:
-        `tuple[str, float]` or `None`: The ratio of the steps. Before it, `"<"` if the baseline does not reach the target in its
-        steps, `">"` if the arm does not, else `""`. `None` if neither does.
+        `tuple[str, float]` or `None`: The ratio of the steps; before it `">"` if the arm does not reach the target in its steps,
+        else `""`. `None` if there are fewer steps than the running mean has.
     """
-    steps, base = steps_to(curve, target), steps_to(of_base, target)
-    if steps is None and base is None:
+    if len(of_base) < WINDOW:
         return None
-    sign = ">" if steps is None else "<" if base is None else ""
-    return sign, (steps or len(curve)) / (base or len(of_base))
+    target = min(target, float(running_mean(of_base)[WINDOW - 1 :].max()))
+    steps, base = steps_to(curve, target), steps_to(of_base, target)
+    return ("" if steps else ">"), (steps or len(curve)) / (base or len(of_base))

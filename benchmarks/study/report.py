@@ -221,7 +221,7 @@ def origin(results: Results) -> str:
     versions = {
         ", ".join(f"{name} {value}" for name, value in cell["versions"].items() if name != "source") for cell in cells
     }
-    machines = {cell["machine"].get("cpu") or cell["machine"]["device"] for cell in cells}
+    machines = {cell["machine"].get("cpu", "not recorded") for cell in cells}
     seeds = sorted({cell["seed"] for cell in cells})
     return (
         f"{len(seeds)} seeds, {len({(c['regime'], c['arm'], c['seed']) for c in cells})} training runs. "

@@ -95,12 +95,13 @@ def test_behind_is_open_when_the_margin_is_inside_the_interval():
     assert behind([0.5], 0.02) == "open"  # one seed decides nothing
 
 
-def test_the_ratio_of_steps_is_a_bound_if_a_curve_ends_too_early():
-    fast, never = [1.0] * 16, [0.0] * 16
+def test_the_ratio_of_steps_to_what_the_baseline_reaches():
+    fast, never, half = [1.0] * 16, [0.0] * 16, [0.0] * 8 + [0.5] * 8
     assert steps_ratio(fast, RISING, 0.5) == ("", pytest.approx(8 / 12))
-    assert steps_ratio(fast, never, 0.5) == ("<", 0.5)
-    assert steps_ratio(never, fast, 0.5) == (">", 2.0)
-    assert steps_ratio(never, never, 0.5) is None
+    assert steps_ratio(RISING, half, 0.9) == ("", pytest.approx(12 / 16))  # the baseline ends at 0.5
+    assert steps_ratio(never, RISING, 0.5) == (">", pytest.approx(16 / 12))
+    assert steps_ratio(never, never, 0.5) == ("", 1.0)
+    assert steps_ratio(fast[:7], never[:7], 0.5) is None
 
 
 def make_cell(regime, arm, seed, em, **curves):
