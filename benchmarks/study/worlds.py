@@ -13,6 +13,7 @@ from tspo_trl.demo.world import Question
 
 #: Answers of a single letter. A is left out, because it is an article and its normalised form is empty.
 ZONES = "BCDEFG"
+NOISE = 6  # answers of other questions that are added to a passage
 #: Real passages, of which a fixed sample is used.
 REAL = Path(__file__).parents[1] / "real_model" / "hotpotqa" / "passages.jsonl.gz"
 REAL_COUNT = 600
@@ -79,8 +80,8 @@ def mislead(world: World, seed: int) -> World:
 
 def add_noise(world: World, seed: int, share: float) -> World:
     """
-    Add the answers of other questions to a share of the passages: three countries and three languages that are unrelated to
-    the passage. Only questions with a country or a language as answer are kept. A larger share changes the passages that a
+    Add the answers of other questions to a share of the passages: six draws from the answers of all questions, so a frequent answer
+    is named often. Only questions with a country or a language as answer are kept. A larger share changes the passages that a
     smaller share changes, and more.
 
     Args:
@@ -91,18 +92,19 @@ def add_noise(world: World, seed: int, share: float) -> World:
         share (`float`):
             Share of the passages that are changed, from 0 to 1.
     """
-    rng = random.Random(seed)
-    order = rng.sample(range(len(world.passages)), len(world.passages))
-    passages = list(world.passages)
-    for place in order[: round(share * len(order))]:
-        others = [*rng.sample(world.names["country"], 3), *rng.sample(world.names["language"], 3)]
-        rng.shuffle(others)
-        passages[place] = replace(passages[place], text=f"{passages[place].text} Also: {', '.join(others)}.")
 
     def ask(questions: list[Question]) -> list[Question]:
         return [question for question in questions if question.kind in ("country", "language")]
 
-    return World(passages, ask(world.train_questions), ask(world.heldout_questions), world.names)
+    asked = ask(world.train_questions), ask(world.heldout_questions)
+    answers = [question.answer for questions in asked for question in questions]
+    rng = random.Random(seed)
+    order = rng.sample(range(len(world.passages)), len(world.passages))
+    passages = list(world.passages)
+    for place in order[: round(share * len(order))]:
+        others = dict.fromkeys(rng.choices(answers, k=NOISE))
+        passages[place] = replace(passages[place], text=f"{passages[place].text} Also: {', '.join(others)}.")
+    return World(passages, *asked, world.names)
 
 
 def repeat_facts(world: World) -> World:
