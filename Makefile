@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train evaluate test test-architectures test-lucene test-quantization test-real test-vllm test-lowest test-newest lint docs study
+.PHONY: install train real evaluate test test-architectures test-lucene test-quantization test-real test-vllm test-lowest test-newest lint docs study
 
 install: $(VENV)/.installed
 
@@ -17,6 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 train: install
 	$(BIN)/accelerate launch --quiet recipes/train.py $(ARGS)
+
+# The same with a real language model and real questions; it continues where it was stopped: docs/real_model.md
+real: $(VENV)/real/.installed
+	PYTHONPATH=$(VENV)/real $(BIN)/python -m benchmarks.real_model $(ARGS)
 
 # The demo before and after `make train`, on its held-out questions and on a sample of HotpotQA
 evaluate: install
@@ -58,7 +62,7 @@ $(VENV)/real/.installed: $(VENV)/.installed
 	touch $@
 
 test-real: $(VENV)/real/.installed
-	PYTHONPATH=$(VENV)/real $(BIN)/pytest tests/benchmarks/test_real_model.py $(ARGS)
+	PYTHONPATH=$(VENV)/real $(BIN)/pytest tests/benchmarks/test_real_model.py tests/benchmarks/test_real_run.py $(ARGS)
 
 # In an environment of its own: vLLM pins other versions of transformers and more
 $(VENV)-vllm/.installed: tests/helpers/vllm_on_cpu/requirements.txt pyproject.toml

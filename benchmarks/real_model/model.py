@@ -87,13 +87,15 @@ def check_header(file: str | Path) -> None:
         )
 
 
-def check_memory(needed_gib: float = MEMORY_GIB) -> None:
+def check_memory(needed_gib: float = MEMORY_GIB, what: str = "The conversion") -> None:
     """
-    Check that there is enough memory for the conversion. Nothing is checked where the system does not tell.
+    Check that there is enough memory. Nothing is checked where the system does not tell.
 
     Args:
         needed_gib (`float`, *optional*, defaults to `4.0`):
             The memory needed, in GiB.
+        what (`str`, *optional*, defaults to `"The conversion"`):
+            What needs it.
 
     Raises:
         `MemoryError`: If there is less.
@@ -101,8 +103,8 @@ def check_memory(needed_gib: float = MEMORY_GIB) -> None:
     available = available_gib()
     if available is not None and available < needed_gib:
         raise MemoryError(
-            f"The conversion of {NAME} needs {needed_gib:.1f} GiB of memory, and {available:.1f} GiB are available. Stop other "
-            "programs, or convert it on another machine and copy the folder."
+            f"{what} of {NAME} needs {needed_gib:.1f} GiB of memory, and {available:.1f} GiB are available. Stop other programs, "
+            "or use another machine: the folder with what is finished can be copied."
         )
 
 
