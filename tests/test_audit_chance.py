@@ -90,9 +90,9 @@ def test_the_verdict_says_what_chance_leaves_of_the_turn_reward():
     )
     audit, (chance, turn, warning) = chance_lines([0.2] * 4, max_searches=2)
     assert audit.chance_hits == pytest.approx((0.2, 0.36))
-    assert audit.chance_weights == pytest.approx((1 - 0.2 / 0.5, 1 - 0.36 / 0.5))
+    assert audit.chance_weights == pytest.approx(((1 - 0.2 / 0.5) ** 2, (1 - 0.36 / 0.5) ** 2))
     assert "probability of 20.0%, with 2 searches of 36.0%. The default credit pays such finds like all" in chance
-    assert "with folr_guard='chance', a find counts 0.60 in rollouts with one search, and 0.28 with 2 searches" in turn
+    assert "with folr_guard='chance', a find counts 0.36 in rollouts with one search, and 0.08 with 2 searches" in turn
     assert "as long as 50.0% of the rollouts find an answer" in turn
     assert "probability of 20.0%, more than 20% of the hit rate" in warning
     _, (chance, turn, _) = chance_lines([0.5] * 4, max_searches=1)

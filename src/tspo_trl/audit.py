@@ -90,8 +90,8 @@ class Audit:
             The probability that a rollout with n = 1…`max_searches` such searches finds one in `num_passages` passages each,
             see [`~chance.chance_hits`]. Empty if `chance` is `None`.
         chance_weights (`tuple[float, ...]`):
-            For each n, the share of the finds that chance does not explain, if as many rollouts find an answer as plain
-            questions do: what a find counts with the guard `"chance"`, see [`~chance.chance_weights`]. Empty if `chance` is
+            For each n, the squared share of the finds that chance does not explain, if as many rollouts find an answer as
+            plain questions do: what a find counts with the guard `"chance"`, see [`~chance.chance_weights`]. Empty if `chance` is
             `None`.
         supporting ([`Curve`] or `None`):
             Recall of the supporting passages among the first k passages for the question itself, averaged over all
@@ -305,8 +305,8 @@ def _by_searches(
     found: Sequence[bool], by_chance: Sequence[float], max_searches: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
-    For rollouts with n = 1…`max_searches` searches, the probability of a find by chance, and the share of finds that chance does
-    not explain: the weight of training, with the questions as the rollouts of one group.
+    For rollouts with n = 1…`max_searches` searches, the probability of a find by chance, and the weight of
+    training, with the questions as the rollouts of one group.
     """
     if not found:
         return (), ()

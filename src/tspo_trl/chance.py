@@ -159,13 +159,15 @@ def chance_weights(
     found: torch.Tensor, by_chance: torch.Tensor, scored: torch.Tensor, *, num_generations: int
 ) -> torch.Tensor:
     r"""
-    The share of a group's finds that chance does not explain:
+    How much the finds of a group count: the square of the share that chance does not explain,
 
-    $$ w_g = \max\left(0, 1 - \frac{b_g}{h_g}\right) $$
+    $$ w_g = \max\left(0, 1 - \frac{b_g}{h_g}\right)^2 $$
 
     where \\(h_g\\) is the share of the group's rollouts whose passages contain a golden answer, and \\(b_g\\) the share that is
-    expected by chance. It is 1 if chance finds nothing, and 0 if chance finds as much as the group. See [`turn_advantages`]
-    for what it is multiplied with.
+    expected by chance. It is 1 if chance finds nothing, and 0 if chance finds as much as the group. If finds are
+    either earned or made by chance, independently of each other, \\(1 - b_g / h_g\\) is the share of finds that are earned, and also the
+    squared correlation between finding and earning. The weight is the product of the two: a find is worth less, and says less.
+    See [`turn_advantages`] for what it is multiplied with.
 
     Args:
         found (`torch.Tensor`):
@@ -185,5 +187,5 @@ def chance_weights(
     size = counted.sum(dim=1).clamp(min=1)
     share = (found.view(-1, num_generations) * counted).sum(dim=1) / size
     expected = (by_chance.view(-1, num_generations) * counted).sum(dim=1) / size
-    weights = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
-    return torch.where(expected == 0, 1.0, weights)
+    earned = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
+    return torch.where(expected == 0, 1.0, earned**2)

@@ -49,7 +49,7 @@ def expected_weights(trajectories, golds, size):
         searches = [sum(t.retrieval in ("ok", "empty") for t in trajectory.turns) for trajectory in group]
         by_chance = sum(1 - (1 - p) ** n for n in searches) / size
         found = sum(any(contains_answer(text, wanted) for text in t.passage_texts) for t in group) / size
-        weights.append(1.0 if by_chance == 0 else max(0.0, 1 - by_chance / found) if found else 0.0)
+        weights.append(1.0 if by_chance == 0 else max(0.0, 1 - by_chance / found) ** 2 if found else 0.0)
     return weights
 
 

@@ -97,7 +97,7 @@ class TurnCreditMixin:
             success_threshold (`float`):
                 A rollout is correct if its outcome is at least this.
             turn_weights (`torch.Tensor`):
-                The share of the finds of each group that chance does not explain, shape (N / G,), see
+                How much the finds of each group count, shape (N / G,), see
                 [`~tspo_trl.chance.chance_weights`]. All are 1 unless `folr_guard="chance"`.
             rows (`list[dict]`):
                 The B rollouts of this process: rows of the data set, each with its `trajectory` ([`Trajectory`]). They are
