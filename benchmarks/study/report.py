@@ -104,14 +104,14 @@ def claims(results: Results) -> str:
     level = 1 - (1 - LEVEL) / count
     seeds = {len(of_seed) for of_seed in to_grpo.values()}
     lines = [
-        f"Default: {ARMS[DEFAULT].title}, {' or '.join(map(str, sorted(seeds)))} seeds. Exact match, mean of the steps: paired "
+        f"Default: {ARMS[DEFAULT].title}. Seeds: {' or '.join(map(str, sorted(seeds)))}. Exact match, mean of the steps: paired "
         f"differences, with t intervals at {level:.2%}, which is 1 - {1 - LEVEL:.2f}/{count}: 2 baselines x {len(results)} "
         f"regimes x {len(candidates)} arm{'s' * (len(candidates) != 1)} that could have been chosen (Bonferroni).",
         "",
         _header(ARMS[DEFAULT].title, results),
-        _row("minus GRPO", [_with_interval(list(to_grpo[r].values()), level) for r in results]),
+        _row("minus GRPO", [with_interval(list(to_grpo[r].values()), level) for r in results]),
         _row(f"behind GRPO by more than {MARGIN}", [_behind(list(to_grpo[r].values())) for r in results]),
-        _row(f"minus {ARMS[TSPO].title}", [_with_interval(list(to_tspo[r].values()), level) for r in results]),
+        _row(f"minus {ARMS[TSPO].title}", [with_interval(list(to_tspo[r].values()), level) for r in results]),
         _row("steps to the target, ratio to GRPO", [_ratio(results[r], DEFAULT, one_left_out=True) for r in results]),
         "",
         *_conclusions(results, to_grpo, to_tspo),
@@ -129,11 +129,11 @@ def _conclusions(
         for verdict in ("no", "open", "yes")
     }
     leads = [r for r, found in differences(results, TSPO, GRPO).items() if mean_interval(list(found.values()))[1] > 0]
-    against = [f"{ALL_REGIMES[r].title} ({_with_interval(list(to_tspo[r].values()))})" for r in leads]
+    against = [f"{ALL_REGIMES[r].title} ({with_interval(list(to_tspo[r].values()))})" for r in leads]
     nowhere = "yes" if set(verdicts.values()) == {"no"} else "no" if "yes" in verdicts.values() else "open"
     return [
         f"- Behind GRPO nowhere by more than {MARGIN}: **{nowhere}**. Within the margin (95 % interval): {named['no']}. "
-        f"Behind: {named['yes']}. Open, because the interval has the margin inside: {named['open']}.",
+        f"Behind: {named['yes']}. Open, because the interval does not decide: {named['open']}.",
         f"- Where TSPO as published leads GRPO (95 % interval), the default minus TSPO is: {', '.join(against)}."
         if against
         else "- TSPO as published leads GRPO nowhere (95 % interval).",
@@ -161,9 +161,9 @@ def choice_table(results: Results, base: str) -> str:
         found = differences(results, arm, base) if arm != base else {}
         if not found:
             continue
-        cells = [_with_interval(list(found[r].values())) if r in found else "" for r in results]
+        cells = [with_interval(list(found[r].values())) if r in found else "" for r in results]
         means = mean_of_regimes(list(found.values())) if found.keys() == results.keys() else []
-        lines.append(_row(ARMS[arm].title, [*cells, _with_interval(means) if means else ""]))
+        lines.append(_row(ARMS[arm].title, [*cells, with_interval(means) if means else ""]))
     return "\n".join(lines)
 
 
@@ -199,10 +199,10 @@ def table(results: Results, regime: str) -> str:
         )
         row = [
             f"{np.mean([v.em for v in values]):.3f}",
-            _with_interval(after) if after else "",
+            with_interval(after) if after else "",
             f"{np.mean([v.hit for v in values]):.3f}",
             f"{np.mean([v.area for v in values]):.3f}",
-            _with_interval(area) if area else "",
+            with_interval(area) if area else "",
             f"{sum(d > 0 for d in area)}/{len(area)}" if area else "",
             _to_target(values),
             "" if arm == GRPO else _ratio(of_regime, arm),
@@ -224,7 +224,7 @@ def origin(results: Results) -> str:
     machines = {cell["machine"].get("cpu", "not recorded") for cell in cells}
     seeds = sorted({cell["seed"] for cell in cells})
     return (
-        f"{len(seeds)} seeds, {len({(c['regime'], c['arm'], c['seed']) for c in cells})} training runs. "
+        f"Seeds: {len(seeds)}. Training runs: {len({(c['regime'], c['arm'], c['seed']) for c in cells})}. "
         f"Versions: {'; '.join(sorted(versions))}. Processor: {'; '.join(sorted(machines))}."
     )
 
@@ -250,7 +250,7 @@ def _row(first: str, cells: Sequence[str]) -> str:
     return "| " + " | ".join([first, *cells]) + " |"
 
 
-def _with_interval(values: Sequence[float], level: float = LEVEL) -> str:
+def with_interval(values: Sequence[float], level: float = LEVEL) -> str:
     """Format the mean of differences with its interval, which a single value does not have."""
     mean, low, high = mean_interval(values, level)
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if low == low else f"{mean:+.3f}"

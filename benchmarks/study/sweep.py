@@ -1,6 +1,5 @@
 """The sweep of chance: the same policies learn in encyclopedias in which more and more passages name answers of other questions."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from .analysis import mean_interval
 from .arms import ARMS, GRPO
 from .pictures import COLORS, GREY, make_axes, save
 from .regimes import ALL_REGIMES
-from .report import Results, differences, origin, table
+from .report import Results, differences, origin, table, with_interval
 
 
 def is_sweep(results: Results) -> bool:
@@ -25,9 +24,9 @@ def found_by_chance(results: Results) -> dict[str, float]:
     }
 
 
-def points(results: Results, arm: str) -> list[tuple[float, float, float, float]]:
+def points(results: Results, arm: str) -> dict[float, list[float]]:
     """
-    Return an arm minus GRPO against the share of passages that name answers of other questions.
+    Return an arm minus GRPO in the mean exact match of the steps.
 
     Args:
         results (`Mapping`):
@@ -36,15 +35,11 @@ def points(results: Results, arm: str) -> list[tuple[float, float, float, float]
             Key of `ARMS`.
 
     Returns:
-        `list[tuple[float, float, float, float]]`: For each share: the share, the mean difference in the exact match of the
-        steps, and the bounds of its 95 % t interval.
+        `dict[float, list[float]]`: For each share of passages that name answers of other questions, the differences of the seeds.
     """
-    found: Mapping[str, Mapping[int, float]] = differences(results, arm, GRPO)
-    return [
-        (share, *mean_interval(list(of_seed.values())))
-        for regime, of_seed in found.items()
-        if (share := ALL_REGIMES[regime].share) is not None
-    ]
+    found = differences(results, arm, GRPO)
+    shares = {regime: ALL_REGIMES[regime].share for regime in found}
+    return {share: list(found[regime].values()) for regime, share in shares.items() if share is not None}
 
 
 def markdown(results: Results) -> str:
@@ -60,9 +55,7 @@ def markdown(results: Results) -> str:
     for regime in results:
         share = ALL_REGIMES[regime].share
         row = [f"{share:.0%}", f"{chance[regime]:.2f}"]
-        for arm in arms:
-            values = [point for point in of_arms[arm] if point[0] == share]
-            row.append("".join(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for _, mean, low, high in values))
+        row += [with_interval(of_arms[arm][share]) if share in of_arms[arm] else "" for arm in arms]
         lines.append("| " + " | ".join(row) + " |")
     note = "Exact match, mean of the steps: paired differences with 95 % t intervals, each read alone."
     parts = [origin(results), note, "\n".join(lines), *(table(results, regime) for regime in results)]
@@ -82,7 +75,8 @@ def draw_sweep(results: Results, path: Path) -> None:
     figure, ((axis,),) = make_axes(1, 1, (6.4, 4))
     axis.axhline(0, color=COLORS[GRPO], linewidth=2, label=ARMS[GRPO].title)
     for arm in _arms(results):
-        shares, means, lows, highs = np.array(points(results, arm)).T
+        shares, values = zip(*points(results, arm).items(), strict=True)
+        means, lows, highs = np.array([mean_interval(of_seeds) for of_seeds in values]).T
         color = COLORS.get(arm, GREY)
         axis.plot(shares, means, "o-", color=color, linewidth=2, label=ARMS[arm].title)
         axis.fill_between(shares, lows, highs, color=color, alpha=0.15, linewidth=0)

@@ -36,6 +36,11 @@ def repeated_world(seed: int) -> World:
     return repeat_facts(make_world(seed, train_books=240))
 
 
+def small_repeated_world(seed: int) -> World:
+    """Make a smaller encyclopedia of the same kind, for the warm start."""
+    return repeat_facts(make_world(seed))
+
+
 def real_text_world(seed: int) -> World:
     """Make an encyclopedia among real passages."""
     return add_passages(make_world(seed), real_passages())

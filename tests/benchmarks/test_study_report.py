@@ -164,7 +164,7 @@ def test_the_claims_about_the_default_hold_together():
         misleading=([0.5, 0.5, 0.5], [0.4, 0.3, 0.4], [0.47, 0.47, 0.47]),
     )
     text = claims(arrange(cells))
-    assert "3 seeds" in text
+    assert "Seeds: 3." in text
     assert "t intervals at 98.75%, which is 1 - 0.05/4" in text
     mean, low, high = mean_interval([0.1, 0.2, 0.3], 0.9875)
     assert f"| minus GRPO | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | -0.030 [-0.030, -0.030] |" in text
@@ -210,7 +210,7 @@ def test_the_table_of_choice_has_the_mean_of_complete_arms():
 
 def test_the_report_tells_where_cells_ran():
     text = origin(arrange(make_cells()))
-    assert text == "2 seeds, 8 training runs. Versions: torch 2. Processor: X1."
+    assert text == "Seeds: 2. Training runs: 8. Versions: torch 2. Processor: X1."
 
 
 def test_the_sweep_is_a_table_over_shares():
@@ -224,11 +224,12 @@ def test_the_sweep_is_a_table_over_shares():
     assert sweep.is_sweep(results)
     assert not sweep.is_sweep(arrange(make_cells()))
     found = sweep.points(results, TSPO)
-    assert [share for share, *_ in found] == [0.0, 0.1, 0.2]
-    assert [mean for _, mean, *_ in found] == pytest.approx([-0.1, 0.0, 0.1])
+    assert found == {share: pytest.approx([mean] * 2) for share, mean in ((0.0, -0.1), (0.1, 0.0), (0.2, 0.1))}
     text = sweep.markdown(results)
     assert "| 20% | 0.30 | +0.100 [+0.100, +0.100] |" in text
     assert pages.tables(results) == text
+    one_seed = arrange([cell for cell in cells if cell["seed"] == 0])
+    assert "| 20% | 0.30 | +0.100 |" in sweep.markdown(one_seed)
 
 
 def test_a_plan_is_sorted_by_seed_and_leaves_out_equal_cells():
