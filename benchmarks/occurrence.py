@@ -2,10 +2,12 @@
 
     python -m benchmarks.occurrence
     python -m benchmarks.occurrence --rollouts 1024 --turns 4 --golds 8
+    python -m benchmarks.occurrence --audited 1000
 
 The passages are made of real sentences (the HotpotQA sample of the tests), and all of them differ. `first_occurrence` is called
 once per rollout, as in training. Answers are drawn from the same sample: in a hit, the last turn contains one of them. "chance" is
-the time to look for the answers of every question, with 8 rollouts each, in the passages of other questions.
+the time to look for the answers of every question, with 8 rollouts each, in the passages of other questions. With --audited, it prints instead how long an audit of so many
+questions takes to estimate the same, at every number of passages up to 20.
 """
 
 import argparse
@@ -15,11 +17,14 @@ import statistics
 import time
 from pathlib import Path
 
-from tspo_trl.chance import PooledRollout, SearchPool
+from tspo_trl.audit import SampledSearches
+from tspo_trl.chance import POOL_SEARCHES, PooledRollout, SearchPool
 from tspo_trl.credit import first_occurrence
+from tspo_trl.retrieval.base import Passage
 from tspo_trl.retrieval.corpus import iter_corpus
 
 GROUP = 8  # rollouts of a question
+TOP_K = 20  # passages of a search of an audit
 DATA = Path(__file__).parents[1] / "tests" / "data" / "hotpotqa"
 
 
@@ -53,6 +58,18 @@ def count_by_chance(rollouts: list[tuple[list[str], list[str]]]) -> None:
         pool.count(str(i // GROUP), rollouts[i][1], rollouts[i][1])
 
 
+def time_audit(questions: int, words: int, golds: int, seed: int) -> tuple[float, float]:
+    """Seconds that an audit takes to estimate chance, and the mean of its estimates at the largest number of passages."""
+    made = make_rollouts(questions, TOP_K, 1, words, golds, 0.0, seed)
+    rows = [{"question": str(i), "golden_answers": answers} for i, (_, answers) in enumerate(made)]
+    found = [[Passage("0", "", text) for text in texts] for texts, _ in made]
+    start = time.perf_counter()
+    searches = SampledSearches(list(zip(rows, found, strict=True))[:POOL_SEARCHES])
+    estimates = [chance for row in rows if (chance := searches.chance(row, TOP_K)) is not None]
+    seconds = time.perf_counter() - start
+    return seconds, statistics.mean(chance.rates[-1] for chance in estimates)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.occurrence",
@@ -66,7 +83,13 @@ def main() -> None:
     parser.add_argument("--golds", type=int, default=5, help="golden answers of a question (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--audited", type=int, metavar="N", help="time the audit of N questions instead")
     args = parser.parse_args()
+    if args.audited:
+        print(f"| questions of the audit | seconds | found by chance in {TOP_K} passages |\n|---|---|---|")
+        seconds, rate = time_audit(args.audited, args.words, args.golds, args.seed)
+        print(f"| {args.audited} | {seconds:.2f} | {rate:.1%} |")
+        return
     print("| rollouts with a hit | found | seconds per step | chance, seconds per step |")
     print("|---|---|---|---|")
     for hits in (0.0, 0.5, 1.0):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "credit": {"scoring"},
     "chance": {"scoring"},
     "rewards": {"scoring", "rollout"},
-    "audit": {"credit", "scoring", "rollout", "retrieval"},
+    "audit": {"credit", "chance", "scoring", "rollout", "retrieval"},
     "sharing": {"_version", "support", "rollout", "retrieval"},
     "agent": {"engines", "rollout", "retrieval", "sharing"},
     "questions": {"scoring", "support"},

@@ -9,26 +9,24 @@ from typing import get_args
 
 import pytest
 
+from helpers.audits import OSLO, PARIS, ROME, Words, row
 from helpers.paths import ROOT
-from tspo_trl import BM25Retriever, Passage, load_corpus
-from tspo_trl.audit import Curve, Ranks, constant_answers, find_ranks, first_rank, summarize, unusable_reason, verdict
+from tspo_trl import BM25Retriever, load_corpus
+from tspo_trl.audit import (
+    Chance,
+    Curve,
+    Ranks,
+    constant_answers,
+    find_ranks,
+    first_rank,
+    summarize,
+    unusable_reason,
+    verdict,
+)
 from tspo_trl.scoring import contains_answer, normalize_answer
 
 RECIPE = ROOT / "recipes" / "audit.py"
 SAMPLE = ROOT / "tests" / "data" / "hotpotqa"
-
-ROME = Passage(id="rome", title="Rome", text="The capital of Italy.")
-PARIS = Passage(id="paris", title="Paris", text="The capital of France.")
-OSLO = Passage(id="oslo", title="Oslo", text="No capital is further north but Helsinki and Reykjavik.")
-
-
-def row(question="q", golds=("a",), titles=(), ids=()):
-    return {
-        "question": question,
-        "golden_answers": list(golds),
-        "supporting_titles": list(titles),
-        "supporting_ids": list(ids),
-    }
 
 
 @pytest.mark.parametrize(
@@ -67,9 +65,9 @@ def test_first_rank_is_that_of_the_first_passage_with_an_eligible_answer():
 
 def test_ranks_are_found_in_the_results_of_searches():
     question = row(golds=["no", "Italy"], titles=["x", "y"], ids=["oslo", "paris", "lost"])
-    ranks = find_ranks(question, [[PARIS, OSLO, ROME], [OSLO, ROME], [PARIS]], others=[PARIS, ROME])
-    assert ranks == Ranks(plain=3, ideal=2, chance=2, chance_gold="Italy", supporting=(2, 1, None))
-    assert find_ranks(row(golds=["Italy"]), [[]]) == Ranks(None, None, None, None, ())
+    ranks = find_ranks(question, [[PARIS, OSLO, ROME], [OSLO, ROME], [PARIS]])
+    assert ranks == Ranks(plain=3, ideal=2, supporting=(2, 1, None))
+    assert find_ranks(row(golds=["Italy"]), [[]]) == Ranks(None, None, ())
 
 
 def test_shares_of_constant_answers():
@@ -87,50 +85,53 @@ ROWS = [
     row("q4", ["yes"], ["Oslo"], ["oslo"]),
     row("q5", ["The The", "Helsinki"]),
 ]
+NEVER = Chance((0.0, 0.0, 0.0))
 RANKS = [
-    Ranks(plain=1, ideal=1, chance=None, chance_gold=None, supporting=(1,)),
-    Ranks(plain=3, ideal=2, chance=2, chance_gold="Oslo", supporting=(3, None)),
-    Ranks(plain=2, ideal=None, chance=3, chance_gold="Paris", supporting=()),
-    Ranks(plain=None, ideal=None, chance=None, chance_gold=None, supporting=(2,)),
-    Ranks(plain=None, ideal=None, chance=None, chance_gold=None, supporting=()),
+    Ranks(plain=1, ideal=1, supporting=(1,), chance=NEVER),
+    Ranks(plain=3, ideal=2, supporting=(3, None), chance=Chance((0.0, 0.04, 0.5), "Oslo")),
+    Ranks(plain=2, ideal=None, supporting=(), chance=Chance((0.04, 0.2, 0.5), "Paris")),
+    Ranks(plain=None, ideal=None, supporting=(2,), chance=NEVER),
+    Ranks(plain=None, ideal=None, supporting=(), chance=NEVER),
 ]
 
 
 def test_an_audit_equals_numbers_calculated_by_hand():
-    audit = summarize(ROWS, RANKS, top_k=3, num_passages=2)
+    audit = summarize(ROWS, RANKS, top_k=3, num_passages=2, max_searches=2)
     assert (audit.num_questions, audit.num_eligible, audit.num_eligible_strict) == (5, 4, 3)
     assert audit.plain == Curve(4, (1 / 4, 2 / 4, 3 / 4))
     assert audit.ideal == Curve(2, (1 / 2, 1, 1))  # two eligible questions have titles
-    assert audit.chance == Curve(4, (0, 1 / 4, 2 / 4))
+    assert audit.chance == Curve(4, pytest.approx((0.04 / 4, 0.24 / 4, 1 / 4)))
+    assert audit.chance_hits == pytest.approx([(0.04 + 0.2) / 4, (1 - 0.96**2 + 1 - 0.8**2) / 4])
+    assert audit.chance_weights == pytest.approx([1 - audit.chance_hits[0] / 0.5, 1 - audit.chance_hits[1] / 0.5])
     assert audit.supporting == Curve(3, (1 / 3, 2 / 3, 2.5 / 3))  # q4 is included although its golden answer is yes
     assert {reason: entry["questions"] for reason, entry in audit.unusable.items()} == {
         "yes_no": 1,
         "empty": 1,
         "one_character": 0,
         "in_question": 1,
-        "chance": 1,  # the other one is at rank 3, after the two passages of training
+        "chance": 1,  # the other one is found less often in the two passages of training
     }
     assert audit.unusable["empty"] == {
         "questions": 1,
         "share": 0.2,
         "examples": [{"gold": "The The", "question": "q5"}],
     }
-    assert audit.unusable["chance"]["examples"] == [{"gold": "Oslo", "question": "q2"}]
+    assert audit.unusable["chance"]["examples"] == [{"gold": "Paris", "question": "is it Paris or Rome?"}]
     assert audit.constant_answers["yes"] == 1 / 5
-    assert [audit.at_k(c) for c in (audit.plain, audit.chance)] == [1 / 2, 1 / 4]
+    assert [audit.at_k(c) for c in (audit.plain, audit.chance)] == [1 / 2, pytest.approx(0.06)]
 
 
 def test_examples_have_different_golden_answers():
     rows = [row(f"q{i}", [gold]) for i, gold in enumerate(["yes", "no", "yes", "Yes", "NO"])]
-    audit = summarize(rows, [Ranks(None, None, None, None, ())] * 5, top_k=1, num_passages=1)
+    audit = summarize(rows, [Ranks(None, None, ())] * 5, top_k=1, num_passages=1)
     assert audit.unusable["yes_no"]["questions"] == 5
     assert [e["gold"] for e in audit.unusable["yes_no"]["examples"]] == ["yes", "no", "Yes"]
 
 
 def test_curves_without_data_are_none():
-    alone = summarize([row("q", ["Rome"])], [Ranks(1, None, None, None, ())], top_k=2, num_passages=1)
+    alone = summarize([row("q", ["Rome"])], [Ranks(1, None, ())], top_k=2, num_passages=1)
     assert (alone.plain, alone.ideal, alone.chance, alone.supporting) == (Curve(1, (1.0, 1.0)), None, None, None)
-    closed = summarize([row("q", ["no"])], [Ranks(None, None, None, None, ())], top_k=2, num_passages=1)
+    closed = summarize([row("q", ["no"])], [Ranks(None, None, ())], top_k=2, num_passages=1)
     assert closed.plain is None
     assert "Warning: 100.0% of the questions have no eligible golden answer" in " ".join(verdict(closed))
     assert not any(line.startswith("Ceiling") for line in verdict(closed))
@@ -158,7 +159,7 @@ def warnings(audit, **changes):
 
 def test_warnings_at_their_thresholds():
     rows = [row(f"q{i}", [f"gold {i}"]) for i in range(100)]
-    audit = summarize(rows, [Ranks(1, None, None, None, ())] * 100, top_k=1, num_passages=1)
+    audit = summarize(rows, [Ranks(1, None, ())] * 100, top_k=1, num_passages=1)
     assert warnings(audit) == set()
     for fine, change, text in [
         ({"plain": Curve(100, (0.3,))}, {"plain": Curve(100, (0.29,))}, "does the corpus cover"),
@@ -191,7 +192,7 @@ def recipe():
 
 def test_audit_of_real_questions_and_passages(tmp_path):
     files = ["--dataset", SAMPLE / "questions.jsonl", "--corpus", SAMPLE / "passages.jsonl"]
-    result = audit(*files, "--output_dir", tmp_path / "new" / "folder")
+    result = audit(*files, "--max_searches", 2, "--output_dir", tmp_path / "new" / "folder")
     assert result.returncode == 0, result.stderr[-4000:]
     assert (tmp_path / "new" / "folder" / "audit.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     data = json.loads((tmp_path / "new" / "folder" / "audit.json").read_text(encoding="utf-8"))
@@ -220,6 +221,14 @@ def test_audit_of_real_questions_and_passages(tmp_path):
         assert data["plain"]["rates"][k - 1] == pytest.approx(plain / len(usable))
         assert data["ideal"]["rates"][k - 1] == pytest.approx(ideal / len(usable))
         assert data["supporting"]["rates"][k - 1] == pytest.approx(recall / len(rows))
+    by_chance = []
+    for r in usable:
+        others = [other for other in rows if other is not r and other["golden_answers"] != r["golden_answers"]]
+        by_chance.append(sum(hit(other["question"], r["golden_answers"], 3) for other in others) / len(others))
+    assert data["chance"]["rates"][2] == pytest.approx(sum(by_chance) / len(usable))
+    expected = [sum(1 - (1 - p) ** n for p in by_chance) / len(usable) for n in (1, 2)]
+    assert data["chance_hits"] == pytest.approx(expected)
+    assert data["chance_weights"] == pytest.approx([1 - b / data["plain"]["rates"][2] for b in expected])
     closed = [r for r in rows if r["golden_answers"][0] in ("yes", "no")]
     named = [r for r in usable if contains_answer(r["question"], r["golden_answers"])]
     assert data["unusable"]["yes_no"]["questions"] == len(closed)
@@ -231,40 +240,15 @@ def test_audit_of_real_questions_and_passages(tmp_path):
     assert all("".join(line.split()) in printed for line in data["verdict"])
 
 
-class Words:
-    """Finds the passages whose title is in the query, and records its calls."""
-
-    passages = [ROME, PARIS, OSLO]
-
-    def __init__(self):
-        self.calls = []
-
-    def search(self, queries, k):
-        self.calls.append(list(queries))
-        return [[p for p in self.passages if p.title in query] for query in queries]
-
-
 def test_every_query_is_searched_once_in_batches(recipe):
     retriever = Words()
     rows = [row(f"What of Rome, {i}?", ["Italy"], ["Rome", "Oslo"]) for i in range(300)]
     ranks = recipe.search_all(rows, retriever, top_k=2)
-    assert ranks == [Ranks(1, 1, 1, "Italy", ())] * 300
-    first, *batches = retriever.calls
-    assert len(first) == 1
+    assert ranks == [Ranks(1, 1, ())] * 300  # all look for the same answer, so there are no other questions
+    batches = retriever.calls
     assert all(len(set(batch)) == len(batch) <= 256 for batch in batches)
     assert len(batches) == 4
     assert sum(query.startswith("What") for batch in batches for query in batch) == 300
-
-
-def test_chance_uses_passages_of_another_question_and_is_reproducible(recipe):
-    rows = [row(f"{city}?", [gold]) for city, gold in [("Rome", "Italy"), ("Paris", "France"), ("Oslo", "Italy")] * 4]
-    ranks = recipe.search_all(rows, Words(), top_k=2)
-    assert ranks == recipe.search_all(rows, Words(), top_k=2)
-    assert {r.plain for r in ranks[2::3]} == {None}
-    two = [row("Rome?", ["France"]), row("Paris?", ["Italy"])]
-    assert [(r.plain, r.chance) for r in recipe.search_all(two, Words(), top_k=2)] == [(None, 1), (None, 1)]
-    (alone,) = recipe.search_all([row("Rome?", ["Italy"])], Words(), top_k=2)
-    assert (alone.plain, alone.chance) == (1, None)
 
 
 def test_rows_are_checked_like_those_of_the_trainer(recipe):
@@ -293,11 +277,13 @@ def test_texts_with_markup_are_printed_and_drawn(recipe, tmp_path, capsys):
         row("q3", ["!!!"]),
         row("q4", ["\n\n" + "long " * 99]),
     ]
-    audit = summarize(rows, [Ranks(1, None, 1, r["golden_answers"][0], ()) for r in rows], top_k=1, num_passages=1)
+    audit = summarize(
+        rows, [Ranks(1, None, (), Chance((0.5,), r["golden_answers"][0])) for r in rows], top_k=1, num_passages=1
+    )
     recipe.report(audit)
     recipe.plot(audit, tmp_path / "audit.png", title="$\\frac$")
     assert "[bold]x[/red]" in capsys.readouterr().out
-    closed = summarize([row("q", ["no"])], [Ranks(None, None, None, None, ())], top_k=1, num_passages=1)
+    closed = summarize([row("q", ["no"])], [Ranks(None, None, ())], top_k=1, num_passages=1)
     recipe.report(closed)
     recipe.plot(closed, tmp_path / "closed.png", title="")
     assert (tmp_path / "closed.png").is_file()
@@ -329,6 +315,10 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
         (
             ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--max_questions", "0"],
             "--max_questions must be at least 1",
+        ),
+        (
+            ["--dataset", "QUESTIONS", "--corpus", "CORPUS", "--max_searches", "0"],
+            "--max_searches must be at least 1, got 0",
         ),
     ],
 )

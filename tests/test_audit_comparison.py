@@ -116,7 +116,7 @@ def row(ids=()):
 
 def test_the_comparison_names_the_best_first_and_what_may_be_chance():
     def audited(plain, supporting):
-        ranks = [Ranks(rank, None, None, None, (other,)) for rank, other in zip(plain, supporting, strict=True)]
+        ranks = [Ranks(rank, None, (other,)) for rank, other in zip(plain, supporting, strict=True)]
         return summarize([row(["x"])] * 4, ranks, top_k=2, num_passages=2)
 
     audits = {"bm25": audited([1, None, None, 2], [1, 1, 1, 1]), "dense": audited([1, 2, None, 2], [1, None, 2, 2])}
@@ -127,5 +127,5 @@ def test_the_comparison_names_the_best_first_and_what_may_be_chance():
         "differences below 46.8 points may be chance).",
     ]
     assert compare({"bm25": audits["bm25"]}) == []
-    without = [summarize([row()], [Ranks(1, None, None, None, ())], top_k=1, num_passages=1)] * 2
+    without = [summarize([row()], [Ranks(1, None, ())], top_k=1, num_passages=1)] * 2
     assert len(compare(dict(zip("ab", without, strict=True)))) == 1

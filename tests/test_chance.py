@@ -65,15 +65,15 @@ def weights(found, by_chance, scored=None):
     return chance_weights(found.bool(), by_chance, scored.bool(), num_generations=4)
 
 
-def test_weights_are_the_share_of_finds_that_chance_does_not_explain():
+def test_weights_are_the_squared_share_of_finds_that_chance_does_not_explain():
     found = [1, 1, 0, 0] * 4
     by_chance = [0.0] * 4 + [0.25] * 4 + [0.5] * 4 + [0.9] * 4
-    assert weights(found, by_chance).tolist() == [1.0, 0.5, 0.0, 0.0]
+    assert weights(found, by_chance).tolist() == [1.0, 0.25, 0.0, 0.0]
 
 
 def test_weights_of_groups_without_finds_or_outcomes():
     assert weights([0] * 8, [0.0] * 4 + [0.3] * 4).tolist() == [1.0, 0.0]  # nothing to weigh in both
-    assert weights([1, 1, 0, 0], [0.25, 0.25, 0.9, 0.9], [1, 1, 0, 0]).tolist() == [0.75]  # unscored do not count
+    assert weights([1, 1, 0, 0], [0.25, 0.25, 0.9, 0.9], [1, 1, 0, 0]).tolist() == [0.5625]  # unscored do not count
     assert weights([1, 1, 1, 1], [0.2] * 4, [0, 0, 0, 0]).isfinite().all()
 
 
@@ -102,3 +102,18 @@ def test_weights_apply_to_turn_rewards_that_are_normalised_by_themselves():
     half = summed_turn_advantages(paid, outcomes, trajectory, num_generations=4, turn_weights=torch.tensor([0.5, 0.0]))
     assert torch.allclose(half[:4], trajectory[:4, None] + (one[:4] - trajectory[:4, None]) / 2)
     assert torch.equal(half[4:], trajectory[4:, None].expand(4, 2))
+
+
+def test_the_weight_is_the_share_of_earned_finds_times_what_finds_tell_about_them():
+    earned, chance = 0.3, 0.2  # independent probabilities
+    found = 1 - (1 - earned) * (1 - chance)
+    share = 1 - chance / found
+    covariance = earned - earned * found
+    squared_correlation = covariance**2 / (earned * (1 - earned) * found * (1 - found))
+    assert squared_correlation == pytest.approx(share)
+    rollouts = round(found * 100)
+    found_by_100 = torch.arange(100) < rollouts
+    weight = chance_weights(
+        found_by_100, torch.full((100,), chance), torch.ones(100, dtype=torch.bool), num_generations=100
+    )
+    assert weight.item() == pytest.approx(share * squared_correlation)

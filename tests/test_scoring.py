@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.paths import HOTPOTQA
+from tspo_trl import Passage, Turn
 from tspo_trl.scoring import (
+    BREAK,
     contains_answer,
     exact_match,
     extract_answer,
@@ -256,6 +258,19 @@ def test_punctuation_separates_words(text, gold):
 )
 def test_parts_of_words_and_numbers_are_not_found(text, gold):
     assert not contains_answer(text, [gold])
+
+
+@pytest.mark.parametrize(
+    ("end", "start"),
+    [("by Jane", "Austen"), ("the Spider", "Man"), ("in 1969", "70"), ("J.", "Rowling"), ("Ada", "B.")],
+)
+def test_no_answer_reaches_across_the_titles_and_texts_of_passages(end, start):
+    gold = " ".join(f"{end} {start}".split()[-2:])
+    for answer in (gold, gold.replace(" ", "-")):
+        assert contains_answer(f"{end} {start}", [gold])
+        assert not contains_answer(f"{end}\n{BREAK}\n{start}", [answer])
+    assert f"\n{BREAK}\n" in Turn(token_ids=[], passages=[Passage("0", end, start)]).passage_text
+    assert contains_answer("a pilcrow ¶ in the text", ["pilcrow ¶ in"])
 
 
 def test_an_article_in_upper_case_is_found_in_upper_case():

@@ -3,17 +3,18 @@ are compared seed by seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import atan, cos, nan, pi, sin, sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tspo_trl.evaluation.intervals import bootstrap_means, interval
-
 Floats = NDArray[np.float64]
 Cell = Mapping[str, Any]
 
 WINDOW = 8  # steps of the running mean
+LEVEL = 0.95  # of an interval that is read alone
 
 
 def running_mean(values: Sequence[float], window: int = WINDOW) -> Floats:
@@ -115,35 +116,120 @@ def half_of_the_error(cells: Sequence[Cell]) -> float:
     return (1 + float(np.mean([cell["before"]["em"] for cell in cells]))) / 2
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+@cache
+def t_quantile(level: float, degrees: int) -> float:
     """
-    Compute the mean over seeds and its 95 % bootstrap interval.
+    Compute the limit between whose negative and positive value a variable with Student's t distribution is with probability
+    `level`, by bisection.
+
+    Args:
+        level (`float`):
+            A probability below 1.
+        degrees (`int`):
+            Degrees of freedom, from 1 on.
+    """
+    low, high = 0.0, 1.0
+    while t_within(high, degrees) < level:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, degrees) < level else (low, middle)
+    return high
+
+
+def t_within(limit: float, degrees: int) -> float:
+    """
+    Compute the probability that a variable with Student's t distribution is between -`limit` and `limit`, by the finite sum for
+    whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    Args:
+        limit (`float`):
+            A number from 0 on.
+        degrees (`int`):
+            Degrees of freedom, from 1 on.
+    """
+    angle, odd = atan(limit / sqrt(degrees)), degrees % 2
+    total, term = 0.0, cos(angle) if odd else 1.0
+    for j in range(1, degrees // 2 + 1):
+        total += term
+        term *= cos(angle) ** 2 * (2 * j - 1 + odd) / (2 * j + odd)
+    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+
+
+def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
+    """
+    Compute the mean over seeds and its t interval. With few seeds, a bootstrap interval would be too narrow.
 
     Args:
         values (`Sequence[float]`):
             One value per seed.
+        level (`float`, *optional*, defaults to `0.95`):
+            The share of such intervals that contain the true mean.
 
     Returns:
-        `tuple[float, float, float]`: The mean, the lower bound and the upper bound.
+        `tuple[float, float, float]`: The mean, the lower bound and the upper bound, which are NaN for a single value.
     """
-    column = np.asarray(values, dtype=float)[:, None]
-    ((low, high),) = interval(bootstrap_means(column, seed=0))
-    return float(column.mean()), float(low), float(high)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, nan, nan
+    half = t_quantile(level, len(values) - 1) * float(np.std(values, ddof=1)) / sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
-def mean_interval_of_regimes(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+def mean_of_regimes(differences: Sequence[Mapping[int, float]]) -> list[float]:
     """
-    Compute the mean over equally weighted regimes and its 95 % bootstrap interval. Seeds are resampled in every regime.
+    Compute the mean over equally weighted regimes, for every seed that all of them have. Regimes of the same seed share their
+    policies, so their differences are not independent.
 
     Args:
-        values (`Sequence[Sequence[float]]`):
-            For each regime, one value per seed.
+        differences (`Sequence[Mapping[int, float]]`):
+            For each regime, the difference of each seed.
+    """
+    seeds = set.intersection(*(set(of_seed) for of_seed in differences)) if differences else set()
+    return [float(np.mean([of_seed[seed] for of_seed in differences])) for seed in sorted(seeds)]
+
+
+def behind(differences: Sequence[float], margin: float) -> str:
+    """
+    Decide whether an arm is behind by more than a margin.
+
+    Args:
+        differences (`Sequence[float]`):
+            The arm minus the baseline, one value per seed.
+        margin (`float`):
+            The margin, a positive number.
 
     Returns:
-        `tuple[float, float, float]`: The mean, the lower bound and the upper bound.
+        `str`: `"no"` if the whole 95 % interval is above -`margin`, `"yes"` if it is below, else `"open"`.
     """
-    means = np.mean(
-        [bootstrap_means(np.asarray(v, dtype=float)[:, None], seed=i) for i, v in enumerate(values)], axis=0
-    )
-    ((low, high),) = interval(means)
-    return float(np.mean([np.mean(v) for v in values])), float(low), float(high)
+    _, low, high = mean_interval(differences)
+    return "no" if low > -margin else "yes" if high < -margin else "open"
+
+
+def mean_curve(cells: Sequence[Cell], name: str = "em") -> Floats:
+    """Return the mean over seeds of a curve, by step."""
+    return np.mean([cell["curves"][name] for cell in cells], axis=0)
+
+
+def steps_ratio(curve: Sequence[float], of_base: Sequence[float], target: float) -> tuple[str, float] | None:
+    """
+    Compare the steps that two mean curves need to reach a target. If the baseline does not reach it, its highest running mean is
+    the target.
+
+    Args:
+        curve (`Sequence[float]`):
+            The exact match of an arm, by step.
+        of_base (`Sequence[float]`):
+            That of the baseline, of the same length.
+        target (`float`):
+            The exact match to reach.
+
+    Returns:
+        `tuple[str, float]` or `None`: The ratio of the steps; before it `">"` if the arm does not reach the target in its steps,
+        else `""`. `None` if there are fewer steps than the running mean has.
+    """
+    if len(of_base) < WINDOW:
+        return None
+    target = min(target, float(running_mean(of_base)[WINDOW - 1 :].max()))
+    steps, base = steps_to(curve, target), steps_to(of_base, target)
+    return ("" if steps else ">"), (steps or len(curve)) / (base or len(of_base))

@@ -46,6 +46,30 @@ class TwoSegmentTrainer(TSPOTrainer):
         return rewards, of_outcome, torch.ones_like(outcomes, dtype=torch.bool)
 
 
+class EvidenceTrainer(TSPOTrainer):
+    """
+    Trainer that looks for evidence by its title instead of its text. Where a row has `supporting_titles`, the first occurrence is
+    the first turn that retrieved a passage with one of these titles. Everything else is TSPO. Such titles are annotations.
+    """
+
+    def compute_turn_advantages(self, outcomes, first_occurrence, num_turns, *, rows, **kwargs):
+        turns = first_occurrence.tolist()
+        for i, row in enumerate(rows):
+            if titles := row.get("supporting_titles"):
+                turns[i] = first_supporting_turn(row["trajectory"], titles)
+        return super().compute_turn_advantages(
+            outcomes, first_occurrence.new_tensor(turns), num_turns, rows=rows, **kwargs
+        )
+
+
+def first_supporting_turn(trajectory: Trajectory, titles: Sequence[str]) -> int:
+    """The 0-based turn that first retrieved a passage with one of some titles, -1 if there is none."""
+    for place, turn in enumerate(trajectory.turns):
+        if any(passage.title in titles for passage in turn.passages):
+            return place
+    return -1
+
+
 class ModulatedTrainer(TSPOTrainer):
     """
     Trainer whose mixed groups look at evidence too, without changing the sign of an outcome's advantage (after STAMP, arXiv
@@ -180,6 +204,8 @@ class Arm:
 
 GRPO = "grpo"
 TSPO = "tspo"
+#: The arm that the published intervals make claims about.
+DEFAULT = "chance"
 
 #: All options that affect credit, set explicitly so that the study does not depend on the library's defaults.
 TSPO_SETTINGS = {
@@ -210,5 +236,6 @@ ARMS = {
     "utility": Arm("chance, and passage utility", {"folr_guard": "chance"}, trainer=PassageUtilityTrainer),
     "graded": Arm("chance, outcome F1", {"folr_guard": "chance"}, rewards=(f1_reward,)),
     "igpo": Arm("information gain, after IGPO", {"advantage_level": "turn"}, trainer=InformationGainTrainer),
+    "evidence": Arm("TSPO, supporting title", trainer=EvidenceTrainer),
     "two_segment": Arm("two segments, after MT-GRPO", {"advantage_level": "trajectory"}, trainer=TwoSegmentTrainer),
 }

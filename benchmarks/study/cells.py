@@ -1,8 +1,10 @@
 """Train and measure one cell of the study: an arm in a regime with a seed."""
 
+import hashlib
 import json
 import logging
 import os
+import platform
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -15,11 +17,13 @@ import transformers
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 
+import tspo_trl
 from tspo_trl import BM25Retriever, TSPOConfig
 from tspo_trl.demo.warmup import LIMITS
+from tspo_trl.demo.world import Question
 
 from .arms import ARMS, TSPO_SETTINGS
-from .regimes import REGIMES, make_policy, make_strong
+from .regimes import ALL_REGIMES, Regime, make_policy, make_strong
 
 #: Short name -> the logged metric that is stored for every step.
 CURVES = {
@@ -30,6 +34,7 @@ CURVES = {
     "rescued": "groups/rescued",
     "no_signal": "groups/no_signal",
     "searches": "search/calls",
+    "chance": "search/chance",
     "entropy": "entropy",
 }
 HELDOUT = ("em", "hit", "near_miss")
@@ -56,6 +61,10 @@ class Scale:
     group_size: int = 8
     heldout: int = 256
 
+    def steps_of(self, regime: Regime) -> int:
+        """Number of training steps in a regime."""
+        return max(2, round(regime.steps * self.steps))
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -64,7 +73,7 @@ class Cell:
 
     Args:
         regime (`str`):
-            Key of `REGIMES`.
+            Key of `ALL_REGIMES`.
         arm (`str`):
             Key of `ARMS`.
         seed (`int`):
@@ -89,6 +98,28 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
+def make_row(question: Question) -> dict[str, Any]:
+    """Make a row of the data set. The searches of a question are the titles of the passages that it needs."""
+    return {**question.row(), "supporting_titles": list(question.queries)}
+
+
+def processor() -> str:
+    """Return the name of the processor: on another one, the same seed gives other rollouts."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def source_digest() -> str:
+    """Return a short digest of the code of the library, which does not depend on a commit."""
+    folder = Path(tspo_trl.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        code.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return code.hexdigest()[:12]
+
+
 def prepare_strong(seed: int, folder: Path) -> None:
     """Make the strong policy from which the initial policies of all regimes are made."""
     quiet()
@@ -98,7 +129,7 @@ def prepare_strong(seed: int, folder: Path) -> None:
 def prepare_regime(regime: str, seed: int, folder: Path) -> None:
     """Make the initial policy of a regime, which is the same for all arms."""
     quiet()
-    make_policy(REGIMES[regime], seed, folder / "policies")
+    make_policy(ALL_REGIMES[regime], seed, folder / "policies")
 
 
 def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
@@ -117,7 +148,7 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
         `dict[str, Any]`: The results, as written to the file.
     """
     quiet()
-    regime, arm = REGIMES[cell.regime], ARMS[cell.arm]
+    regime, arm = ALL_REGIMES[cell.regime], ARMS[cell.arm]
     world = regime.make_world(cell.seed)
     policy = make_policy(regime, cell.seed, folder / "policies")
     rollouts = scale.questions * scale.group_size
@@ -134,7 +165,7 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
                 per_device_eval_batch_size=128,
                 num_generations=scale.group_size,
                 num_generations_eval=1,
-                max_steps=max(2, round(regime.steps * scale.steps)),
+                max_steps=scale.steps_of(regime),
                 learning_rate=5e-4,
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
@@ -148,8 +179,10 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
                 log_trajectories=False,
                 warn_on_collapse=False,
             ),
-            train_dataset=Dataset.from_list([question.row() for question in world.train_questions]),
-            eval_dataset=Dataset.from_list([question.row() for question in world.heldout_questions[: scale.heldout]]),
+            train_dataset=Dataset.from_list([make_row(question) for question in world.train_questions]),
+            eval_dataset=Dataset.from_list(
+                [make_row(question) for question in world.heldout_questions[: scale.heldout]]
+            ),
             retriever=BM25Retriever(world.passages),
         )
         trainer.remove_callback(PrinterCallback)
@@ -167,12 +200,26 @@ def run_cell(cell: Cell, scale: Scale, folder: Path) -> dict[str, Any]:
         "before": {name: round(before[f"eval_{CURVES[name]}"], 4) for name in HELDOUT},
         "after": {name: round(after[f"eval_{CURVES[name]}"], 4) for name in HELDOUT},
         "curves": {name: [round(entry[key], 4) for entry in steps] for name, key in CURVES.items()},
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(trainer.model.device)},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(trainer.model.device),
+            "cpu": processor(),
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tspo_trl": tspo_trl.__version__,
+            "source": source_digest(),
+        },
     }
-    path = cell.path(folder)
+    write_result(result, cell.path(folder))
+    return result
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write the results of a cell atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
     unfinished.rename(path)
-    return result

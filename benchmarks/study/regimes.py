@@ -1,65 +1,35 @@
 """The regimes of the study: initial policies for the fictional encyclopedia. Each seed has its own world and policy."""
 
 import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tspo_trl import Trajectory
-from tspo_trl.demo import World, make_tokenizer, make_world, supervise, warm_start
+from tspo_trl.demo import World, make_model, make_tokenizer, supervise, warm_start
 from tspo_trl.demo.warmup import answer_rate, demonstrate_world, sample
 from tspo_trl.demo.world import Question
 
-#: Answers of a single letter. A is left out, because it is an article and its normalised form is empty.
-ZONES = "BCDEFG"
+from .worlds import (
+    ZONES,
+    misleading_world,
+    noisy_world,
+    plain_world,
+    real_passages,
+    real_text_world,
+    repeated_world,
+    small_repeated_world,
+)
+
 WORLDS = 8  # number of worlds with demonstrations
-ADAPT_STEPS = 300  # steps to adapt a strong policy to the passages of the control
-
-
-def mislead(world: World, seed: int) -> World:
-    """
-    Add misleading answers to an encyclopedia. Every passage gets its own zone, and two countries and two languages that
-    are unrelated to it. Only questions with a country or a language as answer are kept, and questions for the zones of
-    cities are added.
-
-    Args:
-        world ([`World`]):
-            The encyclopedia.
-        seed (`int`):
-            Seed of the additions.
-    """
-    rng = random.Random(seed)
-    passages, zones = [], {}
-    for passage in world.passages:
-        zones[passage.title] = zone = rng.choice(ZONES)
-        others = [*rng.sample(world.names["country"], 2), *rng.sample(world.names["language"], 2)]
-        rng.shuffle(others)
-        passages.append(replace(passage, text=f"{passage.text} Zone {zone}. Also: {', '.join(others)}."))
-
-    def ask(questions: list[Question]) -> list[Question]:
-        kept = [question for question in questions if question.kind in ("country", "language")]
-        cities = sorted({question.queries[0] for question in questions if question.kind == "language"})
-        asked = kept + [Question(f"In which zone is {city}?", zones[city], (city,), "zone") for city in cities]
-        rng.shuffle(asked)
-        return asked
-
-    return World(
-        passages, ask(world.train_questions), ask(world.heldout_questions), world.names | {"zone": list(ZONES)}
-    )
-
-
-def plain_world(seed: int) -> World:
-    """Make the encyclopedia of the demo."""
-    return make_world(seed)
-
-
-def misleading_world(seed: int) -> World:
-    """Make the encyclopedia of the control."""
-    return mislead(make_world(seed), seed)
+ADAPT_STEPS = 300  # steps to adapt a strong policy to passages that are not those of the demo
+EMBEDDINGS = ("model.embed_tokens", "lm_head")  # weights of the vocabulary, which are one tensor
 
 
 @dataclass(frozen=True)
@@ -78,7 +48,13 @@ class Regime:
         steps (`int`):
             Number of training steps.
         make_world (`Callable[[int], World]`, *optional*):
-            Makes the worlds for demonstrations and training, from a seed.
+            Makes the world of training, from a seed.
+        warm_world (`Callable[[int], World]`, *optional*):
+            Makes the worlds of the warm start, from a seed. `None` stands for `make_world`.
+        real_words (`bool`, *optional*, defaults to `False`):
+            Whether the policy knows the words of the real passages.
+        share (`float`, *optional*):
+            In the sweep, the share of the passages that name answers of other questions.
     """
 
     title: str
@@ -86,15 +62,45 @@ class Regime:
     wrong_answer: float
     steps: int
     make_world: Callable[[int], World] = plain_world
+    warm_world: Callable[[int], World] | None = None
+    real_words: bool = False
+    share: float | None = None
+
+    def policy_world(self, seed: int) -> World:
+        """Make a world of the warm start."""
+        return (self.warm_world or self.make_world)(seed)
+
+    @property
+    def policy(self) -> tuple[str, float, float]:
+        """What the initial policy depends on, besides its seed. Regimes with the same value share their policies."""
+        make_world: Any = self.warm_world or self.make_world
+        return make_world.__name__, self.wrong_query, self.wrong_answer
 
 
+#: The regimes, in the order of the tables. The new ones come last.
 REGIMES = {
     "weak": Regime("weak search, weak answers", 0.5, 0.8, 60),
     "weak_answers": Regime("good search, weak answers", 0.05, 0.9, 30),
     "weak_search": Regime("weak search, good answers", 0.5, 0.0, 35),
     "nearly_solved": Regime("nearly solved", 0.1, 0.1, 20),
     "misleading": Regime("control: misleading near misses", 0.25, 0.3, 50, misleading_world),
+    "many_queries": Regime("every search finds the answer", 0.5, 0.8, 40, repeated_world, small_repeated_world),
+    "real_text": Regime("among real passages", 0.4, 0.6, 40, real_text_world, real_words=True),
 }
+
+#: Share of the passages that name answers of other questions, in the sweep of chance.
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def _of_share(share: float) -> Regime:
+    make_world = partial(noisy_world, share=share)
+    return Regime(f"share {share:.1f}", 0.25, 0.6, 40, make_world, warm_world=noisy_world, share=share)
+
+
+#: The regimes of the sweep of chance. They differ only in the passages: all start from the same policies.
+SWEEP = {f"chance_{round(100 * share):02}": _of_share(share) for share in SHARES}
+
+ALL_REGIMES = REGIMES | SWEEP
 
 
 def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Trajectory:
@@ -105,9 +111,38 @@ def cut_at_wrong_query(demonstration: Trajectory, question: Question) -> Traject
     return demonstration
 
 
-def study_tokenizer() -> PreTrainedTokenizerBase:
-    """Make the tokenizer of all regimes."""
-    return make_tokenizer([f"In which zone is x? Zone {' '.join(ZONES)}. Also: x, x"])
+def study_tokenizer(*, real_words: bool = False) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of the regimes, with the words of the real passages too if `real_words`."""
+    texts = [f"In which zone is x? Zone {' '.join(ZONES)}. Also: x, x"]
+    if real_words:
+        texts += [f"{passage.title} {passage.text}" for passage in real_passages()]
+    return make_tokenizer(texts)
+
+
+def with_more_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, larger: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """
+    Give a policy a larger vocabulary. What it knows stays: the known words keep their embeddings.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The policy, from [`~tspo_trl.demo.make_model`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        larger ([`~transformers.PreTrainedTokenizerBase`]):
+            A tokenizer with the same words and more.
+        seed (`int`):
+            Seed of the embeddings of the new words.
+    """
+    grown = make_model(larger, seed=seed)
+    words, places = tokenizer.get_vocab(), larger.get_vocab()
+    others = {name: value for name, value in model.state_dict().items() if not name.startswith(EMBEDDINGS)}
+    grown.load_state_dict(others, strict=False)
+    with torch.no_grad():
+        known = model.get_input_embeddings().weight[list(words.values())]
+        grown.get_input_embeddings().weight[[places[word] for word in words]] = known
+    return grown
 
 
 def make_strong(seed: int, folder: Path) -> Path:
@@ -145,26 +180,32 @@ def make_policy(regime: Regime, seed: int, folder: Path) -> Path:
     Returns:
         `Path`: The folder of the policy.
     """
-    tokenizer = study_tokenizer()
-    path = folder / f"{regime.make_world.__name__}-{seed}-{regime.wrong_query}-{regime.wrong_answer}"
+    made, wrong_query, wrong_answer = regime.policy
+    path = folder / f"{made}-{seed}-{wrong_query}-{wrong_answer}"
     if not path.exists():
+        tokenizer = study_tokenizer(real_words=regime.real_words)
         model = AutoModelForCausalLM.from_pretrained(make_strong(seed, folder))
-        worlds = [regime.make_world(1_000_000 * (seed + 1) + i) for i in range(WORLDS + 1)]
-        if regime.make_world is not plain_world:
-            supervise(
-                model, _demonstrate(tokenizer, worlds[:WORLDS], seed), steps=ADAPT_STEPS, learning_rate=1e-3, seed=seed
-            )
-            questions = worlds[WORLDS].heldout_questions[:64]
-            reached = answer_rate(sample(model, tokenizer, worlds[WORLDS], questions, greedy=True), questions)
-            if reached < 0.7:
-                raise RuntimeError(
-                    f"The policy of seed {seed} did not learn to read the passages: it answers {reached:.0%} correctly."
-                )
-        mistakes = {"wrong_query": regime.wrong_query, "wrong_answer": regime.wrong_answer}
-        shown = _demonstrate(tokenizer, worlds[:WORLDS], seed, **mistakes)
+        if regime.real_words:
+            model = with_more_words(model, study_tokenizer(), tokenizer, seed)
+        worlds = [regime.policy_world(1_000_000 * (seed + 1) + i) for i in range(WORLDS + 1)]
+        if made != plain_world.__name__:
+            _adapt(model, tokenizer, worlds, seed)
+        shown = _demonstrate(tokenizer, worlds[:-1], seed, wrong_query=wrong_query, wrong_answer=wrong_answer)
         supervise(model, shown, steps=80, learning_rate=1e-3, seed=seed)
         _save(model, tokenizer, path)
     return path
+
+
+def _adapt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, worlds: list[World], seed: int) -> None:
+    """Teach a policy to read the passages of other worlds, without mistakes, and check that it does. The last world is unseen."""
+    shown = _demonstrate(tokenizer, worlds[:-1], seed)
+    supervise(model, shown, steps=ADAPT_STEPS, learning_rate=1e-3, seed=seed)
+    questions = worlds[-1].heldout_questions[:64]
+    reached = answer_rate(sample(model, tokenizer, worlds[-1], questions, greedy=True), questions)
+    if reached < 0.7:
+        raise RuntimeError(
+            f"The policy of seed {seed} did not learn to read the passages: it answers {reached:.0%} correctly."
+        )
 
 
 def _demonstrate(

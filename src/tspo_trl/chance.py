@@ -80,9 +80,9 @@ class SearchPool:
                 ]
         self._searches.extend(added[:size])
 
-    def count(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> tuple[int, int]:
+    def finds(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> list[bool | None]:
         """
-        Count the searches of other questions whose passages contain a golden answer. Questions with an answer in common
+        Whether the passages of each search contain a golden answer of another question. Questions with an answer in common
         are not others: their rollouts look for it.
 
         Args:
@@ -94,11 +94,29 @@ class SearchPool:
                 The golden answers to look for.
 
         Returns:
-            `tuple[int, int]`: Number of searches that found one, and number of searches of other questions.
+            `list[bool | None]`: A value for each search of the pool, oldest first; `None` if its question is no other one.
         """
         answers = _normalized(golden_answers)
-        others = [s for s in self._searches if s.question != question and answers.isdisjoint(s.answers)]
-        return sum(search.text.contains(eligible) for search in others), len(others)
+        return [
+            search.text.contains(eligible)
+            if search.question != question and answers.isdisjoint(search.answers)
+            else None
+            for search in self._searches
+        ]
+
+    def count(self, question: str, golden_answers: Sequence[str], eligible: Sequence[str]) -> tuple[int, int]:
+        """
+        Count the searches of other questions whose passages contain a golden answer.
+
+        Args:
+            question, golden_answers, eligible:
+                As in [`SearchPool.finds`].
+
+        Returns:
+            `tuple[int, int]`: Number of searches that found one, and number of searches of other questions.
+        """
+        others = [found for found in self.finds(question, golden_answers, eligible) if found is not None]
+        return sum(others), len(others)
 
     def state(self) -> list[tuple[str, list[str], str]]:
         """The pool as plain data, which a checkpoint can hold."""
@@ -141,13 +159,15 @@ def chance_weights(
     found: torch.Tensor, by_chance: torch.Tensor, scored: torch.Tensor, *, num_generations: int
 ) -> torch.Tensor:
     r"""
-    The share of a group's finds that chance does not explain:
+    How much the finds of a group count: the square of the share that chance does not explain,
 
-    $$ w_g = \max\left(0, 1 - \frac{b_g}{h_g}\right) $$
+    $$ w_g = \max\left(0, 1 - \frac{b_g}{h_g}\right)^2 $$
 
     where \\(h_g\\) is the share of the group's rollouts whose passages contain a golden answer, and \\(b_g\\) the share that is
-    expected by chance. It is 1 if chance finds nothing, and 0 if chance finds as much as the group. See [`turn_advantages`]
-    for what it is multiplied with.
+    expected by chance. It is 1 if chance finds nothing, and 0 if chance finds as much as the group. If finds are
+    either earned or made by chance, independently of each other, \\(1 - b_g / h_g\\) is the share of finds that are earned, and also the
+    squared correlation between finding and earning. The weight is the product of the two: a find is worth less, and says less.
+    See [`turn_advantages`] for what it is multiplied with.
 
     Args:
         found (`torch.Tensor`):
@@ -167,5 +187,5 @@ def chance_weights(
     size = counted.sum(dim=1).clamp(min=1)
     share = (found.view(-1, num_generations) * counted).sum(dim=1) / size
     expected = (by_chance.view(-1, num_generations) * counted).sum(dim=1) / size
-    weights = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
-    return torch.where(expected == 0, 1.0, weights)
+    earned = (1 - expected / share).clamp(min=0.0)  # nothing found: -inf, or NaN without chance
+    return torch.where(expected == 0, 1.0, earned**2)

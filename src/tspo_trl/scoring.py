@@ -17,6 +17,8 @@ import regex
 
 from .support.scripts import LETTERS, SPACELESS
 
+#: Stands between the titles and texts of passages. No answer reaches across it.
+BREAK = "¶"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = string.punctuation.encode()
 _TRIVIAQA_PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}‘’´]")
@@ -291,12 +293,12 @@ def _between(left: str, gap: str, right: str) -> str:
     if left[-1].isdigit() and right[0].isdigit() and gap in {".", ",", ":", "'", "’"}:
         return regex.escape(gap) + ("?" if gap == "," else "")  # a number: 12,000 or 12000
     if regex.search(r"\s", gap):
-        return rf"[^{LETTERS}]+"
+        return rf"[^{LETTERS}{BREAK}]+"
     if left[-1].isdigit() and right[0].isdigit():
-        return rf"\s*[^{LETTERS}\s]+\s*"  # 1969-70, not 1969 70
+        return rf"\s*[^{LETTERS}{BREAK}\s]+\s*"  # 1969-70, not 1969 70
     if len(left) == 1 or len(right) == 1:
-        return rf"(?:[^{LETTERS}\s]*|\.\s)"  # AT&T, not "at T"; J.R.R. or J. R. R.
-    return rf"[^{LETTERS}]*"  # Spider-Man, Spider Man, Spiderman
+        return rf"(?:[^{LETTERS}{BREAK}\s]*|\.\s)"  # AT&T, not "at T"; J.R.R. or J. R. R.
+    return rf"[^{LETTERS}{BREAK}]*"  # Spider-Man, Spider Man, Spiderman
 
 
 @lru_cache(maxsize=2048)

@@ -1,4 +1,4 @@
-"""The study of turn credit: its arms, its regimes, its analysis, and a small run."""
+"""The study of turn credit: its arms, its worlds, its regimes, and a small run."""
 
 import json
 import math
@@ -10,35 +10,36 @@ import pytest
 import torch
 
 from benchmarks.study import arms
-from benchmarks.study.__main__ import DOCS, RESULTS, insert, plan, read_results
-from benchmarks.study.analysis import (
-    half_of_the_error,
-    largest_drop,
-    mean_interval,
-    mean_interval_of_regimes,
-    running_mean,
-    steps_to,
-    summarize,
-)
 from benchmarks.study.arms import (
     ARMS,
     GRPO,
     TSPO,
     TSPO_SETTINGS,
+    EvidenceTrainer,
     InformationGainTrainer,
     ModulatedTrainer,
     PassageUtilityTrainer,
     TwoSegmentTrainer,
     answer_probabilities,
+    first_supporting_turn,
     near_miss_reward,
     passage_utility,
 )
-from benchmarks.study.cells import HELDOUT
-from benchmarks.study.regimes import REGIMES, ZONES, mislead, study_tokenizer
-from benchmarks.study.report import arrange, markdown, paired, summaries
+from benchmarks.study.cells import make_row, processor, source_digest
+from benchmarks.study.regimes import REGIMES, SHARES, SWEEP, study_tokenizer, with_more_words
+from benchmarks.study.worlds import (
+    REAL_COUNT,
+    ZONES,
+    add_noise,
+    mislead,
+    real_passages,
+    real_text_world,
+    repeat_facts,
+    repeated_world,
+)
 from helpers.paths import ROOT
 from tspo_trl import Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
-from tspo_trl.demo import make_world
+from tspo_trl.demo import make_model, make_world
 from tspo_trl.scoring import contains_answer
 
 nan = math.nan
@@ -70,7 +71,7 @@ def test_two_segments_exclude_unscorable_rollouts():
     torch.testing.assert_close(advantages, torch.tensor([[one, 0.0], [-one, 0.0], [0.0, 0.0]]))
 
 
-def credit(trainer_class, outcomes, occurrence, turns, size, *, weights=None, trajectories=()):
+def credit(trainer_class, outcomes, occurrence, turns, size, *, weights=None, trajectories=(), **columns):
     """The turn rewards and advantages of an arm, which needs only the configuration of its trainer."""
     trainer = object.__new__(trainer_class)
     trainer.args = TSPOConfig(output_dir="unused", use_cpu=True, bf16=False)
@@ -82,7 +83,7 @@ def credit(trainer_class, outcomes, occurrence, turns, size, *, weights=None, tr
         num_generations=size,
         success_threshold=1.0,
         turn_weights=torch.tensor(weights or [1.0] * (len(outcomes) // size)),
-        rows=[{"trajectory": trajectory, "golden_answers": ["gold"]} for trajectory in trajectories],
+        rows=[{"trajectory": trajectory, "golden_answers": ["gold"], **columns} for trajectory in trajectories],
     )
 
 
@@ -101,6 +102,39 @@ def found(*turns):
     """A trajectory whose turns retrieved passages with these ids."""
     made = [Turn(token_ids=[1], action="search", passages=[Passage(i, "", i) for i in ids]) for ids in turns]
     return Trajectory(prompt_ids=[0], turns=made, status="no_answer")
+
+
+def titled(*turns):
+    """A trajectory whose turns retrieved passages with these titles."""
+    made = [Turn(token_ids=[1], action="search", passages=[Passage("0", t, "") for t in titles]) for titles in turns]
+    return Trajectory(prompt_ids=[0], turns=made, status="no_answer")
+
+
+def test_the_first_supporting_turn_retrieves_any_of_the_titles():
+    trajectory = titled(("Oslo",), (), ("Rome", "Oslo"), ("Paris",))
+    assert first_supporting_turn(trajectory, ["Paris", "Rome"]) == 2
+    assert first_supporting_turn(trajectory, ["Oslo"]) == 0
+    assert first_supporting_turn(trajectory, ["oslo", "Os"]) == -1  # whole titles
+
+
+def test_credit_by_titles_is_the_credit_of_tspo_at_the_first_supporting_turn():
+    trajectories = [titled((), ("Rome",)), titled(("Oslo",), ()), titled(("Rome",), ("Rome",)), titled((), ())]
+    arguments = [0.0] * 4, [2] * 4, 4
+    found = credit_by_titles(arguments, [-1, 0, -1, 1], trajectories, ["Rome", "Paris"])
+    tspo = credit(TSPOTrainer, arguments[0], [1, -1, 0, -1], *arguments[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, tspo, strict=True))
+    assert found[0].tolist() == [[0.0, 0.5], [0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]
+    # Without titles, it is TSPO
+    found = credit_by_titles(arguments, [-1, 0, -1, 1], trajectories, None)
+    tspo = credit(TSPOTrainer, arguments[0], [-1, 0, -1, 1], *arguments[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, tspo, strict=True))
+
+
+def credit_by_titles(arguments, occurrence, trajectories, titles):
+    outcomes, turns, size = arguments
+    return credit(
+        EvidenceTrainer, outcomes, occurrence, turns, size, trajectories=trajectories, supporting_titles=titles
+    )
 
 
 def test_the_utility_of_a_passage_is_the_success_that_goes_with_it():
@@ -172,7 +206,7 @@ def test_each_arm_changes_the_option_in_its_name():
     for name, options in settings.items():
         TSPOConfig(output_dir="unused", use_cpu=True, **options)
         changed = {key for key in TSPO_SETTINGS if options[key] != TSPO_SETTINGS[key]}
-        assert len(changed) == (0 if name == TSPO else 1)
+        assert len(changed) == (0 if name in (TSPO, "evidence") else 1)
     assert all(arm.same_as in ARMS and arm.regimes for arm in ARMS.values() if arm.same_as or arm.regimes)
 
 
@@ -206,78 +240,85 @@ def test_the_tokenizer_knows_every_word_of_the_control():
     assert tokenizer.unk_token_id not in {token for text in texts for token in tokenizer(text)["input_ids"]}
 
 
-def test_running_mean_steps_and_largest_drop():
-    rising = [0.0] * 8 + [1.0] * 8
-    np.testing.assert_allclose(running_mean([1, 2, 3, 4], window=2), [1, 1.5, 2.5, 3.5])
-    assert steps_to(rising, 0.5) == 12
-    assert steps_to(rising, 1.0) == 16
-    assert steps_to(rising, 0.0) == 8  # the first full mean
-    assert steps_to(rising, 1.1) is None
-    assert steps_to([1.0] * 7, 0.5) is None
-    assert largest_drop(rising) == 0.0
-    assert largest_drop(rising[::-1]) == pytest.approx(1.0)
-    assert largest_drop(rising + [0.0] * 4) == pytest.approx(0.5)
+def test_noise_grows_with_the_share_and_keeps_the_facts():
+    world = make_world(3)
+    texts = [[p.text for p in add_noise(world, 3, share).passages] for share in (0.0, 0.2, 0.5)]
+    assert texts[0] == [p.text for p in world.passages]
+    changed = [{i for i, text in enumerate(of_share) if text != texts[0][i]} for of_share in texts]
+    assert [len(places) for places in changed] == [0, round(0.2 * len(texts[0])), round(0.5 * len(texts[0]))]
+    assert changed[1] < changed[2]
+    assert all(texts[2][i] == texts[1][i] for i in changed[1])
+    assert all(text.startswith(plain) for plain, text in zip(texts[0], texts[2], strict=True))
+    noisy = add_noise(world, 3, 0.5)
+    questions = [*noisy.train_questions, *noisy.heldout_questions]
+    assert {question.kind for question in questions} == {"country", "language"}
+    plain, found = (
+        np.mean([contains_answer(text, [q.answer]) for q in questions[:50] for text in of_share])
+        for of_share in (texts[0], texts[2])
+    )
+    assert found > 2 * plain
 
 
-def test_intervals_resample_the_seeds():
-    assert mean_interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
-    mean, low, high = mean_interval([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert mean == pytest.approx(0.2)
-    assert 0.0 <= low < 0.1 < 0.3 < high <= 0.4
-    mean, low, high = mean_interval_of_regimes([[0.0, 0.2], [1.0, 1.0, 1.0]])
-    assert (mean, low, high) == pytest.approx((0.55, 0.5, 0.6))
+def test_regimes_of_the_sweep_differ_only_in_their_passages():
+    assert [regime.share for regime in SWEEP.values()] == list(SHARES)
+    assert len({(regime.policy, regime.steps) for regime in SWEEP.values()}) == 1
+    worlds = [regime.make_world(1) for regime in SWEEP.values()]
+    assert len({str(world.train_questions) for world in worlds}) == 1
+    assert len({str(world.passages) for world in worlds}) == len(SHARES)
 
 
-def make_cell(regime, arm, seed, em, **curves):
-    steps = len(em)
-    zeros = [0.0] * steps
-    names = ("em", "hit", "near_miss", "all_wrong", "rescued", "no_signal", "searches", "entropy")
-    values = {name: list(curves.get(name, zeros)) for name in names} | {"em": list(em)}
-    before, after = (dict.fromkeys(HELDOUT, value) for value in (0.2, em[-1]))
-    return {
-        "regime": regime, "arm": arm, "seed": seed, "steps": steps, "seconds": 2.0 * steps,
-        "before": before, "after": after, "curves": values,
-    }  # fmt: skip
-
-
-def make_cells():
-    return [
-        make_cell(regime, arm, seed, [gain * (seed + 1) * 0.1] * 10, all_wrong=[0.5] * 10, rescued=[0.25] * 10)
-        for regime in ("weak", "misleading")
-        for arm, gain in (("grpo", 1), ("tspo", 2))
-        for seed in (1, 0)
+def test_with_repeated_facts_every_search_finds_the_answer():
+    world = repeat_facts(make_world(3))
+    texts = {p.title: p.text for p in world.passages}
+    questions = [*world.train_questions, *world.heldout_questions]
+    assert {question.hops for question in questions} == {2, 3}
+    assert all(contains_answer(texts[title], [q.answer]) for q in questions for title in q.queries)
+    found = [
+        contains_answer(text, [q.answer]) for q in repeated_world(3).train_questions[:50] for text in texts.values()
     ]
+    assert np.mean(found) < 0.06
 
 
-def test_summary_of_a_cell():
-    cell = make_cell("weak", "tspo", 0, [0.1] * 8 + [0.9] * 8, all_wrong=[1.0, 0.0] * 8, rescued=[0.5, 0.0] * 8)
-    summary = summarize(cell, 0.6)
-    assert (summary.em, summary.area, summary.steps) == (0.9, pytest.approx(0.5), 13)
-    assert (summary.all_wrong, summary.rescued, summary.seconds) == (0.5, 0.5, 2.0)
-    assert math.isnan(summarize(make_cell("weak", "tspo", 0, [1.0] * 8), 0.6).rescued)
-    assert half_of_the_error([cell]) == 0.6
+def test_real_passages_fit_an_observation_and_are_known():
+    passages = real_passages()
+    assert len({p.id for p in passages}) == REAL_COUNT
+    tokenizer = study_tokenizer(real_words=True)
+    ids = [tokenizer(f"{p.title} {p.text}")["input_ids"] for p in passages]
+    assert tokenizer.unk_token_id not in {token for of_passage in ids for token in of_passage}
+    assert np.quantile([len(of_passage) for of_passage in ids], 0.9) < 28
+    world = real_text_world(2)
+    assert len({p.id for p in world.passages}) == len(world.passages)
+    assert world.passages[: -len(passages)] == make_world(2).passages
 
 
-def test_arms_are_compared_seed_by_seed():
-    results = arrange(make_cells())
-    numbers = summaries(results["weak"])
-    assert paired(numbers["tspo"], numbers["grpo"]) == pytest.approx([0.1, 0.2])
-    del numbers["tspo"][0]
-    assert paired(numbers["tspo"], numbers["grpo"]) == pytest.approx([0.2])
+def test_a_larger_vocabulary_keeps_what_a_policy_knows():
+    small, large = study_tokenizer(), study_tokenizer(real_words=True)
+    assert len(large) > 2 * len(small)
+    model = make_model(small, seed=1)
+    grown = with_more_words(model, small, large, seed=2)
+    text = "Question: Who wrote Silent Harbor?\n<search> Silent Harbor</search>"
+    ids, more = (torch.tensor([tokenizer(text)["input_ids"]]) for tokenizer in (small, large))
+    assert not torch.equal(ids, more)  # the tags have other numbers
+    words, places = small.get_vocab(), large.get_vocab()
+    order = sorted(words, key=words.get)
+    with torch.no_grad():
+        expected, found = model(ids).logits, grown(more).logits
+    torch.testing.assert_close(found[..., [places[word] for word in order]], expected)
+    assert grown.get_output_embeddings().weight is grown.get_input_embeddings().weight
 
 
-def test_the_page_shows_the_committed_results():
-    cells = read_results(RESULTS)
-    measured = {cell["arm"] for cell in cells}  # an arm is published with all its regimes and seeds, or not at all
-    assert measured >= {GRPO, TSPO}
-    assert {(c["regime"], c["arm"], c["seed"]) for c in cells} == {
-        (c.regime, c.arm, c.seed) for c in plan(REGIMES, measured, 5)
-    }
-    assert len({json.dumps(c["scale"]) for c in cells}) == 1
-    for cell in cells:
-        assert {len(curve) for curve in cell["curves"].values()} == {cell["steps"]} == {REGIMES[cell["regime"]].steps}
-    page = (DOCS / "study.md").read_text(encoding="utf-8")
-    assert insert(page, markdown(arrange(cells))) == page
+def test_a_row_names_the_passages_that_it_needs():
+    world = make_world(0)
+    titles = {p.title for p in world.passages}
+    rows = [make_row(question) for question in world.train_questions]
+    assert all(titles.issuperset(row["supporting_titles"]) for row in rows)
+    assert {len(row["supporting_titles"]) for row in rows} == {1, 2, 3}
+
+
+def test_a_cell_tells_its_processor_and_its_source():
+    assert processor()
+    assert len(source_digest()) == 12
+    assert source_digest() == source_digest()
 
 
 @pytest.mark.slow

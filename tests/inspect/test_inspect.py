@@ -107,7 +107,7 @@ def test_the_part_of_chance_in_the_finds_is_explained():
     assert explain_group(group, SETTINGS) == (
         "No rollout is correct, so turns are compared with each other, and a turn that found a golden answer stands "
         "out: 1 of 2 rollouts found one and answered wrong. A golden answer occurs in 31% of the searches of other "
-        "questions: the turn advantages are multiplied by 0.40, the share of finds that chance does not explain."
+        "questions: the turn advantages are multiplied by 0.40, the squared share of finds that chance does not explain."
     )
     assert explain_turn(group, 1, 0, SETTINGS)[1] == (
         "No rollout of the group is correct, so turns are compared: this one got 0.50, the mean of turn 1 over 2 rollouts "

@@ -49,7 +49,7 @@ def expected_weights(trajectories, golds, size):
         searches = [sum(t.retrieval in ("ok", "empty") for t in trajectory.turns) for trajectory in group]
         by_chance = sum(1 - (1 - p) ** n for n in searches) / size
         found = sum(any(contains_answer(text, wanted) for text in t.passage_texts) for t in group) / size
-        weights.append(1.0 if by_chance == 0 else max(0.0, 1 - by_chance / found) if found else 0.0)
+        weights.append(1.0 if by_chance == 0 else max(0.0, 1 - by_chance / found) ** 2 if found else 0.0)
     return weights
 
 
@@ -132,23 +132,3 @@ def test_credit_can_read_the_rollouts(make_trainer):
         for position, turn in enumerate(trajectory.turn_index):
             expected = len(trajectory.turns[turn].token_ids) if turn >= 0 else 0
             assert inputs["advantages"][row, position] == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r, a, u: (r, a), r"must return a tuple of turn rewards of shape \(8, \d\).*got shapes"),
-        (lambda r, a, u: (r, a[:, :1], u), r"got shapes \[\(8, \d\), \(8, 1\), \(8,\)\]"),
-        (lambda r, a, u: (r, a, u[:4]), r"rollouts that use them of shape \(8,\)"),
-        (lambda r, a, u: a, r"got shapes \[\]"),
-        (lambda r, a, u: (r, a + torch.nan, u), "NaN or infinite"),
-        (lambda r, a, u: (r, a + torch.inf, u), "NaN or infinite"),
-    ],
-)
-def test_wrong_results_of_the_hook_are_an_error(make_trainer, change, message):
-    class Wrong(ByLength):
-        def compute_turn_advantages(self, *args, **kwargs):
-            return change(*super().compute_turn_advantages(*args, **kwargs))
-
-    with pytest.raises(ValueError, match=message):
-        prepared(make_trainer(trainer_class=Wrong))

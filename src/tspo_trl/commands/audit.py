@@ -33,13 +33,15 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from ..audit import REASONS, Audit, Ranks, compare, find_ranks, summarize, verdict
+from ..audit import COMMON, REASONS, Audit, Ranks, SampledSearches, compare, find_ranks, summarize, verdict
+from ..chance import POOL_SEARCHES
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.check import check_columns, check_row
 from ..questions.hints import hints_in_flags
 from ..questions.values import as_text
 from ..retrieval import HybridRetriever, Passage, Retriever
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER, open_retriever
+from ..rollout.limits import SearchLimits
 from .demo import DEMO, demo_retriever
 from .options import (
     DATA_FLAGS,
@@ -57,7 +59,7 @@ from .options import (
 
 matplotlib.use("Agg")
 QUERIES = 256  # maximum number of queries in a call of the retriever
-SEED = 0  # of the random order of questions, which gives the chance level
+SEED = 0  # of the random order of questions, the first of which give the chance level
 OTHER_COLORS = ("#e08214", "#4d4d4d", "#b2abd2")  # of the other retrievers
 CURVES = {  # field of the audit -> its name, its colour
     "ideal": ("ideal queries", "#3a9d5d"),
@@ -87,13 +89,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--num_passages",
         type=int,
-        default=3,
+        default=SearchLimits.num_passages,
         metavar="N",
         help="number of passages for each search in training (default: %(default)s)",
     )
+    add(
+        "--max_searches",
+        type=int,
+        default=SearchLimits.max_searches,
+        metavar="N",
+        help="maximum number of searches of a rollout in training (default: %(default)s)",
+    )
     add_output_option(parser, "runs/audit")
     args = parser.parse_args(arguments)
-    check_at_least_one(parser, args, "max_questions")
+    check_at_least_one(parser, args, "max_questions", "max_searches")
     read_columns(parser, args)
     if not 1 <= args.num_passages <= args.top_k:
         parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
@@ -150,13 +159,12 @@ def read_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def search_all(rows: Sequence[Mapping[str, Any]], retriever: Retriever, top_k: int) -> list[Ranks]:
-    """Search for every question once, and keep only the ranks."""
+    """Search for every question once, and keep only the ranks, and the passages of a sample of the questions."""
     order = random.Random(SEED).sample(range(len(rows)), len(rows))
     queries = [[row["question"], *row["supporting_titles"]] for row in rows]
     size = max(1, QUERIES // max(map(len, queries)))
-    # The chance level of a question is measured on the passages of the previous question, in random order
-    before = retriever.search(queries[order[-1]][:1], top_k)[0] if len(rows) > 1 else []
     ranks: dict[int, Ranks] = {}
+    sample: list[tuple[Mapping[str, Any], Sequence[Passage]]] = []
     console = Console(stderr=True)
     for start in track(range(0, len(rows), size), "Searching", console=console, transient=True):
         batch = order[start : start + size]
@@ -164,9 +172,14 @@ def search_all(rows: Sequence[Mapping[str, Any]], retriever: Retriever, top_k: i
         found = dict(zip(unique, retriever.search(unique, top_k), strict=True))
         for i in batch:
             results = [found[query][:top_k] for query in queries[i]]
-            ranks[i] = find_ranks(rows[i], results, others=before[:top_k])
-            before = results[0]
-    return [ranks[i] for i in range(len(rows))]
+            ranks[i] = find_ranks(rows[i], results)
+            if len(sample) < POOL_SEARCHES:
+                sample.append((rows[i], results[0]))
+    others = SampledSearches(sample)
+    return [
+        ranks[i]._replace(chance=others.chance(rows[i], top_k))
+        for i in track(range(len(rows)), "Comparing", console=console, transient=True)
+    ]
 
 
 def open_all(args: argparse.Namespace, passages: list[Passage]) -> dict[str, Retriever]:
@@ -230,7 +243,8 @@ def report(audit: Audit, audits: Mapping[str, Audit] | None = None) -> None:
     table = Table(
         "", "questions", "share", "examples", title="Golds that FOLR cannot use, or that carry little information"
     )
-    for reason, name in {**REASONS, "chance": f"in {audit.num_passages} passages of another question"}.items():
+    by_others = f"found by over {COMMON:.0%} of other searches"
+    for reason, name in {**REASONS, "chance": by_others}.items():
         entry = audit.unusable[reason]
         examples = " | ".join(escape(short(example["gold"], 30)) for example in entry["examples"])
         table.add_row(name, str(entry["questions"]), f"{entry['share']:.1%}", examples)
@@ -305,8 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.dataset not in (DEMO, *BENCHMARKS):
         check_question_files([args.dataset])
     rows, passages = load_rows(args)
+    sizes = {"top_k": args.top_k, "num_passages": args.num_passages, "max_searches": args.max_searches}
     audits = {
-        name: summarize(rows, search_all(rows, found, args.top_k), top_k=args.top_k, num_passages=args.num_passages)
+        name: summarize(rows, search_all(rows, found, args.top_k), **sizes)
         for name, found in open_all(args, passages).items()
     }
     name, *names = audits

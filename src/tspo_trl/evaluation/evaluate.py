@@ -34,6 +34,7 @@ from ..rollout.tags import TagProtocol
 from ..rollout.trajectory import Trajectory
 from ..scoring import contains_answer, exact_match, f1_score, search_r1_exact_match, triviaqa_exact_match
 from ..support.devices import default_device, get_rng_state, set_rng_state
+from .evidence import all_scores, evidence_scores
 from .folder import REMEDY, TRAJECTORIES, check_settings, keep_batches, read_records
 from .intervals import pass_at_k
 from .results import METRICS, EvaluationResults, Scores
@@ -328,6 +329,7 @@ class _Evaluation:
             "hit": float(occurrence is not None),
             "near_miss": float(is_near_miss(outcome, occurrence)),
             "searches": facts.searches,
+            **evidence_scores(trajectory, golds, em),
             "invalid": facts.invalid,
             "truncated": facts.truncated,
             "retrieval_failed": float(failure == "retrieval"),
@@ -363,11 +365,12 @@ class _Evaluation:
         for where, record in read_records(self.path):
             try:
                 batch, question, sample = record["batch"], record["group"], record["rollout"]
-                scores = [record["scores"][name] for name in self.metrics]
+                found = all_scores(record)
+                scores = [found[name] for name in self.metrics]
                 if batch not in range(len(self.batches)) or question not in self.batches[batch]:
                     raise ValueError("it belongs to no batch of this evaluation")
                 self.values[question, sample] = scores
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{where}: not a rollout of this evaluation ({error!r}). {REMEDY}") from error
             lines[batch] += 1
             if record["failure"]:

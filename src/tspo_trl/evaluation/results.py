@@ -28,6 +28,10 @@ METRICS = {
     "hit": 3,
     "near_miss": 3,
     "searches": 2,
+    "evidence": 2,
+    "after_evidence": 2,
+    "from_memory": 3,
+    "unsupported": 3,
     "invalid": 3,
     "truncated": 3,
     "retrieval_failed": 3,
@@ -37,7 +41,10 @@ METRICS = {
 }
 #: Metrics that are 0 or 1 for a rollout.
 EXACT_MATCHES = ("em", "search_r1_em", "triviaqa_em")
-_COMPARED = ("em", "search_r1_em", "triviaqa_em", "f1", "contains", "hit", "near_miss", "searches", "tokens")
+_COMPARED = (
+    *(*EXACT_MATCHES, "f1", "contains", "hit", "near_miss", "from_memory", "unsupported"),
+    *("searches", "evidence", "after_evidence", "tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,8 @@ def compare_results(first: EvaluationResults, second: EvaluationResults) -> dict
 
     Returns:
         `dict`: An entry for each shared data set, and one for their average if there are several. It has the number of
-        `questions`, the number of failed questions `left_out`, and `metrics`. For each metric, these are the means
+        `questions`, the number of failed questions `left_out`, the metrics `absent` from one of the evaluations (of an earlier
+        version, or with another scorer), and `metrics`. For each metric, these are the means
         `first` and `second`, their `difference` (second − first) with the bounds `low` and `high` of its paired
         bootstrap interval, and the `p` value of a `test`: `"McNemar, exact"` if all scores are 0 or 1 (exact match with
         one rollout for each question), else `"permutation"`.
@@ -254,7 +262,9 @@ def compare_results(first: EvaluationResults, second: EvaluationResults) -> dict
             test, p = _significance(metric, x, y, _seed(name))
             values = {"first": x.mean(), "second": y.mean(), "difference": (y - x).mean(), "low": low, "high": high}
             metrics[metric] = {k: float(v) for k, v in values.items()} | {"p": p, "test": test}
-        comparison[name] = {"questions": len(rows), "left_out": int((~whole).sum()), "metrics": metrics}
+        entry = {"questions": len(rows), "left_out": int((~whole).sum()), "metrics": metrics}
+        absent = [metric for metric in _COMPARED if (metric in a.values) != (metric in b.values)]
+        comparison[name] = entry | {"absent": absent}
     if len(shared) > 1:
         comparison[AVERAGE] = _average(comparison, differences)
     return comparison

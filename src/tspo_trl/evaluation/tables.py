@@ -9,6 +9,7 @@ from .results import AVERAGE, METRICS
 _TABLES = {
     "Answers": ("em", "search_r1_em", "triviaqa_em", "f1", "contains"),
     "Searches": ("hit", "near_miss", "searches", "retrieval_failed"),
+    "Evidence": ("evidence", "after_evidence", "from_memory", "unsupported"),
     "Turns": ("invalid", "truncated", "tokens", "generation_failed"),
 }
 _TITLES = {
@@ -20,6 +21,10 @@ _TITLES = {
     "hit": "hit",
     "near_miss": "near miss",
     "searches": "searches",
+    "evidence": "with evidence",
+    "after_evidence": "after evidence",
+    "from_memory": "from memory",
+    "unsupported": "unsupported",
     "invalid": "invalid",
     "truncated": "truncated",
     "retrieval_failed": "failed retrieval",
@@ -37,7 +42,7 @@ def results_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             [`EvaluationResults.summary`] by name of the model.
 
     Returns:
-        `str`: Three Markdown tables: answers, searches and turns. Each cell has a mean with its 95 % interval.
+        `str`: Four Markdown tables: answers, searches, evidence and turns. Each cell has a mean with its 95 % interval.
     """
     rows = []  # (data set, model, metrics)
     names = list(dict.fromkeys(name for summary in summaries.values() for name in summary["datasets"]))
@@ -52,6 +57,8 @@ def results_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for title, metrics in _TABLES.items():
         shown = [metric for metric in metrics if any(metric in values for _, _, values in rows)]
+        if not shown:  # evaluations of earlier versions
+            continue
         if not any(values.get("generation_failed", {}).get("mean") for _, _, values in rows):
             shown = [metric for metric in shown if metric != "generation_failed"]
         if title == "Answers":
@@ -99,6 +106,9 @@ def comparison_table(comparison: Mapping[str, Any], first: str, second: str) -> 
     ]
     if left_out := max(entry["left_out"] for entry in comparison.values()):
         notes.append(f"{left_out} questions that failed in one of the evaluations are excluded.")
+    if absent := dict.fromkeys(metric for entry in comparison.values() for metric in entry.get("absent", ())):
+        titles = ", ".join(_TITLES.get(metric, metric) for metric in absent)
+        notes.append(f"Only one of the evaluations has: {titles}.")
     return f"{text}\n\n{' '.join(notes)}"
 
 

@@ -77,7 +77,8 @@ def explain_chance(group: Group, settings: Mapping[str, Any]) -> str:
         return f"{occurs}." if chance >= 0.005 else ""
     if weight == 0:
         return f"{occurs}: chance explains what this group found, so turn rewards do not count."
-    return f"{occurs}: the turn advantages are multiplied by {show(weight)}, the share of finds that chance does not explain."
+    why = "the squared share of finds that chance does not explain"
+    return f"{occurs}: the turn advantages are multiplied by {show(weight)}, {why}."
 
 
 def explain_group(group: Group, settings: Mapping[str, Any]) -> str:

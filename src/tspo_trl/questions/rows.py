@@ -350,7 +350,7 @@ def _read_answers(value: Any, *_: Any) -> list[str]:
     ]
     answers = [answer for answer in answers if answer.strip()]
     if not answers:
-        raise ValueError("at least one answer that is not blank")
+        raise ValueError("at least one answer that is not blank ('noanswer' if the question has none)")
     return answers
 
 

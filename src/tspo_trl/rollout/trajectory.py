@@ -54,7 +54,7 @@ class Turn:
     def passage_text(self) -> str | None:
         """The titles and texts of the turn's passages as one string, or `None` when it has none."""
         parts = [part for passage in self.passages for part in (passage.title, passage.text)]
-        # ¶ is kept by normalisation, so no answer can match across two passages
+        # No answer matches across ¶ (`scoring.BREAK`), so not across two passages
         return "\n¶\n".join(parts) if parts else None
 
 

@@ -120,7 +120,7 @@ def chance_metrics(
             The probability that a rollout finds a golden answer by chance, shape (N,), see
             [`~tspo_trl.chance.chance_hits`].
         weights (`torch.Tensor`):
-            The share of the finds of a group that chance does not explain, shape (N / G,).
+            How much the finds of a group count, shape (N / G,), see [`~tspo_trl.chance.chance_weights`].
         found (`torch.Tensor`):
             Whether a rollout found a golden answer, booleans of shape (N,).
         outcomes (`torch.Tensor`):

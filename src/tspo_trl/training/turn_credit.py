@@ -97,7 +97,7 @@ class TurnCreditMixin:
             success_threshold (`float`):
                 A rollout is correct if its outcome is at least this.
             turn_weights (`torch.Tensor`):
-                The share of the finds of each group that chance does not explain, shape (N / G,), see
+                How much the finds of each group count, shape (N / G,), see
                 [`~tspo_trl.chance.chance_weights`]. All are 1 unless `folr_guard="chance"`.
             rows (`list[dict]`):
                 The B rollouts of this process: rows of the data set, each with its `trajectory` ([`Trajectory`]). They are
@@ -293,17 +293,28 @@ def check_credit(
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The same.
 
     Raises:
-        `ValueError`: If they are no three tensors of the shapes (N, K), (N, K) and (N,), or an advantage is NaN or infinite.
+        `ValueError`: If they are no three tensors of the shapes (N, K), (N, K) and (N,), the last are no booleans, or an advantage
+            is NaN or infinite.
     """
     turns = (len(outcomes), int(num_turns.max()))
     expected = {"turn rewards": turns, "turn advantages": turns, "rollouts that use them": turns[:1]}
-    found = [tuple(getattr(value, "shape", ())) for value in credit] if isinstance(credit, tuple) else []
+    found = [_shape(value) for value in credit] if isinstance(credit, tuple) else _shape(credit)
     if found != list(expected.values()):
         shapes = ", ".join(f"{name} of shape {shape}" for name, shape in expected.items())
-        raise ValueError(f"`compute_turn_advantages` must return a tuple of {shapes}; got shapes {found}.")
+        raise ValueError(f"`compute_turn_advantages` must return a tuple of {shapes}; got {found}.")
+    if credit[2].dtype != torch.bool:
+        raise ValueError(
+            "`compute_turn_advantages` must return booleans for the rollouts that use turn advantages, got "
+            f"{credit[2].dtype}."
+        )
     if not credit[1].isfinite().all():
         raise ValueError(
             "`compute_turn_advantages` returned advantages that are NaN or infinite. Turns that a rollout does not have, and "
             "rollouts without an outcome (NaN), must have the advantage 0."
         )
     return credit
+
+
+def _shape(value: Any) -> Any:
+    """The shape of a tensor, or the type of what is none."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -68,6 +68,24 @@ def test_more_candidates_find_more_of_the_nearest(tmp_path):
     assert everything > 0.95
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_cores_that_share_the_vectors_find_the_same_candidates(tmp_path, monkeypatch, queries):
+    matrix, wanted = make(1000, 64), make(queries, 64, seed=1)
+    SmallVectors.write(tmp_path, matrix)
+    small = SmallVectors(tmp_path, candidates=50)
+    together = small.search(wanted, 10)
+    searched = []
+    count = small._faiss.knn_hamming
+    monkeypatch.setattr(module, "PART", 100)
+    monkeypatch.setattr(small._faiss, "omp_get_max_threads", lambda: 7)
+    monkeypatch.setattr(small._faiss, "knn_hamming", lambda q, b, k: searched.append(len(b)) or count(q, b, k))
+    shared = small.search(wanted, 10)
+    assert sum(searched) == 1000
+    assert len(searched) == 7 // queries
+    for one, other in zip(shared, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_mean_is_subtracted_before_the_bits(tmp_path):
     """Without it, all bits of vectors with a large mean are equal."""
     matrix = make(200, 32) + 5

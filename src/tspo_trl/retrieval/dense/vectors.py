@@ -1,6 +1,7 @@
 """Matrices of vectors on disk, and the nearest ones to a query: exactly, or with a small copy in memory."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ import torch
 
 #: Number of rows of a matrix that are read and compared at once
 BLOCK = 65536
+#: Smallest number of vectors for which a core is used
+PART = 65536
 #: Best passages by their bits that are compared again by their bytes
 CANDIDATES = 400
 
@@ -177,7 +180,7 @@ class SmallVectors:
         wanted = np.ascontiguousarray(queries, dtype=np.float32)
         # A query in the scale of the bytes: <q, mean + scale * code> = <q, mean> + <q * scale, code>
         bits = np.packbits(wanted > self.mean, axis=1)
-        _, candidates = self._faiss.knn_hamming(bits, self.bits, min(max(self.candidates, k), rows))
+        candidates = self._nearest_bits(bits, min(max(self.candidates, k), rows))
         scores = np.empty((len(wanted), k), dtype=np.float32)
         indices = np.empty((len(wanted), k), dtype=np.int64)
         for row, query in enumerate(wanted):
@@ -186,6 +189,23 @@ class SmallVectors:
             order = np.lexsort((of_row, -products))[:k]
             scores[row], indices[row] = products[order], of_row[order]
         return scores, indices
+
+    def _nearest_bits(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """The indices of the vectors whose bits differ least from those of the queries, shape (len(queries), count)."""
+        # `faiss` gives every query to one core. With fewer queries than cores, the cores share the vectors
+        parts = min(self._faiss.omp_get_max_threads() // max(len(queries), 1), len(self.bits) // PART)
+        if parts < 2:
+            return self._faiss.knn_hamming(queries, self.bits, count)[1]
+        bounds = np.linspace(0, len(self.bits), parts + 1, dtype=int)
+
+        def search(start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+            distances, found = self._faiss.knn_hamming(queries, self.bits[start:end], min(count, end - start))
+            return distances, found + start
+
+        with ThreadPoolExecutor(parts) as pool:
+            distances, found = map(np.hstack, zip(*pool.map(search, bounds[:-1], bounds[1:]), strict=True))
+        best = np.argsort(distances, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(found, best, axis=1)
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
