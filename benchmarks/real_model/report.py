@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.study.analysis import mean_interval, running_mean
 from benchmarks.study.cells import CURVES
-from benchmarks.study.report import COLORS
+from benchmarks.study.pictures import COLORS
 from tspo_trl import EvaluationResults, compare_results
 from tspo_trl.evaluation.results import METRICS, Scores
 from tspo_trl.support.markdown import markdown_table
@@ -222,7 +222,7 @@ def pairs_of(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def steps_table(records: Sequence[Record]) -> str:
     """
-    A table of the training steps: means over the steps of each credit, with 95 % bootstrap intervals over seeds.
+    A table of the training steps: means over the steps of each credit, with 95 % t intervals over seeds.
 
     Args:
         records (`Sequence[Mapping]`):
@@ -299,7 +299,7 @@ def markdown(records: Sequence[Record]) -> str:
     check_same(records)
     parts = [tables(records, pairs_of(records))]
     if any(record["steps"] for record in records):
-        parts += ["The rollouts of training, mean of all steps, […]: over seeds:", steps_table(records)]
+        parts += ["The rollouts of training, mean of all steps, […]: 95 % t interval over seeds:", steps_table(records)]
     return "\n\n".join(parts) + "\n"
 
 
