@@ -102,7 +102,7 @@ def test_an_audit_equals_numbers_calculated_by_hand():
     assert audit.ideal == Curve(2, (1 / 2, 1, 1))  # two eligible questions have titles
     assert audit.chance == Curve(4, pytest.approx((0.04 / 4, 0.24 / 4, 1 / 4)))
     assert audit.chance_hits == pytest.approx([(0.04 + 0.2) / 4, (1 - 0.96**2 + 1 - 0.8**2) / 4])
-    assert audit.chance_weights == pytest.approx([1 - audit.chance_hits[0] / 0.5, 1 - audit.chance_hits[1] / 0.5])
+    assert audit.chance_weights == pytest.approx([(1 - hits / 0.5) ** 2 for hits in audit.chance_hits])
     assert audit.supporting == Curve(3, (1 / 3, 2 / 3, 2.5 / 3))  # q4 is included although its golden answer is yes
     assert {reason: entry["questions"] for reason, entry in audit.unusable.items()} == {
         "yes_no": 1,
@@ -228,7 +228,7 @@ def test_audit_of_real_questions_and_passages(tmp_path):
     assert data["chance"]["rates"][2] == pytest.approx(sum(by_chance) / len(usable))
     expected = [sum(1 - (1 - p) ** n for p in by_chance) / len(usable) for n in (1, 2)]
     assert data["chance_hits"] == pytest.approx(expected)
-    assert data["chance_weights"] == pytest.approx([1 - b / data["plain"]["rates"][2] for b in expected])
+    assert data["chance_weights"] == pytest.approx([(1 - b / data["plain"]["rates"][2]) ** 2 for b in expected])
     closed = [r for r in rows if r["golden_answers"][0] in ("yes", "no")]
     named = [r for r in usable if contains_answer(r["question"], r["golden_answers"])]
     assert data["unusable"]["yes_no"]["questions"] == len(closed)
