@@ -17,7 +17,10 @@ Record = Mapping[str, Any]
 
 BASE, COLD_START = "base", "cold_start"
 GRPO = "grpo"
-TITLES = {BASE: "base", COLD_START: "cold start", GRPO: "GRPO", "tspo": "TSPO", "default": "TSPO (default)"}
+TITLES = {
+    **{BASE: "base", COLD_START: "cold start"},
+    **{GRPO: "GRPO", "tspo": "TSPO", "chance": "TSPO, guard chance", "default": "library's default"},
+}
 GREEDY = {  # metric of the greedy evaluation -> row of the table
     "em": "exact match",
     "f1": "F1",

@@ -204,8 +204,8 @@ class Arm:
 
 GRPO = "grpo"
 TSPO = "tspo"
-#: The arm that the published intervals make claims about.
-DEFAULT = "chance"
+#: The candidate for the default credit, about which the published intervals make claims. The library's default is `TSPO`.
+CANDIDATE = "chance"
 
 #: All options that affect credit, set explicitly so that the study does not depend on the library's defaults.
 TSPO_SETTINGS = {

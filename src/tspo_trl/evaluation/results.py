@@ -42,7 +42,8 @@ METRICS = {
 #: Metrics that are 0 or 1 for a rollout.
 EXACT_MATCHES = ("em", "search_r1_em", "triviaqa_em")
 _COMPARED = (
-    *(*EXACT_MATCHES, "f1", "contains", "hit", "near_miss", "from_memory", "unsupported"),
+    *EXACT_MATCHES,
+    *("f1", "contains", "hit", "near_miss", "from_memory", "unsupported"),
     *("searches", "evidence", "after_evidence", "tokens"),
 )
 
