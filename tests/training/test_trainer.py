@@ -770,6 +770,29 @@ def test_few_methods_are_overridden():
     assert issubclass(TSPOConfig, GRPOConfig)
 
 
+def test_turns_are_generated_under_one_autocast_and_searched_without_it(make_trainer, retriever):
+    """Otherwise every forward would convert all weights again. A dense retriever must not change its precision."""
+    searching, calling = [], []
+
+    class Watched(type(retriever)):
+        def search(self, queries, k):
+            searching.append(torch.is_autocast_enabled("cpu"))
+            return super().search(queries, k)
+
+    watched = copy.copy(retriever)
+    watched.__class__ = Watched
+    trainer = make_trainer(bf16=True, max_steps=1, retriever=watched)
+    trainer.model.train()
+    engine = trainer.search_loop.engine
+    generate = engine._generate
+    engine._generate = lambda *args: (calling.append(torch.is_autocast_enabled("cpu")), generate(*args))[1]
+    trainer.train()
+    assert len(calling) > 1
+    assert all(calling)
+    assert searching
+    assert not any(searching)
+
+
 def test_training_generates_by_continuous_batching(make_trainer):
     trainer = make_trainer(
         reward_funcs=varied_reward,

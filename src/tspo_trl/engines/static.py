@@ -43,6 +43,10 @@ class TransformersEngine(BatchEngine):
         stop_strings (`Collection[str]`):
             A turn ends with the token that completes one of these. The whole token is kept, even if it carries more text
             after the stop string. If empty, only end-of-sequence tokens and budgets end turns.
+        autocast (`Callable[[], ContextManager]`, *optional*):
+            Opened around the generation of the turns of a round, not around their searches. With the autocast of mixed
+            precision, the weights are converted once for all tokens of a round. A model whose `forward` opens it would
+            convert them for every token.
     """
 
     def __init__(
@@ -51,8 +55,10 @@ class TransformersEngine(BatchEngine):
         tokenizer: PreTrainedTokenizerBase,
         generation_config: GenerationConfig,
         stop_strings: Collection[str],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         super().__init__()
+        self._autocast = autocast
         self._model_context = model_context
         self._generation_config = generation_config
         self._stop = StopRule(tokenizer, stop_strings, generation_config)
@@ -72,13 +78,15 @@ class TransformersEngine(BatchEngine):
 
     def generate(self, contexts: Sequence[list[int]], max_new_tokens: Sequence[int]) -> list[Generation]:
         """Generate one turn for each of B contexts, see [`BatchEngine.generate`]."""
-        return self._generate(None, contexts, max_new_tokens)
+        with self._autocast():
+            return self._generate(None, contexts, max_new_tokens)
 
     def _generate_round(
         self, numbers: Sequence[int], contexts: Sequence[list[int]], max_new_tokens: Sequence[int]
     ) -> list[Generation]:
         """Generate the turns of a round, and keep the cache of these rollouts for their next turn."""
-        return self._generate(numbers, contexts, max_new_tokens)
+        with self._autocast():
+            return self._generate(numbers, contexts, max_new_tokens)
 
     @torch.no_grad()
     def _generate(

@@ -184,7 +184,8 @@ def make_engine(trainer: Any, stop_strings: Collection[str]) -> Engine:
         return ContinuousBatchingEngine(
             lambda: generation_model(trainer, config), tokenizer, config, batching_config, stop_strings
         )
-    return TransformersEngine(lambda: generation_model(trainer, config), tokenizer, config, stop_strings)
+    autocast = trainer.accelerator.autocast
+    return TransformersEngine(lambda: generation_model(trainer, config), tokenizer, config, stop_strings, autocast)
 
 
 @contextmanager
