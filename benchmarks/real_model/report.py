@@ -17,10 +17,7 @@ Record = Mapping[str, Any]
 
 BASE, COLD_START = "base", "cold_start"
 GRPO = "grpo"
-TITLES = {
-    **{BASE: "base", COLD_START: "cold start"},
-    **{GRPO: "GRPO", "tspo": "TSPO", "chance": "TSPO, guard chance", "default": "library's default"},
-}
+TITLES = {BASE: "base", COLD_START: "cold start", GRPO: "GRPO", "tspo": "TSPO as published", "default": "default"}
 GREEDY = {  # metric of the greedy evaluation -> row of the table
     "em": "exact match",
     "f1": "F1",
@@ -323,7 +320,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col", layout="constrained")
-    colors = {**COLORS, "default": COLORS["tspo"]}
+    colors = {**COLORS, "default": COLORS["chance"]}
     for model, of in by_model(records).items():
         runs = [record for record in of if record["steps"]]
         for row, name in enumerate(("em", "hit")):

@@ -31,12 +31,15 @@ from .report import BASE, COLD_START, GRPO
 HERE = Path(__file__).parent
 CONFIGS = {"cold_start": HERE / "cold_start.yaml", "train": HERE / "train.yaml"}
 HELDOUT = HERE / "hotpotqa" / "heldout.jsonl"
-#: The options of each credit. Those of "default" are the library's.
-_TSPO = {"advantage_level": "stage", "folr_placement": "first", "turn_baseline": "turn"}
+#: The options of each credit. "tspo" is TSPO as published, and "default" has the library's options.
 CREDITS: dict[str, dict[str, Any]] = {
     GRPO: {"advantage_level": "trajectory"},
-    "tspo": {**_TSPO, "folr_guard": "degenerate"},
-    "chance": {**_TSPO, "folr_guard": "chance"},
+    "tspo": {
+        "advantage_level": "stage",
+        "folr_placement": "first",
+        "folr_guard": "degenerate",
+        "turn_baseline": "turn",
+    },
     "default": {},
 }
 TRAINING_GIB = 10.0  # of the cold start too

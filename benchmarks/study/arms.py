@@ -204,10 +204,10 @@ class Arm:
 
 GRPO = "grpo"
 TSPO = "tspo"
-#: The candidate for the default credit, about which the published intervals make claims. The library's default is `TSPO`.
-CANDIDATE = "chance"
+#: The arm with the defaults of the library, about which the published intervals make claims.
+DEFAULT = "chance"
 
-#: All options that affect credit, set explicitly so that the study does not depend on the library's defaults.
+#: TSPO as published: all options that affect credit, so that the study does not depend on the library's defaults.
 TSPO_SETTINGS = {
     "advantage_level": "stage",
     "folr_placement": "first",
@@ -224,11 +224,11 @@ ARMS = {
         {"advantage_level": "trajectory", "reward_weights": [1.0, NEAR_MISS]},
         rewards=(exact_match_reward, near_miss_reward),
     ),
-    TSPO: Arm("TSPO (stage, first)"),
+    TSPO: Arm("TSPO as published"),
     "turn": Arm("turn level always", {"advantage_level": "turn"}),
     "up_to_first": Arm("TSPO, up to first", {"folr_placement": "up_to_first"}),
     "group": Arm("TSPO, group baseline", {"turn_baseline": "group"}),
-    "chance": Arm("TSPO, guard chance", {"folr_guard": "chance"}),
+    DEFAULT: Arm("TSPO, guard chance (default)", {"folr_guard": "chance"}),
     "strict": Arm("TSPO, guard strict", {"folr_guard": "strict"}),
     # Only the control has single-character answers, so in all other regimes the guard has no effect
     "no_guard": Arm("TSPO, guard none", {"folr_guard": "none"}, regimes=("misleading",), same_as=TSPO),

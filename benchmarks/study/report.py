@@ -17,10 +17,10 @@ from .analysis import (
     steps_ratio,
     summarize,
 )
-from .arms import ARMS, CANDIDATE, GRPO, TSPO
+from .arms import ARMS, DEFAULT, GRPO, TSPO
 from .regimes import ALL_REGIMES
 
-MARGIN = 0.02  # of the mean exact match, by which the candidate may be behind GRPO
+MARGIN = 0.02  # of the mean exact match, by which the default may be behind GRPO
 
 Results = Mapping[str, Mapping[str, Mapping[int, Cell]]]  # regime -> arm -> seed -> cell
 
@@ -86,7 +86,7 @@ def differences(results: Results, arm: str, base: str) -> dict[str, dict[int, fl
 
 def claims(results: Results) -> str:
     """
-    Compare the candidate for the default with GRPO and with TSPO as published. The intervals hold together: with probability 95 %, all of them
+    Compare the default with GRPO and with TSPO as published. The intervals hold together: with probability 95 %, all of them
     contain the true difference, whichever arm of the set had been chosen.
 
     Args:
@@ -94,9 +94,9 @@ def claims(results: Results) -> str:
             The arranged results, see [`arrange`].
 
     Returns:
-        `str`: A table and its conclusions; the empty string if the candidate or a baseline is missing in a regime.
+        `str`: A table and its conclusions; the empty string if the default or a baseline is missing in a regime.
     """
-    to_grpo, to_tspo = (differences(results, CANDIDATE, base) for base in (GRPO, TSPO))
+    to_grpo, to_tspo = (differences(results, DEFAULT, base) for base in (GRPO, TSPO))
     if not results or not (results.keys() == to_grpo.keys() == to_tspo.keys()):
         return ""
     candidates = {arm for of_regime in results.values() for arm in of_regime} - {GRPO, TSPO}
@@ -104,15 +104,15 @@ def claims(results: Results) -> str:
     level = 1 - (1 - LEVEL) / count
     seeds = {len(of_seed) for of_seed in to_grpo.values()}
     lines = [
-        f"Candidate for the default: {ARMS[CANDIDATE].title}. Seeds: {' or '.join(map(str, sorted(seeds)))}. Exact match, mean of the steps: paired "
+        f"Default: {ARMS[DEFAULT].title}. Seeds: {' or '.join(map(str, sorted(seeds)))}. Exact match, mean of the steps: paired "
         f"differences, with t intervals at {level:.2%}, which is 1 - {1 - LEVEL:.2f}/{count}: 2 baselines x {len(results)} "
         f"regimes x {len(candidates)} arm{'s' * (len(candidates) != 1)} that could have been chosen (Bonferroni).",
         "",
-        _header(ARMS[CANDIDATE].title, results),
+        _header(ARMS[DEFAULT].title, results),
         _row("minus GRPO", [with_interval(list(to_grpo[r].values()), level) for r in results]),
         _row(f"behind GRPO by more than {MARGIN}", [_behind(list(to_grpo[r].values())) for r in results]),
         _row(f"minus {ARMS[TSPO].title}", [with_interval(list(to_tspo[r].values()), level) for r in results]),
-        _row("steps to the target, ratio to GRPO", [_ratio(results[r], CANDIDATE, one_left_out=True) for r in results]),
+        _row("steps to the target, ratio to GRPO", [_ratio(results[r], DEFAULT, one_left_out=True) for r in results]),
         "",
         *_conclusions(results, to_grpo, to_tspo),
     ]
@@ -122,7 +122,7 @@ def claims(results: Results) -> str:
 def _conclusions(
     results: Results, to_grpo: Mapping[str, Mapping[int, float]], to_tspo: Mapping[str, Mapping[int, float]]
 ) -> list[str]:
-    """The sentences below the table of the candidate."""
+    """The sentences below the table of the default."""
     verdicts = {r: behind(list(to_grpo[r].values()), MARGIN) for r in results}
     named = {
         verdict: ", ".join(ALL_REGIMES[r].title for r in results if verdicts[r] == verdict) or "none"
@@ -134,7 +134,7 @@ def _conclusions(
     return [
         f"- Behind GRPO nowhere by more than {MARGIN}: **{nowhere}**. Within the margin (95 % interval): {named['no']}. "
         f"Behind: {named['yes']}. Open, because the interval does not decide: {named['open']}.",
-        f"- Where TSPO as published leads GRPO (95 % interval), the candidate minus TSPO is: {', '.join(against)}."
+        f"- Where TSPO as published leads GRPO (95 % interval), the default minus TSPO is: {', '.join(against)}."
         if against
         else "- TSPO as published leads GRPO nowhere (95 % interval).",
     ]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .arms import ARMS, CANDIDATE, GRPO, TSPO
+from .arms import ARMS, DEFAULT, GRPO, TSPO
 from .cells import Cell, Scale, write_result
 from .regimes import ALL_REGIMES, REGIMES, SWEEP
 
@@ -43,12 +43,10 @@ class StudySet:
 
 
 SETS = {
-    "small": StudySet("a small study", FIRST_REGIMES, (GRPO, TSPO, CANDIDATE), 2, 0.5, published=False),
-    "defaults": StudySet(
-        "the candidate for the default against GRPO and TSPO", tuple(REGIMES), (GRPO, TSPO, CANDIDATE), 10
-    ),
+    "small": StudySet("a small study", FIRST_REGIMES, (GRPO, TSPO, DEFAULT), 2, 0.5, published=False),
+    "defaults": StudySet("the default against GRPO and TSPO as published", tuple(REGIMES), (GRPO, TSPO, DEFAULT), 10),
     "variants": StudySet("variants of the credit", FIRST_REGIMES, tuple(ARMS), 5),
-    "sweep": StudySet("the sweep of chance", tuple(SWEEP), (GRPO, TSPO, CANDIDATE), 10),
+    "sweep": StudySet("the sweep of chance", tuple(SWEEP), (GRPO, TSPO, DEFAULT), 10),
 }
 PUBLISHED = tuple(name for name, of_set in SETS.items() if of_set.published)
 

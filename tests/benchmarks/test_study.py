@@ -12,6 +12,7 @@ import torch
 from benchmarks.study import arms
 from benchmarks.study.arms import (
     ARMS,
+    DEFAULT,
     GRPO,
     TSPO,
     TSPO_SETTINGS,
@@ -212,7 +213,7 @@ def test_each_arm_changes_the_option_in_its_name():
 
 def test_the_study_uses_the_defaults_of_the_library():
     defaults = TSPOConfig(output_dir="unused", use_cpu=True)
-    assert {name: getattr(defaults, name) for name in TSPO_SETTINGS} == TSPO_SETTINGS
+    assert {name: getattr(defaults, name) for name in TSPO_SETTINGS} == TSPO_SETTINGS | ARMS[DEFAULT].settings
 
 
 def test_the_control_adds_answers_to_passages_and_keeps_the_facts():

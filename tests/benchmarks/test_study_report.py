@@ -24,7 +24,7 @@ from benchmarks.study.analysis import (
     t_quantile,
     t_within,
 )
-from benchmarks.study.arms import ARMS, CANDIDATE, GRPO, TSPO
+from benchmarks.study.arms import ARMS, DEFAULT, GRPO, TSPO
 from benchmarks.study.cells import CURVES, HELDOUT, Cell, Scale
 from benchmarks.study.regimes import ALL_REGIMES, REGIMES, SWEEP
 from benchmarks.study.report import arrange, choice_table, claims, markdown, origin, paired, summaries
@@ -153,7 +153,7 @@ def compared(**of_regime):
     return [
         make_cell(regime, arm, seed, [em] * 10)
         for regime, of_arms in of_regime.items()
-        for arm, of_seed in zip((GRPO, TSPO, CANDIDATE), of_arms, strict=True)
+        for arm, of_seed in zip((GRPO, TSPO, DEFAULT), of_arms, strict=True)
         for seed, em in enumerate(of_seed)
     ]
 
@@ -170,16 +170,16 @@ def test_the_claims_about_the_default_hold_together():
     assert f"| minus GRPO | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | -0.030 [-0.030, -0.030] |" in text
     assert "| behind GRPO by more than 0.02 | open (mean: no) | yes |" in text
     assert "nowhere by more than 0.02: **no**" in text
-    assert "the candidate minus TSPO is: weak search, weak answers (-0.033 [" in text
+    assert "the default minus TSPO is: weak search, weak answers (-0.033 [" in text
     # A fourth arm could have been chosen too
-    more = [{**cell, "arm": "strict"} for cell in cells if cell["arm"] == CANDIDATE]
+    more = [{**cell, "arm": "strict"} for cell in cells if cell["arm"] == DEFAULT]
     assert "1 - 0.05/8" in claims(arrange([*cells, *more]))
 
 
 def test_the_ratio_of_the_default_has_its_range_without_one_seed():
     cells = [
         make_cell("weak", arm, seed, [0.0] * (start + seed) + [1.0] * (30 - start - seed))
-        for arm, start in ((GRPO, 12), (TSPO, 4), (CANDIDATE, 4))
+        for arm, start in ((GRPO, 12), (TSPO, 4), (DEFAULT, 4))
         for seed in (0, 4, 8)
     ]
     # Of the mean curves, those without the seed that begins to rise first are the latest
@@ -194,7 +194,7 @@ def test_the_ratio_of_the_default_has_its_range_without_one_seed():
 def test_there_are_no_claims_without_the_default_or_a_baseline():
     cells = compared(weak=([0.2], [0.4], [0.3]), misleading=([0.5], [0.4], [0.5]))
     assert claims(arrange(cells))
-    for arm in (GRPO, TSPO, CANDIDATE):
+    for arm in (GRPO, TSPO, DEFAULT):
         rest = [cell for cell in cells if (cell["regime"], cell["arm"]) != ("weak", arm)]
         assert claims(arrange(rest)) == ""
     assert claims({}) == ""
@@ -295,7 +295,7 @@ def test_the_answer_is_a_block_of_its_own():
     assert found["answer"].startswith(claims(arrange(cells)))
     assert "![" in found["defaults"]
     assert set(pages.blocks("defaults", []).values()) == {pages.EMPTY}
-    assert pages.blocks("defaults", make_cells())["answer"] == pages.EMPTY  # without the candidate
+    assert pages.blocks("defaults", make_cells())["answer"] == pages.EMPTY  # without the default
     assert pages.blocks("variants", make_cells()).keys() == {"variants"}
 
 

@@ -35,7 +35,7 @@ def parse(tmp_path):
         ("max_observation_tokens", 500),
         ("folr_alpha", 0.5),
         ("folr_placement", "first"),
-        ("folr_guard", "degenerate"),
+        ("folr_guard", "chance"),
         ("advantage_level", "stage"),
         ("turn_baseline", "turn"),
         ("success_threshold", 1.0),

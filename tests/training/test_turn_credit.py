@@ -54,7 +54,7 @@ def expected_weights(trajectories, golds, size):
 
 
 def test_turn_advantages_count_as_much_as_finds_exceed_chance(make_trainer, options):
-    plain, _ = prepared(make_trainer(**options))
+    plain, _ = prepared(make_trainer(**options, folr_guard="degenerate"))
     trainer = make_trainer(**options, folr_guard="chance")
     corrected, trajectories = prepared(trainer)
     assert torch.equal(plain["completion_ids"], corrected["completion_ids"])

@@ -103,11 +103,12 @@ class TSPOConfig(GRPOConfig):
             correct.
         folr_placement (`str`, *optional*, defaults to `"first"`):
             `"first"` pays the turn of the first occurrence, `"up_to_first"` every turn up to and including it.
-        folr_guard (`str`, *optional*, defaults to `"degenerate"`):
-            Which occurrences of golden answers earn the partial reward. `"none"`: all, as published. `"degenerate"`: none of
-            answers that normalise to the empty string, yes, no, noanswer or a single character. `"chance"`: the same, and
-            the turn advantages of a group count as much as its finds exceed what chance would find. `"strict"`:
-            as `"degenerate"`, and none of answers that the question contains, or in a turn whose own query names the answer.
+        folr_guard (`str`, *optional*, defaults to `"chance"`):
+            Which occurrences of golden answers earn the partial reward, and how much they count. `"none"`: all. `"degenerate"`:
+            all but answers that normalise to the empty string, yes, no, noanswer or a single character; otherwise TSPO as
+            published. `"chance"`: the same, and the turn advantages of a group count as much as its finds exceed what chance
+            would find. `"strict"`: as `"degenerate"`, and none of answers that the question contains, or in a turn whose own
+            query names the answer.
         advantage_level (`str`, *optional*, defaults to `"stage"`):
             `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
             `"turn"`: turn advantages always. `"trajectory"`: GRPO.
@@ -214,12 +215,13 @@ class TSPOConfig(GRPOConfig):
         },
     )
     folr_guard: Guard = field(
-        default="degenerate",
+        default="chance",
         metadata={
-            "help": "Which occurrences of golden answers earn the partial reward. 'none': all, as published. 'degenerate': "
-            "none of answers that normalise to the empty string, yes, no, noanswer or a single character. 'chance': the "
-            "same, and the turn advantages of a group count as much as its finds exceed what chance would find. 'strict': "
-            "as 'degenerate', and none of answers that the question contains, or in a turn whose own query names the answer.",
+            "help": "Which occurrences of golden answers earn the partial reward, and how much they count. 'none': all. "
+            "'degenerate': all but answers that normalise to the empty string, yes, no, noanswer or a single character; "
+            "otherwise TSPO as published. 'chance': the same, and the turn advantages of a group count as much as its finds "
+            "exceed what chance would find. 'strict': as 'degenerate', and none of answers that the question contains, or in "
+            "a turn whose own query names the answer.",
         },
     )
     advantage_level: Level = field(
