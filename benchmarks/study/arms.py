@@ -228,7 +228,7 @@ ARMS = {
     "turn": Arm("turn level always", {"advantage_level": "turn"}),
     "up_to_first": Arm("TSPO, up to first", {"folr_placement": "up_to_first"}),
     "group": Arm("TSPO, group baseline", {"turn_baseline": "group"}),
-    DEFAULT: Arm("TSPO, guard chance (default)", {"folr_guard": "chance"}),
+    DEFAULT: Arm("TSPO, guard chance", {"folr_guard": "chance"}),
     "strict": Arm("TSPO, guard strict", {"folr_guard": "strict"}),
     # Only the control has single-character answers, so in all other regimes the guard has no effect
     "no_guard": Arm("TSPO, guard none", {"folr_guard": "none"}, regimes=("misleading",), same_as=TSPO),

@@ -125,18 +125,20 @@ def _conclusions(
     """The sentences below the table of the default."""
     verdicts = {r: behind(list(to_grpo[r].values()), MARGIN) for r in results}
     named = {
-        verdict: ", ".join(ALL_REGIMES[r].title for r in results if verdicts[r] == verdict) or "none"
+        verdict: "; ".join(ALL_REGIMES[r].title for r in results if verdicts[r] == verdict) or "none"
         for verdict in ("no", "open", "yes")
     }
     leads = [r for r, found in differences(results, TSPO, GRPO).items() if mean_interval(list(found.values()))[1] > 0]
     against = [f"{ALL_REGIMES[r].title} ({with_interval(list(to_tspo[r].values()))})" for r in leads]
+    means = [with_interval(mean_of_regimes(list(found.values()))) for found in (to_grpo, to_tspo)]
     nowhere = "yes" if set(verdicts.values()) == {"no"} else "no" if "yes" in verdicts.values() else "open"
     return [
         f"- Behind GRPO nowhere by more than {MARGIN}: **{nowhere}**. Within the margin (95 % interval): {named['no']}. "
         f"Behind: {named['yes']}. Open, because the interval does not decide: {named['open']}.",
-        f"- Where TSPO as published leads GRPO (95 % interval), the default minus TSPO is: {', '.join(against)}."
+        f"- Where TSPO as published leads GRPO (95 % interval), the default minus TSPO is: {'; '.join(against)}."
         if against
         else "- TSPO as published leads GRPO nowhere (95 % interval).",
+        f"- Mean over the regimes (95 % interval): minus GRPO {means[0]}, minus {ARMS[TSPO].title} {means[1]}.",
     ]
 
 

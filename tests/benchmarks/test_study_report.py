@@ -171,6 +171,8 @@ def test_the_claims_about_the_default_hold_together():
     assert "| behind GRPO by more than 0.02 | open (mean: no) | yes |" in text
     assert "nowhere by more than 0.02: **no**" in text
     assert "the default minus TSPO is: weak search, weak answers (-0.033 [" in text
+    mean, low, high = mean_interval([0.035, 0.085, 0.135])
+    assert f"Mean over the regimes (95 % interval): minus GRPO {mean:+.3f} [{low:+.3f}, {high:+.3f}], minus TSPO" in text
     # A fourth arm could have been chosen too
     more = [{**cell, "arm": "strict"} for cell in cells if cell["arm"] == DEFAULT]
     assert "1 - 0.05/8" in claims(arrange([*cells, *more]))
