@@ -10,8 +10,9 @@ rollouts to advantages), in several regimes, with several seeds. Prints tables. 
 
 A cell is one training run: an arm in a regime with a seed. Finished cells are not run again, so a stopped study resumes
 where it was stopped, in the order of the seeds. `--continue` takes published cells as finished. Tables and pictures are
-written to the folder, for the arms that have all regimes and seeds. `--publish` also writes the results to the
-repository, and the tables and pictures to its documentation.
+written to the folder. `--publish` also writes the results to the repository, and the tables and pictures to its
+documentation. To do so with an unfinished study, add `--report --folder FOLDER`: then each regime has the seeds that all
+arms have finished.
 """
 
 import argparse
@@ -109,7 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--set", choices=SETS, default="small", help="what to run (default: small)")
     parser.add_argument(
-        "--report", action="store_true", help="only print the tables of the published sets, or of `--set`"
+        "--report",
+        action="store_true",
+        help="only print the tables: of the published sets, of `--set`, or of what is finished in `--folder`",
     )
     parser.add_argument(
         "--publish", action="store_true", help="also write the set to the repository: results, tables and pictures"
@@ -119,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--regimes", nargs="+", choices=ALL_REGIMES)
     parser.add_argument("--arms", nargs="+", choices=ARMS)
-    parser.add_argument("--seeds", type=int, help="number of seeds")
+    parser.add_argument("--seeds", type=int, help="number of seeds of every regime")
     parser.add_argument("--steps", type=float, help="fraction of each regime's steps")
     parser.add_argument("--heldout", type=int, default=256, help="number of held-out questions to evaluate")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of cells to run in parallel")
@@ -131,22 +134,26 @@ def main() -> None:
     parser = make_parser()
     arguments = parser.parse_args()
     name, of_set = arguments.set, SETS[arguments.set]
-    if not of_set.published and not arguments.report and (arguments.publish or arguments.goes_on):
+    of_repository = arguments.report and not arguments.folder
+    if not of_set.published and not of_repository and (arguments.publish or arguments.goes_on):
         parser.error(f"`--publish` and `--continue` need `--set` with one of {', '.join(PUBLISHED)}; got {name!r}.")
-    if arguments.report:
+    if of_repository:
         report([name] if of_set.published else PUBLISHED, to_pages=arguments.publish)
         return
 
     folder = arguments.folder or Path(f"runs/study_{name}")
     scale = Scale(steps=arguments.steps or of_set.steps, heldout=arguments.heldout)
-    regimes, seeds = arguments.regimes or of_set.regimes, arguments.seeds or of_set.seeds
-    planned = plan(regimes, arguments.arms or of_set.arms, seeds)
+    most = max(of_set.seeds.values())  # also for regimes that are not in the set
+    seeds = {regime: arguments.seeds or of_set.seeds.get(regime, most) for regime in arguments.regimes or of_set.seeds}
+    planned = plan(seeds, arguments.arms or of_set.arms)
     if arguments.goes_on:
         print(f"Published cells that are taken: {take_published(read_set(name), planned, scale, folder)}")
-    run(planned, scale, folder, arguments.processes)
+    if not arguments.report:
+        run(planned, scale, folder, arguments.processes)
 
-    # Also of the arms that earlier calls ran
-    cells = complete([cell for cell in read_folder(folder) if cell["scale"] == asdict(scale)], regimes, seeds)
+    cells = complete([cell for cell in read_folder(folder) if cell["scale"] == asdict(scale)], planned)
+    if not cells:
+        parser.error(f"{folder} has no seed that all arms of the set have finished. Run the study without `--report`.")
     check_pairs(cells)
     print(write_report(cells, folder))
     print(f"Written to {folder}: tables.md, the pictures and the results of every cell.")

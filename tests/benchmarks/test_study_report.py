@@ -164,7 +164,7 @@ def test_the_claims_about_the_default_hold_together():
         misleading=([0.5, 0.5, 0.5], [0.4, 0.3, 0.4], [0.47, 0.47, 0.47]),
     )
     text = claims(arrange(cells))
-    assert "Seeds: 3." in text
+    assert "| seeds | 3 | 3 |" in text
     assert "t intervals at 98.75%, which is 1 - 0.05/4" in text
     mean, low, high = mean_interval([0.1, 0.2, 0.3], 0.9875)
     assert f"| minus GRPO | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | -0.030 [-0.030, -0.030] |" in text
@@ -172,7 +172,9 @@ def test_the_claims_about_the_default_hold_together():
     assert "nowhere by more than 0.02: **no**" in text
     assert "the default minus TSPO is: weak search, weak answers (-0.033 [" in text
     mean, low, high = mean_interval([0.035, 0.085, 0.135])
-    assert f"Mean over the regimes (95 % interval): minus GRPO {mean:+.3f} [{low:+.3f}, {high:+.3f}], minus TSPO" in text
+    assert (
+        f"Mean over the regimes (95 % interval): minus GRPO {mean:+.3f} [{low:+.3f}, {high:+.3f}], minus TSPO" in text
+    )
     # A fourth arm could have been chosen too
     more = [{**cell, "arm": "strict"} for cell in cells if cell["arm"] == DEFAULT]
     assert "1 - 0.05/8" in claims(arrange([*cells, *more]))
@@ -235,23 +237,29 @@ def test_the_sweep_is_a_table_over_shares():
 
 
 def test_a_plan_is_sorted_by_seed_and_leaves_out_equal_cells():
-    cells = sets.plan(["weak", "misleading"], [GRPO, "no_guard"], 2)
+    cells = sets.plan({"weak": 2, "misleading": 3}, [GRPO, "no_guard"])
     assert [(c.seed, c.regime, c.arm) for c in cells[:3]] == [
         (0, "weak", GRPO),
         (0, "misleading", GRPO),
         (0, "misleading", "no_guard"),
     ]
-    assert [cell.seed for cell in cells] == [0, 0, 0, 1, 1, 1]
+    assert [cell.seed for cell in cells] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_an_arm_counts_only_with_all_regimes_and_seeds():
-    cells = make_cells()
-    regimes = ["weak", "misleading"]
-    assert sorted(map(sets.key_of, sets.complete(cells, regimes, 2))) == sorted(map(sets.key_of, cells))
-    rest = cells[:-1]  # without a cell of TSPO
-    assert {cell["arm"] for cell in sets.complete(rest, regimes, 2)} == {GRPO}
-    assert {cell["arm"] for cell in sets.complete(rest, ["weak"], 2)} == {GRPO, TSPO}
-    assert sets.complete(cells, regimes, 3) == []
+def test_an_unfinished_plan_has_the_first_seeds_that_all_arms_have():
+    planned = sets.plan({"weak": 3, "misleading": 3}, [GRPO, TSPO])
+    cells = [make_cell(cell.regime, cell.arm, cell.seed, [0.5] * 10) for cell in planned]
+    assert sets.complete(cells, planned) == cells
+    assert sets.complete(cells, planned[:4]) == cells[:4]
+    missing = ("weak", TSPO, 1)  # so seed 2 does not count there either
+    rest = [cell for cell in cells if sets.key_of(cell) != missing]
+    found = sets.complete(rest, planned)
+    assert {cell["seed"] for cell in found if cell["regime"] == "weak"} == {0}
+    assert {cell["seed"] for cell in found if cell["regime"] == "misleading"} == {0, 1, 2}
+    assert sets.complete(cells[:-1], sets.plan({"misleading": 3}, [GRPO])) == [
+        cell for cell in cells if (cell["regime"], cell["arm"]) == ("misleading", GRPO)
+    ]
+    assert sets.complete([], planned) == []
 
 
 def test_cells_of_different_machines_are_not_paired():
@@ -267,7 +275,7 @@ def test_cells_of_different_machines_are_not_paired():
 
 def test_a_study_goes_on_where_another_machine_stopped(tmp_path):
     cells = make_cells()
-    planned = sets.plan(["weak", "misleading"], [GRPO, TSPO], 3)
+    planned = sets.plan({"weak": 3, "misleading": 3}, [GRPO, TSPO])
     assert sets.take_published(cells, planned, Scale(), tmp_path / "new") == 8
     assert len(sets.read_folder(tmp_path / "new")) == 8
     assert [sets.is_done(cell, Scale(), tmp_path / "new") for cell in planned] == [True] * 8 + [False] * 4
@@ -317,12 +325,13 @@ def test_the_page_shows_the_committed_results(name):
         assert pages.insert(page, mark, text) == page
     if not cells:
         return
-    regimes = [regime for regime in ALL_REGIMES if any(cell["regime"] == regime for cell in cells)]
-    assert set(regimes) <= set(sets.SETS[name].regimes)
+    regimes = {cell["regime"] for cell in cells}
+    assert regimes <= set(sets.SETS[name].seeds)
     assert {cell["arm"] for cell in cells} >= {GRPO, TSPO}
-    seeds = 1 + max(cell["seed"] for cell in cells)
+    seeds = {regime: 1 + max(cell["seed"] for cell in cells if cell["regime"] == regime) for regime in regimes}
     key = sets.key_of
-    assert sorted(map(key, sets.complete(cells, regimes, seeds))) == sorted(map(key, cells))
+    arms = [arm for arm in ARMS if any(cell["arm"] == arm for cell in cells)]
+    assert sorted(map(key, sets.complete(cells, sets.plan(seeds, arms)))) == sorted(map(key, cells))
     sets.check_pairs(cells)
     (scale,) = {json.dumps(cell["scale"]) for cell in cells}
     for cell in cells:
