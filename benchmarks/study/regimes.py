@@ -84,7 +84,7 @@ REGIMES = {
     "weak_search": Regime("weak search, good answers", 0.5, 0.0, 35),
     "nearly_solved": Regime("nearly solved", 0.1, 0.1, 20),
     "misleading": Regime("control: misleading near misses", 0.25, 0.3, 50, misleading_world),
-    "many_queries": Regime("every search finds the answer", 0.5, 0.8, 40, repeated_world, small_repeated_world),
+    "many_queries": Regime("every search finds the answer", 0.4, 0.4, 40, repeated_world, small_repeated_world),
     "real_text": Regime("among real passages", 0.4, 0.6, 40, real_text_world, real_words=True),
 }
 
