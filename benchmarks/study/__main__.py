@@ -3,7 +3,7 @@ rollouts to advantages), in several regimes, with several seeds. Prints tables. 
 
     python -m benchmarks.study                    # a small study: three arms, two seeds, half of the steps
     python -m benchmarks.study --report           # print the tables of all published sets
-    python -m benchmarks.study --set defaults     # GRPO, TSPO as published and the default, ten seeds
+    python -m benchmarks.study --set defaults     # GRPO, TSPO as published and the default, ten seeds or more
     python -m benchmarks.study --set variants     # every arm, five seeds
     python -m benchmarks.study --set sweep        # more and more passages name answers of other questions
     python -m benchmarks.study --set defaults --regimes weak --arms grpo tspo --seeds 3 --steps 2 --processes 4

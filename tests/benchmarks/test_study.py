@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.study import arms
+from benchmarks.study import arms, regimes
 from benchmarks.study.arms import (
     ARMS,
     DEFAULT,
@@ -258,6 +258,21 @@ def test_noise_grows_with_the_share_and_keeps_the_facts():
         for of_share in (texts[0], texts[2])
     )
     assert found > 2 * plain
+
+
+@pytest.mark.parametrize(("rates", "calls"), [([0.9], 1), ([0.5, 0.6, 0.7], 3), ([0.6] * 4, 4)])
+def test_a_policy_is_adapted_until_it_reads_the_passages(monkeypatch, rates, calls):
+    left, made = iter(rates), []
+    monkeypatch.setattr(regimes, "_demonstrate", lambda *args, **kwargs: [])
+    monkeypatch.setattr(regimes, "supervise", lambda *args, **kwargs: made.append(kwargs["steps"]))
+    monkeypatch.setattr(regimes, "sample", lambda *args, **kwargs: [])
+    monkeypatch.setattr(regimes, "answer_rate", lambda *args: next(left))
+    if rates[-1] < 0.7:
+        with pytest.raises(RuntimeError, match="seed 3 did not learn to read the passages: it answers 60%"):
+            regimes._adapt(None, None, [make_world(0)], seed=3)
+    else:
+        regimes._adapt(None, None, [make_world(0)], seed=3)
+    assert made == [regimes.ADAPT_STEPS] * calls
 
 
 def test_regimes_of_the_sweep_differ_only_in_their_passages():

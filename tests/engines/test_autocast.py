@@ -57,11 +57,3 @@ def test_autocast_around_a_round_converts_weights_once_and_changes_no_bit(mixed,
     assert turns == expected  # tokens and log-probabilities
     assert set(once) == {2}  # two rounds
     assert min(for_every_token) > 4  # one for each forward
-
-
-def test_autocast_is_closed_after_an_error(mixed, tokenizer, world):
-    config = GenerationConfig(pad_token_id=0, eos_token_id=1)
-    engine = TransformersEngine(lambda: nullcontext(mixed), tokenizer, config, (), BF16)
-    with pytest.raises(RuntimeError, match="within `session"):
-        engine.generate([[1]], [1])
-    assert not torch.is_autocast_enabled("cpu")

@@ -782,7 +782,6 @@ def test_turns_are_generated_under_one_autocast_and_searched_without_it(make_tra
     watched = copy.copy(retriever)
     watched.__class__ = Watched
     trainer = make_trainer(bf16=True, max_steps=1, retriever=watched)
-    trainer.model.train()
     engine = trainer.search_loop.engine
     generate = engine._generate
     engine._generate = lambda *args: (calling.append(torch.is_autocast_enabled("cpu")), generate(*args))[1]
