@@ -4,7 +4,8 @@ rollouts to advantages), in several regimes, with several seeds. Prints tables. 
     python -m benchmarks.study                    # a small study: three arms, two seeds, half of the steps
     python -m benchmarks.study --report           # print the tables of all published sets
     python -m benchmarks.study --set defaults     # GRPO, TSPO as published and the default, ten seeds or more
-    python -m benchmarks.study --set variants     # every arm, five seeds
+    python -m benchmarks.study --set credits      # the default against six other credits, five seeds
+    python -m benchmarks.study --set variants     # the options of the credit, five seeds
     python -m benchmarks.study --set sweep        # more and more passages name answers of other questions
     python -m benchmarks.study --set defaults --regimes weak --arms grpo tspo --seeds 3 --steps 2 --processes 4
 
@@ -30,7 +31,7 @@ import torch
 
 from .arms import ARMS
 from .cells import Cell, Scale, prepare_regime, prepare_strong, run_cell
-from .pages import publish, tables, write_report
+from .pages import CHOICE, publish, tables, write_report
 from .regimes import ALL_REGIMES
 from .report import arrange
 from .sets import (
@@ -97,7 +98,7 @@ def report(names: Sequence[str], *, to_pages: bool) -> None:
     """Print the tables of published sets, and write them to the documentation if `to_pages`."""
     for name in names:
         cells = read_set(name)
-        found = tables(arrange(cells)) if cells else "No results.\n"
+        found = tables(arrange(cells), chosen=name == CHOICE) if cells else "No results.\n"
         print(f"## {name}: {SETS[name].title}\n\n{found}")
         if to_pages:
             publish(name)

@@ -12,6 +12,7 @@ from .sets import read_set
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "study.md"
 END = "<!-- end -->\n"
+CHOICE = "defaults"  # the set by which the default is chosen
 EMPTY = "The repository has no results of this set.\n"
 
 
@@ -30,9 +31,9 @@ def pictures(results: Results) -> dict[str, tuple[str, Callable[[Results, Path],
     }
 
 
-def tables(results: Results) -> str:
-    """Format the tables of some results."""
-    return sweep.markdown(results) if sweep.is_sweep(results) else markdown(results)
+def tables(results: Results, *, chosen: bool = True) -> str:
+    """Format the tables of some results; with the answer about the default if `chosen`, and if it was run."""
+    return sweep.markdown(results) if sweep.is_sweep(results) else markdown(results, chosen=chosen)
 
 
 def image(name: str, picture: str) -> str:
@@ -44,8 +45,8 @@ def blocks(name: str, cells: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Format the blocks of a set: its pictures and its tables, and of the defaults the answer."""
     results = arrange(cells)
     shown = [f"![{text}]({image(name, picture)})" for picture, (text, _) in pictures(results).items()]
-    found = {name: "\n\n".join([*shown, tables(results)]) if cells else EMPTY}
-    if name == "defaults":
+    found = {name: "\n\n".join([*shown, tables(results, chosen=name == CHOICE)]) if cells else EMPTY}
+    if name == CHOICE:
         answer = claims(results)
         found["answer"] = f"{answer}\n\n{origin(results)}\n" if answer else EMPTY
     return found

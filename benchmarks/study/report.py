@@ -231,13 +231,22 @@ def origin(results: Results) -> str:
     )
 
 
-def markdown(results: Results) -> str:
-    """Format all tables."""
+def markdown(results: Results, *, chosen: bool = True) -> str:
+    """
+    Format all tables.
+
+    Args:
+        results (`Mapping`):
+            The arranged results, see [`arrange`].
+        chosen (`bool`, *optional*, defaults to `True`):
+            Whether the default is chosen by these results. Then they begin with its comparison, see [`claims`].
+    """
     descriptive = (
         "Every arm minus a baseline, in the exact match, mean of the steps. The intervals are 95 % t intervals of paired "
         "differences, each read alone: of twenty, one misses the true difference."
     )
-    parts = [origin(results), claims(results), descriptive, choice_table(results, GRPO), choice_table(results, TSPO)]
+    answer = claims(results) if chosen else ""
+    parts = [origin(results), answer, descriptive, choice_table(results, GRPO), choice_table(results, TSPO)]
     return "\n\n".join([*filter(None, parts), *(table(results, regime) for regime in results)]) + "\n"
 
 

@@ -14,6 +14,10 @@ from .regimes import ALL_REGIMES, REGIMES, SWEEP
 RESULTS = Path(__file__).parent / "results"
 FIRST_REGIMES = tuple(REGIMES)[:5]  # those of the published variants, and of the small study
 MAIN_ARMS = (GRPO, TSPO, DEFAULT)
+OPTIONS = ("merged", "turn", "up_to_first", "group", "strict", "no_guard")  # arms that are made with options
+OTHER_CREDITS = ("modulated", "utility", "graded", "igpo", "evidence", "two_segment")
+#: One regime for each case: turn rewards help, help little, mislead.
+CASES = ("weak", "weak_answers", "misleading")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ SETS = {
         dict.fromkeys(REGIMES, 10) | {"weak_answers": 20, "misleading": 20},
         MAIN_ARMS,
     ),
-    "variants": StudySet("variants of the credit", dict.fromkeys(FIRST_REGIMES, 5), tuple(ARMS)),
+    "credits": StudySet("the default against other credits", dict.fromkeys(CASES, 5), (*MAIN_ARMS, *OTHER_CREDITS)),
+    "variants": StudySet("options of the credit", dict.fromkeys(FIRST_REGIMES, 5), (*MAIN_ARMS, *OPTIONS)),
     "sweep": StudySet("the sweep of chance", dict.fromkeys(SWEEP, 10), MAIN_ARMS),
 }
 PUBLISHED = tuple(name for name, of_set in SETS.items() if of_set.published)

@@ -359,4 +359,4 @@ def test_only_published_sets_are_published():
     command = [sys.executable, "-m", "benchmarks.study", "--publish"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert found.returncode == 2
-    assert "need `--set` with one of defaults, variants, sweep; got 'small'" in found.stderr
+    assert "need `--set` with one of defaults, credits, variants, sweep; got 'small'" in found.stderr
