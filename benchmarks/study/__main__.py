@@ -17,15 +17,14 @@ arms have finished.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from .cells import Cell, Scale, prepare_regime, prepare_strong, run_cell
 from .pages import CHOICE, publish, tables, write_report
 from .regimes import ALL_REGIMES
 from .report import arrange
+from .schedule import Job, run_jobs
 from .sets import (
     PUBLISHED,
     SETS,
@@ -49,49 +49,45 @@ from .sets import (
 
 
 def run(cells: list[Cell], scale: Scale, folder: Path, processes: int) -> None:
-    """Run the cells without results, in several processes. A seed ends before a later one begins, or as many at a time as there
-    are processes."""
-    missing = [cell for cell in cells if not is_done(cell, scale, folder)]
-    if not missing:
+    """Run the cells without results, in several processes and in the order of their seeds."""
+    jobs = jobs_of([cell for cell in cells if not is_done(cell, scale, folder)], scale, folder)
+    if not jobs:
         return
     start = time.perf_counter()
+    numbers = itertools.count(1)
+
+    def progress(name: str) -> None:
+        print(f"{(time.perf_counter() - start) / 60:6.1f} min  {next(numbers)}/{len(jobs)} {name}", flush=True)
+
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    seeds = sorted({cell.seed for cell in missing})
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
-        for first in range(0, len(seeds), processes):
-            at_once = seeds[first : first + processes]
-            run_seeds(pool, [cell for cell in missing if cell.seed in at_once], scale, folder, start)
+        run_jobs(pool, jobs, processes, progress)
 
 
-def run_seeds(pool: ProcessPoolExecutor, cells: Sequence[Cell], scale: Scale, folder: Path, start: float) -> None:
-    """Run the cells of some seeds. Policies come first, because all arms of a regime start from the same policy."""
-    seeds = {cell.seed: cell for cell in cells}
-    wait_for({pool.submit(prepare_strong, seed, folder): cell for seed, cell in seeds.items()}, "warm starts", start)
-    policies = {(ALL_REGIMES[cell.regime].policy, cell.seed): cell for cell in cells}
-    wait_for(
-        {pool.submit(prepare_regime, cell.regime, cell.seed, folder): cell for cell in policies.values()},
-        "policies",
-        start,
-    )
-    wait_for({pool.submit(run_cell, cell, scale, folder): cell for cell in cells}, "cells", start)
+def jobs_of(cells: Sequence[Cell], scale: Scale, folder: Path) -> list[Job]:
+    """
+    Return what must be done for some cells. The strong policy of a seed comes before the policies of its regimes, and a policy
+    before the cells that start from it.
 
-
-def wait_for(jobs: dict[Future, Any], name: str, start: float) -> None:
-    """Wait for jobs and print their progress. The first error ends the study. Finished cells keep their results."""
-    for count, job in enumerate(as_completed(jobs), 1):
-        cell = jobs[job]
-        try:
-            job.result()
-        except Exception:
-            for other in jobs:
-                other.cancel()
-            print(f"{cell} failed.", file=sys.stderr)
-            raise
-        minutes = (time.perf_counter() - start) / 60
-        print(
-            f"{minutes:6.1f} min  {count}/{len(jobs)} {name}: {cell.regime}, {cell.arm}, seed {cell.seed}", flush=True
-        )
+    Args:
+        cells (`Sequence[Cell]`):
+            The cells, in their order.
+        scale ([`Scale`]):
+            The size of the cells.
+        folder (`Path`):
+            The folder of the study.
+    """
+    jobs = {}
+    for cell in cells:
+        made, *mistakes = ALL_REGIMES[cell.regime].policy
+        strong = f"seed {cell.seed}: strong policy"
+        policy = f"seed {cell.seed}: policy of {made} {'/'.join(map(str, mistakes))}"
+        named = f"seed {cell.seed}: {cell.regime}, {cell.arm}"
+        jobs[strong] = Job(strong, prepare_strong, (cell.seed, folder))
+        jobs.setdefault(policy, Job(policy, prepare_regime, (cell.regime, cell.seed, folder), needs=strong))
+        jobs[named] = Job(named, run_cell, (cell, scale, folder), needs=policy)
+    return list(jobs.values())
 
 
 def report(names: Sequence[str], *, to_pages: bool) -> None:

@@ -4,12 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.study import arms, regimes
+from benchmarks.study.__main__ import jobs_of
 from benchmarks.study.arms import (
     ARMS,
     DEFAULT,
@@ -26,8 +29,9 @@ from benchmarks.study.arms import (
     near_miss_reward,
     passage_utility,
 )
-from benchmarks.study.cells import make_row, processor, source_digest
+from benchmarks.study.cells import Cell, Scale, make_row, processor, source_digest
 from benchmarks.study.regimes import REGIMES, SHARES, SWEEP, study_tokenizer, with_more_words
+from benchmarks.study.schedule import Job, run_jobs
 from benchmarks.study.worlds import (
     REAL_COUNT,
     ZONES,
@@ -371,3 +375,54 @@ def test_a_study_runs_and_resumes(tmp_path, policy_dir):
     other = study("--arms", GRPO, "--heldout", "9")
     assert other.returncode == 1
     assert "Use another `--folder`" in other.stderr
+
+
+def test_jobs_run_in_their_order_after_the_jobs_that_they_need(tmp_path):
+    cells = [
+        Cell(regime, arm, seed) for seed in (0, 1) for regime in ("chance_00", "chance_50") for arm in (GRPO, TSPO)
+    ]
+    jobs = jobs_of(cells, Scale(), tmp_path)
+    of_first_seed = [job.name for job in jobs if "seed 0" in job.name]
+    assert of_first_seed[:2] == [
+        "seed 0: strong policy",
+        "seed 0: policy of noisy_world 0.25/0.6",
+    ]  # one for both regimes
+    assert of_first_seed[2:] == [f"seed 0: {cell.regime}, {cell.arm}" for cell in cells[:4]]
+    for order in (jobs, jobs[::-1]):
+        ran = []
+        named = [Job(job.name, ran.append, (job.name,), job.needs) for job in order]
+        with ThreadPoolExecutor(1) as pool:
+            run_jobs(pool, named, 1, lambda name: None)
+        assert sorted(ran) == sorted(job.name for job in jobs)
+        assert all(job.needs is None or ran.index(job.needs) < ran.index(job.name) for job in jobs)
+        if order is jobs:
+            assert ran == [job.name for job in jobs]
+
+
+def test_as_many_jobs_run_at_a_time_as_there_are_processes():
+    both = Barrier(2, timeout=60)
+    done = []
+    jobs = [Job("a", both.wait, ()), Job("b", both.wait, ()), Job("c", done.append, ("c",), needs="a")]
+    with ThreadPoolExecutor(8) as pool:
+        run_jobs(pool, jobs, 2, done.append)
+    assert sorted(done[:2]) == ["a", "b"]
+    assert done[2:] == ["c", "c"]
+
+
+def test_a_failed_job_stops_only_the_jobs_that_need_it(capsys):
+    done = []
+
+    def fail():
+        raise ValueError("no such world")
+
+    jobs = [
+        Job("policy", fail, ()),
+        Job("first", done.append, ("first",), needs="policy"),
+        Job("second", done.append, ("second",), needs="first"),
+        Job("other", done.append, ("other",)),
+    ]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match=r"These jobs failed: policy\.") as raised:
+        run_jobs(pool, jobs, 1, lambda name: None)
+    assert done == ["other"]
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert "no such world" in capsys.readouterr().err
