@@ -15,8 +15,7 @@ checkpoint, so the same command continues. `--publish` adds the results of the f
 import argparse
 import json
 import os
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ import torch
 import transformers
 import yaml
 
+from benchmarks.study.cells import processor
 from tspo_trl import EvaluationResults
 from tspo_trl.commands.errors import run_command
+from tspo_trl.evaluation.folder import model_fingerprint
 from tspo_trl.evaluation.results import Scores
 from tspo_trl.retrieval import CachedRetriever, open_retriever
 from tspo_trl.support.files import replace_file
@@ -66,8 +67,9 @@ def write_results(run: Run, single: Sequence[bool]) -> list[dict[str, Any]]:
     history = json.loads((run.folder / run.name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     about = {
         "settings": run.settings,
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": processor()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "cold_start": model_fingerprint(run.folder / COLD_START),
     }
     records, sampled = [], []
     for model in (BASE, COLD_START, run.name):
@@ -93,21 +95,25 @@ def _scores(folder: Path) -> Scores:
 
 def publish(folder: Path) -> None:
     """
-    Add the results of a folder to those of the repository. A run with the same credit and seed is replaced.
+    Add the results of a folder to those of the repository. A run with the same credit and seed is replaced. All credits of a
+    seed must have the same cold start, so they are run in one folder.
 
     Args:
         folder (`Path`):
             The folder of runs.
     """
-    kept = {(record["model"], record["seed"]): record for record in read_results(RESULTS)}
-    for file in sorted((folder / "results").glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        kept[record["model"], record["seed"]] = record
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "results").glob("*.json"))]
+    kept = {key_of(record): record for record in [*read_results(RESULTS), *found]}
     check_same(list(kept.values()))
     RESULTS.mkdir(exist_ok=True)
-    for model in {model for model, _ in kept}:
-        lines = [json.dumps(kept[key]) + "\n" for key in sorted(kept, key=str) if key[0] == model]
+    for model in {record["model"] for record in kept.values()}:
+        lines = [json.dumps(kept[key]) + "\n" for key in sorted(kept, key=str) if kept[key]["model"] == model]
         (RESULTS / f"{model}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[str, int | None, str | None]:
+    """What distinguishes a record: of a run its credit and seed, of a model before it the cold start of its folder."""
+    return record["model"], record["seed"], record["cold_start"] if record["seed"] is None else None
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -86,7 +86,8 @@ def check_same(records: Sequence[Record]) -> None:
             The records.
 
     Raises:
-        `ValueError`: If there are none, or two were made with different settings or questions.
+        `ValueError`: If there are none, two were made with different settings or questions, or two runs with one seed continue
+            different cold starts.
     """
     if not records:
         raise ValueError("There are no results yet: run `python -m benchmarks.real_model` first.")
@@ -97,6 +98,15 @@ def check_same(records: Sequence[Record]) -> None:
                 raise ValueError(
                     f"The results of {_name(record)} cannot be compared with those of {_name(first)}: their {name!r} differ, "
                     f"{record.get(name)!r} and {first.get(name)!r}."
+                )
+    of_seed: dict[int, Record] = {}
+    for record in records:
+        if record["seed"] is not None:
+            other = of_seed.setdefault(record["seed"], record)
+            if record.get("cold_start") != other.get("cold_start"):
+                raise ValueError(
+                    f"{_name(record)} and {_name(other)} continue different cold starts. The credits of a seed are compared, so "
+                    "run all of them in one folder, or choose a seed that has no results yet."
                 )
 
 

@@ -59,7 +59,7 @@ def record(model, em, seed=None, steps=(), single=(1, 0, 1, 0), **about):
         {"step": i, "reward": 0.0, "rewards/exact_match_reward/mean": value, "search/hit": value, "step_time": 30.0}
         for i, value in enumerate(steps, 1)
     ]
-    return make_record(model, seed, scores(em), scores(em, 2), single, history, **about)
+    return make_record(model, seed, scores(em), scores(em, 2), single, history, **{"cold_start": "a", **about})
 
 
 def test_the_training_continues_the_cold_start_with_the_same_search_loop():
@@ -281,6 +281,32 @@ def test_results_that_differ_in_settings_are_not_compared():
         check_same(records)
     with pytest.raises(ValueError, match="no results yet"):
         markdown([])
+
+
+def test_the_runs_of_a_seed_continue_the_same_cold_start():
+    check_same([record("grpo", [0] * 4, seed=0), record("grpo", [0] * 4, seed=1, cold_start="b")])
+    with pytest.raises(ValueError, match=r"tspo with seed 1 and grpo with seed 1 continue different cold starts"):
+        check_same([record("grpo", [0] * 4, seed=1, cold_start="b"), record("tspo", [0] * 4, seed=1)])
+
+
+def test_every_cold_start_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "published")
+    for machine, seed in (("a", 0), ("b", 1), ("b", 1)):
+        folder = tmp_path / machine / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in (
+            record("cold_start", [0] * 4, cold_start=machine),
+            record("grpo", [0] * 4, seed, cold_start=machine),
+        ):
+            (folder / f"{one['model']}.json").write_text(json.dumps(one))
+        program.publish(folder.parent)
+    found = program.read_results(tmp_path / "published")
+    assert [(one["model"], one["cold_start"]) for one in found] == [
+        ("cold_start", "a"),
+        ("cold_start", "b"),
+        ("grpo", "a"),
+        ("grpo", "b"),
+    ]
 
 
 def test_published_results_are_read_and_drawn(tmp_path, monkeypatch, capsys):
