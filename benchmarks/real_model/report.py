@@ -248,6 +248,7 @@ def steps_table(records: Sequence[Record]) -> str:
         "all wrong",
         "rescued",
         "s/step",
+        "of which generation",
         "minutes",
     ]
     trained = {model: of for model, of in by_model(records).items() if of[0]["steps"]}
@@ -269,7 +270,7 @@ def steps_table(records: Sequence[Record]) -> str:
                 _over_seeds(differences, signed=True) if differences else "",
                 f"{sum(d > 0 for d in differences)}/{len(differences)}" if differences else "",
                 *(_over_seeds(means[name]) for name in ("hit", "all_wrong", "rescued")),
-                f"{np.mean(means['seconds']):.1f}",
+                *(f"{np.mean(means[name]):.1f}" for name in ("seconds", "generate")),
                 f"{np.mean([sum(record['curves']['seconds']) / 60 for record in of]):.1f}",
             ]
         )

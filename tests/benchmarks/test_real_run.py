@@ -56,7 +56,8 @@ def scores(em, num_samples=1):
 def record(model, em, seed=None, steps=(), single=(1, 0, 1, 0), **about):
     """A record with these exact matches of the questions, and with this exact match in the steps of training."""
     history = [
-        {"step": i, "reward": 0.0, "rewards/exact_match_reward/mean": value, "search/hit": value, "step_time": 30.0}
+        {"step": i, "reward": 0.0, "rewards/exact_match_reward/mean": value, "search/hit": value}
+        | {"step_time": 30.0, "time/generate": 12.5}
         for i, value in enumerate(steps, 1)
     ]
     return make_record(model, seed, scores(em), scores(em, 2), single, history, **{"cold_start": "a", **about})
@@ -270,7 +271,11 @@ def test_runs_are_compared_with_grpo_seed_by_seed():
     assert "0.200" in lines[2]
     assert " +0.200 |" in lines[3]  # only the seed that both have
     assert "1/1" in lines[3]
-    assert "30.0" in lines[3]
+    assert [cell.strip() for cell in lines[3].split("|")][-4:-1] == [
+        "30.0",
+        "12.5",
+        "1.0",
+    ]  # seconds, and minutes in all
 
 
 def test_results_that_differ_in_settings_are_not_compared():
