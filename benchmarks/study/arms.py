@@ -234,7 +234,12 @@ ARMS = {
     "no_guard": Arm("TSPO, guard none", {"folr_guard": "none"}, regimes=("misleading",), same_as=TSPO),
     "modulated": Arm("chance, and evidence in mixed groups", {"folr_guard": "chance"}, trainer=ModulatedTrainer),
     "utility": Arm("chance, and passage utility", {"folr_guard": "chance"}, trainer=PassageUtilityTrainer),
-    "graded": Arm("chance, outcome F1", {"folr_guard": "chance"}, rewards=(f1_reward,)),
+    # The exact match has no weight: it is only measured
+    "graded": Arm(
+        "chance, outcome F1",
+        {"folr_guard": "chance", "reward_weights": [0.0, 1.0]},
+        rewards=(exact_match_reward, f1_reward),
+    ),
     "igpo": Arm("information gain, after IGPO", {"advantage_level": "turn"}, trainer=InformationGainTrainer),
     "evidence": Arm("TSPO, supporting title", trainer=EvidenceTrainer),
     "two_segment": Arm("two segments, after MT-GRPO", {"advantage_level": "trajectory"}, trainer=TwoSegmentTrainer),

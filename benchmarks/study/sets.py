@@ -83,7 +83,7 @@ def plan(seeds: Mapping[str, int], arms: Iterable[str]) -> list[Cell]:
 
 def complete(cells: Sequence[dict[str, Any]], planned: Sequence[Cell]) -> list[dict[str, Any]]:
     """
-    Return the results of a plan that may not be finished: of each regime, the first seeds that all planned arms have.
+    Return the results of a plan that may not be finished: of each regime, the seeds that all planned arms have.
 
     Args:
         cells (`Sequence[dict]`):
@@ -93,12 +93,9 @@ def complete(cells: Sequence[dict[str, Any]], planned: Sequence[Cell]) -> list[d
     """
     by_cell = {key_of(cell): cell for cell in cells}
     kept: list[dict[str, Any]] = []
-    ended: set[str] = set()
-    for (regime, _), group in groupby(planned, key=lambda cell: (cell.regime, cell.seed)):
+    for _, group in groupby(planned, key=lambda cell: (cell.regime, cell.seed)):
         found = [by_cell.get(key_of(asdict(cell))) for cell in group]
-        if regime in ended or None in found:
-            ended.add(regime)
-        else:
+        if None not in found:
             kept += [cell for cell in found if cell]
     return kept
 
