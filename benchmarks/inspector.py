@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspector runs/demo                      # repeat its rollouts up to 10,000
     python -m benchmarks.inspector runs/demo --corpus passages.jsonl
-    python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/2/3
+    python -m benchmarks.inspector runs/demo --screenshot docs/images/inspector.png --place train/20/3/0
 
 The rollouts of the run are repeated until `--rollouts` is reached. Each copy has other passages, because equal passages
 would be compressed: the words of its passages are shuffled, or, with `--corpus`, its passages are drawn at random from
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="JSONL file of passages to show instead of the run's passages")
     parser.add_argument("--screenshot", type=Path, help="write a picture to this file instead")
     parser.add_argument(
-        "--place", default="", help="place to open for the picture, for example train/20/2/3 (default: the last step)"
+        "--place", default="", help="place to open for the picture, for example train/20/3/0 (default: the last step)"
     )
     parser.add_argument("--size", default="1440x1200", help="width and height of the picture (default: %(default)s)")
     parser.add_argument(
