@@ -17,6 +17,7 @@ from benchmarks.study.arms import (
     ARMS,
     DEFAULT,
     GRPO,
+    NEAR_MISS,
     TSPO,
     TSPO_SETTINGS,
     EvidenceTrainer,
@@ -45,6 +46,7 @@ from benchmarks.study.worlds import (
 from helpers.paths import ROOT
 from tspo_trl import Passage, Trajectory, TSPOConfig, TSPOTrainer, Turn
 from tspo_trl.demo import make_model, make_world
+from tspo_trl.rewards import exact_match_reward
 from tspo_trl.scoring import contains_answer
 
 nan = math.nan
@@ -426,3 +428,10 @@ def test_a_failed_job_stops_only_the_jobs_that_need_it(capsys):
     assert done == ["other"]
     assert isinstance(raised.value.__cause__, ValueError)
     assert "no such world" in capsys.readouterr().err
+
+
+def test_every_arm_measures_the_exact_match():
+    """The results of a cell are read from its logs."""
+    assert {name for name, arm in ARMS.items() if exact_match_reward not in arm.rewards} == set()
+    weights = {name: arm.settings["reward_weights"] for name, arm in ARMS.items() if len(arm.rewards) > 1}
+    assert weights == {"merged": [1.0, NEAR_MISS], "graded": [0.0, 1.0]}
