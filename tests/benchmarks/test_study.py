@@ -366,7 +366,7 @@ def test_a_study_runs_and_resumes(tmp_path, policy_dir):
     second = study("--arms", GRPO, "two_segment")
     assert second.returncode == 0, second.stderr[-3000:]
     assert cell.stat().st_mtime_ns == written
-    assert "1/1 cells: nearly_solved, two_segment, seed 0" in second.stdout
+    assert "3/3 seed 0: nearly_solved, two_segment" in second.stdout
     assert "two segments" in second.stdout
     assert (tmp_path / "tables.md").read_text() in second.stdout
     for name in ("curves.png", "differences.png"):
