@@ -100,9 +100,20 @@ def test_the_recipe_with_a_server_gives_the_rollouts_of_the_embedded_retriever(t
         4,
         "--disable_tqdm",
         "true",
+        "--reward_funcs",
+        "exact_match_reward",
+        "format_reward",
+        "--reward_weights",
+        1.0,
+        0.1,
     ]
     result = launch(*options, "--output_dir", tmp_path / "embedded")
     assert result.returncode == 0, result.stderr[-4000:]
+    history = json.loads((tmp_path / "embedded" / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in history if "reward" in entry):
+        exact, well_formed = (entry[f"rewards/{name}_reward/mean"] for name in ("exact_match", "format"))
+        assert entry["reward"] == pytest.approx(exact + 0.1 * well_formed)
+        assert well_formed > 0
     with Server("--corpus", "demo") as server:
         result = launch(*options, "--output_dir", tmp_path / "server", "--retriever_url", server.url)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -120,7 +131,8 @@ def recipe():
 
 def test_metrics_without_a_value_do_not_stop_a_run(recipe, capsys):
     """TRL logs None where there is nothing to average."""
-    recipe.report({"eval_reward": None}, {"eval_reward": 0.5}, "Held-out questions")
+    key = "eval_rewards/exact_match_reward/mean"
+    recipe.report({key: None}, {key: 0.5}, "Held-out questions")
     assert re.search(r"Exact match +│ +- │ +0.500 │", capsys.readouterr().out)
 
 

@@ -17,6 +17,10 @@ def no_search(trajectories, **kwargs):
     return [float(not any(turn.action == "search" for turn in t.turns)) for t in trajectories]
 
 
+def no_answer(trajectories, **kwargs):
+    return [float(t.answer is None) for t in trajectories]
+
+
 def many_searches(trajectories, **kwargs):
     """Rewards searches, and repeated queries more."""
     queries = [[query for query in t.queries if query] for t in trajectories]
@@ -48,6 +52,7 @@ def random_half(trajectories, **kwargs):
 #: kind -> the reward and the options that cause the collapse
 PATHOLOGIES = {
     "searches": (no_search, {}),
+    "answers": (no_answer, {}),
     "duplicates": (many_searches, {"learning_rate": 2e-3}),
     "invalid": (malformed, {}),
     "length": (long, {}),

@@ -69,3 +69,14 @@ def test_no_figure_stays_open(tmp_path):
     before = plt.get_fignums()
     plot_curves(HISTORY, tmp_path / "curves.png")
     assert plt.get_fignums() == before
+
+
+def test_the_exact_match_is_drawn_beside_other_rewards(tmp_path):
+    exact = [entry | {"rewards/exact_match_reward/mean": 0.1} for entry in HISTORY]
+    both = [entry | {"rewards/format_reward/mean": 0.9} for entry in exact]
+    dots = {"step": 5, "eval_rewards/exact_match_reward/mean": 0.3}
+    for name, history in {"none": HISTORY, "exact": exact, "both": both, "dots": [*both, dots]}.items():
+        plot_curves(history, tmp_path / f"{name}.png")
+    pictures = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert pictures["exact"] == pictures["none"]  # it is the reward
+    assert len({pictures[name] for name in ("none", "both", "dots")}) == 3

@@ -145,6 +145,7 @@ EXPECTED = {
     "search/first_turn": (2 + 1 + 1) / 3,
     "search/evidence": 4 / 16,
     "search/after_evidence": 1 / 3,
+    "answers/none": 2 / 7,
     "answers/from_memory": 1 / 2,
     "answers/unsupported": 2 / 4,
     "turns/mean": 25 / 10,

@@ -51,6 +51,7 @@ from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_mo
 from .errors import keeping_tracebacks
 from .options import check_input_files, check_model, check_question_files
 from .parser import RecipeParser, split_config
+from .rewards import find_rewards
 
 Questions: TypeAlias = Dataset | IterableDataset
 EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
@@ -86,6 +87,9 @@ class SearchArguments(DataArguments):
             Number of training questions, drawn with a fixed seed; the first ones of the demo or of a stream. Defaults to all.
         max_eval_questions (`int`, *optional*):
             Number of evaluation questions of each data set, chosen in the same way. Defaults to all.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions, whose sum is the outcome: `exact_match_reward` (the default), `f1_reward`, `format_reward`, or import
+            paths such as `my_module.my_reward`. `reward_weights` weights them.
         demo_seed (`int`, *optional*, defaults to `0`):
             Seed of the fictional encyclopedia and of the warm start.
         warm_start_steps (`int`, *optional*, defaults to `300`):
@@ -102,6 +106,13 @@ class SearchArguments(DataArguments):
     max_eval_questions: int | None = field(
         default=None, metadata={"help": "number of evaluation questions of each data set; all of them if not given"}
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "reward functions whose sum is the outcome: exact_match_reward (the default), f1_reward, format_reward, or "
+            "import paths such as my_module.my_reward"
+        },
+    )
     demo_seed: int = field(default=0, metadata={"help": "seed of the demo's encyclopedia and of the warm start"})
     warm_start_steps: int = field(
         default=300,
@@ -112,6 +123,8 @@ class SearchArguments(DataArguments):
         super().__post_init__()
         if isinstance(self.eval_dataset_name, str):  # from YAML
             self.eval_dataset_name = [self.eval_dataset_name]
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [self.reward_funcs]
 
 
 @hints_in_flags(EVAL_FLAGS)
@@ -210,8 +223,11 @@ def report(
     table = Table(title=title)
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
+    exact_match = "rewards/exact_match_reward/mean"
+    several = any(key.startswith(f"{prefix}_rewards/") and exact_match not in key for key in after if "/mean" in key)
     rows = {
-        "Exact match": "reward",
+        **({"Outcome": "reward"} if several else {}),
+        **({"Exact match": exact_match} if f"{prefix}_{exact_match}" in after else {}),
         "Gold answer found (hit)": "search/hit",
         "Near miss (found, answered wrong)": "search/near_miss",
         "Groups all wrong": "groups/all_wrong",
@@ -253,6 +269,7 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
     check_extras(training_args, model_args)
+    find_rewards(script_args.reward_funcs, training_args.reward_weights)  # for its errors
     check_input_files(
         corpus=script_args.corpus,
         index=script_args.index,
@@ -290,7 +307,7 @@ def use_all_cores() -> None:
 def make_trainer(
     model: str, training_args: TSPOConfig, model_args: ModelConfig, data: Mapping[str, Any]
 ) -> TSPOTrainer:
-    """The trainer of a command line. `data` holds its data sets and retriever by argument name."""
+    """The trainer of a command line. `data` holds its data sets, retriever and reward functions by argument name."""
     given: Any = training_args.model_init_kwargs or {}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -348,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_demo_model(script_args, training_args, retriever, train_dataset, Path(model), resumed=resume is not None)
     # Evaluate within `train`: DeepSpeed cannot evaluate before it. A resumed run has the result in its history.
     training_args.eval_on_start = eval_dataset is not None and resume is None
-    trainer = make_trainer(model, training_args, model_args, data)
+    rewards = find_rewards(script_args.reward_funcs, training_args.reward_weights)
+    trainer = make_trainer(model, training_args, model_args, {"reward_funcs": rewards, **data})
 
     with keeping_tracebacks():
         run(trainer, resume, script_args, eval_dataset, output_dir)

@@ -47,6 +47,14 @@ WATCHES = (
         '(`advantage_level="stage"`, `folr_alpha` > 0), lower `learning_rate`, or set `beta` > 0.',
     ),
     Watch(
+        "answers",
+        "answers/none",
+        lambda begin, now: now > max(0.5, begin + 0.3),
+        "the model has stopped answering",
+        "While all answers of a group are wrong, a turn that finds evidence is rewarded and an answer is not. Add `format_reward` "
+        "with a small weight (`reward_weights`), so that a wrong answer is better than none.",
+    ),
+    Watch(
         "duplicates",
         "search/duplicate",
         lambda begin, now: now > max(0.3, 2 * begin),
@@ -103,7 +111,7 @@ KINDS = (*(watch.kind for watch in WATCHES), "threshold")
 
 class CollapseCallback(TrainerCallback):
     """
-    Warns, once for each kind, when a run is about to collapse: `"searches"`, `"duplicates"`, `"invalid"`, `"length"`,
+    Warns, once for each kind, when a run is about to collapse: `"searches"`, `"answers"`, `"duplicates"`, `"invalid"`, `"length"`,
     `"entropy"`, `"signal"` and `"likelihood"`, see `collapse.WATCHES`.
 
     Each warning compares the mean of one logged metric over the first `window` logged steps of the run with its mean over

@@ -150,8 +150,8 @@ class TSPOConfig(GRPOConfig):
             Whether to warn when a run is about to collapse, for instance because the model stops searching, repeats its
             queries or writes malformed actions. The warning gives the evidence and advice, see [`CollapseCallback`].
         stop_on_collapse (`list[str]`, *optional*):
-            Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"duplicates"`, `"invalid"`,
-            `"length"`, `"entropy"`, `"signal"`, `"likelihood"`, `"threshold"`. Needs `warn_on_collapse=True`.
+            Kinds of these warnings that stop training, with a checkpoint: `"searches"`, `"answers"`, `"duplicates"`,
+            `"invalid"`, `"length"`, `"entropy"`, `"signal"`, `"likelihood"`, `"threshold"`. Needs `warn_on_collapse=True`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -292,7 +292,7 @@ class TSPOConfig(GRPOConfig):
     stop_on_collapse: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'duplicates', "
+            "help": "Kinds of these warnings that stop training, with a checkpoint: 'searches', 'answers', 'duplicates', "
             "'invalid', 'length', 'entropy', 'signal', 'likelihood', 'threshold'."
         },
     )

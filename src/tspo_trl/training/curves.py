@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+EXACT_MATCH = "rewards/exact_match_reward/mean"
 _CURVES = (
     ("search/hit", "golden answer found", "#3a9d5d"),
     ("reward", "reward", "#1b6ca8"),
+    (EXACT_MATCH, "exact match", "#7a4fa3"),
     ("search/near_miss", "near miss: found, but answered wrong", "#e0a030"),
 )
 _GROUPS = (
@@ -20,7 +22,8 @@ _GROUPS = (
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> None:
     """
-    Draw reward, hit rate and near misses against steps, and the composition of the groups.
+    Draw reward, hit rate and near misses against steps, and the composition of the groups. With several reward functions, the
+    exact match is drawn too.
 
     Thin lines show the logged values, thick lines their running mean over nine values. Dots show the results on the
     evaluation sets.
@@ -47,7 +50,10 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, t
     evaluated = False
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
 
+    functions = {key for entry in steps for key in entry if re.fullmatch("rewards/.+/mean", key)}
     for key, label, color in _CURVES:
+        if key == EXACT_MATCH and functions <= {EXACT_MATCH}:
+            continue  # it is the reward
         points = [(entry["step"], entry[key]) for entry in steps if entry.get(key) is not None]
         if points:
             at, values = zip(*points, strict=True)
