@@ -30,7 +30,7 @@ from tspo_trl.evaluation.folder import model_fingerprint
 from tspo_trl.evaluation.results import Scores
 from tspo_trl.retrieval import CachedRetriever, open_retriever
 from tspo_trl.support.files import replace_file
-from tspo_trl.training.curves import plot_curves
+from tspo_trl.training.curves import EXACT_MATCH, plot_curves
 
 from .report import BASE, COLD_START, TITLES, check_same, draw, make_record, markdown, tables
 from .stages import (
@@ -81,7 +81,7 @@ def write_results(run: Run, single: Sequence[bool]) -> list[dict[str, Any]]:
         file.parent.mkdir(exist_ok=True)
         replace_file(file, json.dumps(records[-1]) + "\n")
     dots = [
-        {"step": step, "eval_reward": scores.values["em"].mean(), "eval_search/hit": scores.values["hit"].mean()}
+        {"step": step, f"eval_{EXACT_MATCH}": scores.values["em"].mean(), "eval_search/hit": scores.values["hit"].mean()}
         for step, scores in zip((0, run.steps), sampled[1:], strict=True)
     ]
     title = f"SmolLM2-135M-Instruct on HotpotQA: {run.name}"

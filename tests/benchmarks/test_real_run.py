@@ -90,7 +90,7 @@ def test_every_credit_is_accepted_and_differs_in_nothing_else(tmp_path, credit):
     }
     assert different <= set(CREDITS[credit])
     assert args.compact_forward
-    assert args.generation_batch_size // args.num_generations == 4
+    assert args.generation_batch_size // args.num_generations == 3
     for name, value in CREDITS[credit].items():
         assert getattr(args, name) == value
 
