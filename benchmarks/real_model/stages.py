@@ -46,12 +46,12 @@ TRAINING_GIB = 10.0  # of the cold start too
 SAMPLES = 4  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
 #: Estimates for two idle cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
-MINUTES = {"base": 0.5, "cold_start": 4.5, "evaluate": 5.0}
-STEP_SECONDS = 32.0
+MINUTES = {"base": 0.5, "cold_start": 13.0, "evaluate": 5.0}
+STEP_SECONDS = 30.0
 #: With `--quick`
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_SAMPLES = 2, 8, 2
 QUICK = {
-    "cold_start": {"num_demonstrations": 8, "check_questions": 0},
+    "cold_start": {"num_demonstrations": 8, "num_train_epochs": 1, "check_questions": 0},
     "train": {"num_generations": 4, "gradient_accumulation_steps": 2, "save_steps": 1},
 }
 
