@@ -24,6 +24,7 @@ import transformers
 import yaml
 
 from benchmarks.study.cells import processor
+from benchmarks.study.pages import insert
 from tspo_trl import EvaluationResults
 from tspo_trl.commands.errors import run_command
 from tspo_trl.evaluation.folder import model_fingerprint
@@ -48,7 +49,8 @@ from .stages import (
 )
 
 RESULTS = HERE / "results"
-PICTURE = HERE.parents[1] / "docs" / "images" / "real_model.png"
+PAGE = HERE.parents[1] / "docs" / "real_model.md"
+PICTURE = PAGE.parent / "images" / "real_model.png"
 
 
 def write_results(run: Run, single: Sequence[bool]) -> list[dict[str, Any]]:
@@ -81,7 +83,11 @@ def write_results(run: Run, single: Sequence[bool]) -> list[dict[str, Any]]:
         file.parent.mkdir(exist_ok=True)
         replace_file(file, json.dumps(records[-1]) + "\n")
     dots = [
-        {"step": step, f"eval_{EXACT_MATCH}": scores.values["em"].mean(), "eval_search/hit": scores.values["hit"].mean()}
+        {
+            "step": step,
+            f"eval_{EXACT_MATCH}": scores.values["em"].mean(),
+            "eval_search/hit": scores.values["hit"].mean(),
+        }
         for step, scores in zip((0, run.steps), sampled[1:], strict=True)
     ]
     title = f"SmolLM2-135M-Instruct on HotpotQA: {run.name}"
@@ -122,6 +128,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def write_block(page: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Replace the tables of the documentation page by those of some results."""
+    return insert(page, "results", markdown(records), "real_model")
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
@@ -137,7 +148,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     add("--steps", type=int, help="number of steps (default: `max_steps` of train.yaml)")
     add("--quick", action="store_true", help="a few steps of everything, to try it")
-    add("--report", action="store_true", help="only print and draw the committed results")
+    add("--report", action="store_true", help="only print the committed results, and write them to docs/real_model.md")
     add("--publish", action="store_true", help="also add the results of the folder to those of the repository")
     args = parser.parse_args(arguments)
     if args.steps is not None and args.steps < 1:
@@ -154,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = read_results(RESULTS)
         print(markdown(records))
         draw(records, PICTURE)
+        PAGE.write_text(write_block(PAGE.read_text(encoding="utf-8"), records), encoding="utf-8")
         return
     configured = yaml.safe_load(CONFIGS["train"].read_text(encoding="utf-8"))
     steps = args.steps or (QUICK_STEPS if args.quick else configured["max_steps"])

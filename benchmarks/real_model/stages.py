@@ -42,7 +42,7 @@ CREDITS: dict[str, dict[str, Any]] = {
     },
     "default": {},
 }
-TRAINING_GIB = 10.0  # of the cold start too
+TRAINING_GIB = 12.0  # of the cold start too
 SAMPLES = 4  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
 #: Estimates for two idle cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
@@ -163,6 +163,7 @@ def do_stages(stages: Sequence[Stage], folder: Path) -> None:
         left = sum(later.minutes for later in stages[number - 1 :] if not later.mark(folder).is_file())
         print(f"{label}; about {left:.0f} minutes left in all", flush=True)
         start = time.perf_counter()
+        reset_peak()
         stage.work()
         gc.collect()  # the next stage needs the memory
         done = {"minutes": round((time.perf_counter() - start) / 60, 2), "peak_gib": round(peak_gib(), 2)}
@@ -171,8 +172,17 @@ def do_stages(stages: Sequence[Stage], folder: Path) -> None:
         print(f"{label}: {done['minutes']:.1f} minutes, peak memory {done['peak_gib']:.1f} GiB", flush=True)
 
 
+def reset_peak() -> None:
+    """Forget the largest memory until now, where Linux allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_gib() -> float:
-    """The largest memory of this process until now, in GiB."""
+    """The largest memory of this process since [`reset_peak`], or since it started, in GiB."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

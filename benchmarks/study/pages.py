@@ -16,9 +16,9 @@ CHOICE = "defaults"  # the set by which the default is chosen
 EMPTY = "The repository has no results of this set.\n"
 
 
-def begin(name: str) -> str:
+def begin(name: str, program: str = "study") -> str:
     """Return the mark before a block. It names the command that prints the block."""
-    return f"<!-- begin: {name}, printed by python -m benchmarks.study --report -->\n"
+    return f"<!-- begin: {name}, printed by python -m benchmarks.{program} --report -->\n"
 
 
 def pictures(results: Results) -> dict[str, tuple[str, Callable[[Results, Path], None]]]:
@@ -52,12 +52,12 @@ def blocks(name: str, cells: Sequence[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def insert(page: str, name: str, text: str) -> str:
-    """Replace a block of a documentation page."""
-    before, mark, rest = page.partition(begin(name))
+def insert(page: str, name: str, text: str, program: str = "study") -> str:
+    """Replace a block of a documentation page, which a program of the benchmarks prints."""
+    before, mark, rest = page.partition(begin(name, program))
     _, end, after = rest.partition(END)
     if not mark or not end:
-        raise ValueError(f"The page has no block between {begin(name)!r} and {END!r}.")
+        raise ValueError(f"The page has no block between {begin(name, program)!r} and {END!r}.")
     return f"{before}{mark}\n{text}\n{end}{after}"
 
 

@@ -317,6 +317,9 @@ def test_every_cold_start_is_published(tmp_path, monkeypatch):
 def test_published_results_are_read_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "RESULTS", tmp_path / "published")
     monkeypatch.setattr(program, "PICTURE", tmp_path / "picture.png")
+    monkeypatch.setattr(program, "PAGE", tmp_path / "page.md")
+    mark = "<!-- begin: results, printed by python -m benchmarks.real_model --report -->\n"
+    (tmp_path / "page.md").write_text(f"Before\n{mark}old\n<!-- end -->\nAfter\n")
     (tmp_path / "results").mkdir()
     runs = [record("base", [0] * 4), *(record("grpo", [0] * 4, seed=seed, steps=(0.1, 0.2)) for seed in (1, 0))]
     for i, one in enumerate(runs):
@@ -328,9 +331,16 @@ def test_published_results_are_read_and_drawn(tmp_path, monkeypatch, capsys):
     assert [(one["model"], one["seed"]) for one in found] == [("base", None), ("grpo", 0), ("grpo", 1)]
     assert found[2]["scores"]["em"] == [1.0] * 4
     program.main(["--report"])
-    assert "GRPO" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GRPO" in printed
+    assert (tmp_path / "page.md").read_text() == f"Before\n{mark}\n{printed[:-1]}\n<!-- end -->\nAfter\n"
     assert (tmp_path / "picture.png").stat().st_size > 1000
     draw(found[:1], tmp_path / "none.png")  # without a run
+
+
+def test_the_page_has_the_tables_of_the_committed_results():
+    page = program.PAGE.read_text()
+    assert program.write_block(page, program.read_results(program.RESULTS)) == page
 
 
 @pytest.mark.parametrize(
