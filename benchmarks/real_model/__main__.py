@@ -129,8 +129,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_block(page: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Replace the tables of the documentation page by those of some results."""
-    return insert(page, "results", markdown(records), "real_model")
+    """Replace picture and tables of the documentation page by those of some results."""
+    picture = f"![Exact match and found answers of the rollouts of training](images/{PICTURE.name})"
+    return insert(page, "results", f"{picture}\n\n{markdown(records)}", "real_model")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -148,7 +149,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
     add("--steps", type=int, help="number of steps (default: `max_steps` of train.yaml)")
     add("--quick", action="store_true", help="a few steps of everything, to try it")
-    add("--report", action="store_true", help="only print the committed results, and write them to docs/real_model.md")
+    add("--report", action="store_true", help="only print the committed results, and write them to the docs")
     add("--publish", action="store_true", help="also add the results of the folder to those of the repository")
     args = parser.parse_args(arguments)
     if args.steps is not None and args.steps < 1:

@@ -47,7 +47,7 @@ SAMPLES = 4  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
 #: Estimates for two idle cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
 MINUTES = {"base": 0.5, "cold_start": 13.0, "evaluate": 5.0}
-STEP_SECONDS = 30.0
+STEP_SECONDS = 33.0
 #: With `--quick`
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_SAMPLES = 2, 8, 2
 QUICK = {
@@ -180,7 +180,7 @@ def reset_peak() -> None:
 
 def peak_gib() -> float:
     """The largest memory of this process since [`reset_peak`], or since it started, in GiB."""
-    with suppress(OSError):
+    with suppress(OSError, IndexError):  # not every Linux tells it
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10

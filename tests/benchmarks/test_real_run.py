@@ -333,7 +333,8 @@ def test_published_results_are_read_and_drawn(tmp_path, monkeypatch, capsys):
     program.main(["--report"])
     printed = capsys.readouterr().out
     assert "GRPO" in printed
-    assert (tmp_path / "page.md").read_text() == f"Before\n{mark}\n{printed[:-1]}\n<!-- end -->\nAfter\n"
+    shown = f"![Exact match and found answers of the rollouts of training](images/picture.png)\n\n{printed[:-1]}"
+    assert (tmp_path / "page.md").read_text() == f"Before\n{mark}\n{shown}\n<!-- end -->\nAfter\n"
     assert (tmp_path / "picture.png").stat().st_size > 1000
     draw(found[:1], tmp_path / "none.png")  # without a run
 

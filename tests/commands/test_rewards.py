@@ -46,11 +46,11 @@ def test_every_function_of_the_library_has_a_name():
         ([], None, "must name at least one"),
         (["nowhere.my_reward"], None, "there is no module 'nowhere'"),
         (["nowhere.deeper.my_reward"], None, "there is no module 'nowhere.deeper'"),
-        (["rewards_of_mine.long_reward"], None, "'long_reward' is no such name in"),
-        (["rewards_of_mine.limit"], None, "'limit' is a int in"),
+        (["rewards_of_mine.long_reward"], None, "'long_reward' does not exist in"),
+        (["rewards_of_mine.limit"], None, "'limit' has the type int in"),
         (["format_reward", "rewards_of_mine.format_reward"], None, "two functions are called 'format_reward'"),
-        (["format_reward"], [1.0, 0.1], "got 2; and 1 `reward_funcs`"),
-        (None, [1.0, 0.1], "got 2; `reward_funcs` is not given"),
+        (["format_reward"], [1.0, 0.1], "got [1.0, 0.1] for ['format_reward']"),
+        (None, [1.0, 0.1], "got [1.0, 0.1] for the exact match alone, because `reward_funcs` is not given"),
     ],
 )
 def test_mistakes(own_module, names, weights, message):

@@ -32,11 +32,9 @@ def find_rewards(
     """
     count = 1 if names is None else len(names)  # `exact_match_reward`, without names
     if weights is not None and len(weights) != count:
-        given = (
-            "`reward_funcs` is not given, so there is one function" if names is None else f"and {count} `reward_funcs`"
-        )
+        functions = "the exact match alone, because `reward_funcs` is not given" if names is None else list(names)
         raise ValueError(
-            f"`reward_weights` must have one weight for each reward function, got {len(weights)}; {given}."
+            f"`reward_weights` must have one weight for each reward function, got {list(weights)} for {functions}."
         )
     if names is None:
         return None
@@ -67,6 +65,6 @@ def _import(path: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        what = "no such name" if function is None else f"a {type(function).__name__}"
-        raise ValueError(f"`reward_funcs`: {path!r} must be a function, and {name!r} is {what} in {module.__file__}.")
+        what = "does not exist" if function is None else f"has the type {type(function).__name__}"
+        raise ValueError(f"`reward_funcs`: {path!r} must be a function, but {name!r} {what} in {module.__file__}.")
     return function

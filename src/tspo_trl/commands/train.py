@@ -224,9 +224,9 @@ def report(
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     exact_match = "rewards/exact_match_reward/mean"
-    several = any(key.startswith(f"{prefix}_rewards/") and exact_match not in key for key in after if "/mean" in key)
+    others = any(key.startswith(f"{prefix}_rewards/") and exact_match not in key for key in after if "/mean" in key)
     rows = {
-        **({"Outcome": "reward"} if several else {}),
+        **({"Outcome": "reward"} if others else {}),
         **({"Exact match": exact_match} if f"{prefix}_{exact_match}" in after else {}),
         "Gold answer found (hit)": "search/hit",
         "Near miss (found, answered wrong)": "search/near_miss",
