@@ -1,6 +1,6 @@
 """Tables and pictures of models that answered the same held-out questions. Pure functions of records, see [`make_record`]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from benchmarks.study.cells import CURVES
 from benchmarks.study.pictures import COLORS
 from tspo_trl import EvaluationResults, compare_results
 from tspo_trl.evaluation.results import METRICS, Scores
+from tspo_trl.scoring import f1_score
 from tspo_trl.support.markdown import markdown_table
 
 Record = Mapping[str, Any]
@@ -26,8 +27,9 @@ GREEDY = {  # metric of the greedy evaluation -> row of the table
     "searches": "searches",
 }
 SAMPLED_EM = "pass@1"  # the mean over all samples
-#: Short name -> the logged metric that is kept of every step.
-STEPS = CURVES | {"seconds": "step_time", "generate": "time/generate"}
+#: Short name -> the logged metric that is kept of every step. F1 is added by [`add_f1`].
+STEPS = CURVES | {"f1": "f1", "seconds": "step_time", "generate": "time/generate"}
+DRAWN = {"em": "exact match", "f1": "F1", "hit": "answer found", "searches": "searches"}
 
 
 def make_record(
@@ -75,6 +77,27 @@ def make_record(
             for name, key in STEPS.items()
         },
     }
+
+
+def add_f1(history: Sequence[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Add the mean F1 of the rollouts of each step to the logs of a training, which have only what is rewarded.
+
+    Args:
+        history (`Sequence[Mapping]`):
+            The logs of the training.
+        rollouts (`Iterable[Mapping]`):
+            The rollouts of the training, see [`~tspo_trl.read_rollouts`].
+
+    Returns:
+        `list[dict]`: The logs, with `"f1"` where a step has rollouts.
+    """
+    of_step: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        f1 = f1_score(rollout["trajectory"].answer, rollout["golden_answers"])
+        of_step.setdefault(rollout["step"] + 1, []).append(f1)  # rollouts count the steps before them
+    means = {step: float(np.mean(values)) for step, values in of_step.items()}
+    return [entry | ({"f1": means[entry["step"]]} if entry["step"] in means else {}) for entry in map(dict, history)]
 
 
 def check_same(records: Sequence[Record]) -> None:
@@ -316,8 +339,8 @@ def markdown(records: Sequence[Record]) -> str:
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """
-    Draw exact match and found answers of the rollouts of training, against steps and against minutes: a thin line for each
-    run, and a thick line for the mean of a credit.
+    Draw what the rollouts of training reach, against steps and against minutes: a thin line for each run, and a thick line
+    for the mean of a credit.
 
     Args:
         records (`Sequence[Mapping]`):
@@ -330,23 +353,25 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, len(DRAWN), figsize=(13, 6), sharex="row", sharey="col", layout="constrained")
     colors = {**COLORS, "default": COLORS["chance"]}
     for model, of in by_model(records).items():
         runs = [record for record in of if record["steps"]]
-        for row, name in enumerate(("em", "hit")):
-            for column in (0, 1) if runs else ():
-                lines = [(_times(run, minutes=column == 1), running_mean(run["curves"][name])) for run in runs]
+        for column, name in enumerate(DRAWN if runs else ()):
+            for row in (0, 1):
+                lines = [(_times(run, minutes=row == 1), running_mean(run["curves"][name])) for run in runs]
                 for x, y in lines:
                     axes[row, column].plot(x, y, color=colors[model], linewidth=0.7, alpha=0.4)
                 shortest = min(len(x) for x, _ in lines)
                 mean = [np.mean([line[i][:shortest] for line in lines], axis=0) for i in (0, 1)]
                 label = f"{TITLES[model]} ({len(runs)})"
                 axes[row, column].plot(*mean, color=colors[model], linewidth=2.2, label=label)
-    for row, label in enumerate(("exact match", "answer found")):
-        axes[row, 0].set_ylabel(f"{label}, running mean")
-    for axis, label in zip(axes[1], ("step", "minutes of training"), strict=True):
-        axis.set_xlabel(label)
+    for axis, title in zip(axes[0], DRAWN.values(), strict=True):
+        axis.set_title(title)
+    for row, label in zip(axes, ("step", "minutes of training"), strict=True):
+        row[0].set_ylabel("running mean of 8 steps")
+        for axis in row:
+            axis.set_xlabel(label)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.set_ylim(0, None)

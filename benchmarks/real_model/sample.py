@@ -22,7 +22,7 @@ from tspo_trl.credit import eligible_golds
 from tspo_trl.scoring import normalize_answer
 
 FOLDER = Path(__file__).parent / "hotpotqa"
-SIZES = {"cold_start": 120, "train": 320, "heldout": 160}
+SIZES = {"cold_start": 240, "train": 240, "heldout": 300}
 COLUMNS = ("id", "question", "golden_answers", "supporting_titles", "supporting_ids", "type", "level")
 PASSAGES = "passages.jsonl.gz"
 _IN_BRACKETS = re.compile(r"\s*\([^()]*\)$")

@@ -67,14 +67,14 @@ def test_questions_that_share_an_entity_stay_together():
 
 
 def test_the_command_writes_the_same_files_again(tmp_path, capsys):
-    rows = [row(number, [f"Title {number}"], [f"gold {number}"]) for number in range(700)]
-    passages = [{"id": f"p{number}", "title": "x", "text": "é", "more": 1} for number in range(700)]
+    rows = [row(number, [f"Title {number}"], [f"gold {number}"]) for number in range(900)]
+    passages = [{"id": f"p{number}", "title": "x", "text": "é", "more": 1} for number in range(900)]
     for name, lines in (("q", rows), ("p", passages)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ["--questions", str(tmp_path / "q.jsonl"), "--passages", str(tmp_path / "p.jsonl"), "--folder"]
     for folder in ("one", "two"):
         main([*options, str(tmp_path / folder)])
-    assert "train: 320 questions" in capsys.readouterr().out
+    assert f"train: {SIZES['train']} questions" in capsys.readouterr().out
     for name in ("cold_start.jsonl", "train.jsonl", "heldout.jsonl", PASSAGES):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     kept = load_corpus(tmp_path / "one" / PASSAGES)
