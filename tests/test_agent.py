@@ -248,6 +248,12 @@ def test_a_missing_model_is_reported(retriever, tmp_path):
         SearchAgent.from_pretrained(tmp_path / "nowhere", retriever=retriever)
 
 
+def test_several_questions_are_not_one_question(policy_dir, retriever):
+    agent = SearchAgent.from_pretrained(policy_dir, retriever=retriever)
+    with pytest.raises(ValueError, match=r"must be a text, got a list. For several questions, call `agent.rollout"):
+        agent(["Who?", "Where?"])
+
+
 @pytest.mark.parametrize(
     ("questions", "message"),
     [

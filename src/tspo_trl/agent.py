@@ -297,7 +297,15 @@ class SearchAgent:
 
         Returns:
             [`Trajectory`]: The turns, queries, passages and answer (`trajectory.answer`) of the rollout.
+
+        Raises:
+            `ValueError`: If `question` is not a text, and in the cases of [`~SearchAgent.rollout`].
         """
+        if not isinstance(question, str):
+            raise ValueError(
+                f"`question` must be a text, got a {type(question).__name__}. For several questions, call "
+                "`agent.rollout(questions)`."
+            )
         return self.rollout([question])[0]
 
     def rollout(self, questions: Sequence[str]) -> list[Trajectory]:
