@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.analysis import mean_interval, running_mean
+from benchmarks.study.analysis import WINDOW, mean_interval, running_mean
 from benchmarks.study.cells import CURVES
 from benchmarks.study.pictures import COLORS
 from tspo_trl import EvaluationResults, compare_results
@@ -369,7 +369,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     for axis, title in zip(axes[0], DRAWN.values(), strict=True):
         axis.set_title(title)
     for row, label in zip(axes, ("step", "minutes of training"), strict=True):
-        row[0].set_ylabel("running mean of 8 steps")
+        row[0].set_ylabel(f"running mean of {WINDOW} steps")
         for axis in row:
             axis.set_xlabel(label)
     for axis in axes.flat:
