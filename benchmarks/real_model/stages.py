@@ -46,7 +46,7 @@ CREDITS: dict[str, dict[str, Any]] = {
 TRAINING_GIB = 12.0  # of the cold start too
 SAMPLES = 2  # of each held-out question, beside the greedy rollout
 BATCH_SIZE = 32  # rollouts of the evaluation at a time
-#: Estimates for two idle cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
+#: Estimates for two cores, from which the time that is left is printed: minutes of a stage, and seconds of a step.
 MINUTES = {"base": 0.5, "cold_start": 15.0, "evaluate": 8.0}
 STEP_SECONDS = 40.0
 #: With `--quick`
