@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks.study.cells import processor
 from benchmarks.study.pages import insert
-from tspo_trl import EvaluationResults, read_rollouts
+from tspo_trl import EvaluationResults
 from tspo_trl.commands.errors import run_command
 from tspo_trl.evaluation.folder import model_fingerprint
 from tspo_trl.evaluation.results import Scores
@@ -33,7 +33,7 @@ from tspo_trl.retrieval import CachedRetriever, open_retriever
 from tspo_trl.support.files import replace_file
 from tspo_trl.training.curves import EXACT_MATCH, plot_curves
 
-from .report import BASE, COLD_START, TITLES, add_f1, check_same, draw, make_record, markdown, tables
+from .report import BASE, COLD_START, TITLES, check_same, draw, make_record, markdown, tables
 from .stages import (
     CONFIGS,
     CREDITS,
@@ -68,7 +68,6 @@ def write_results(run: Run, single: Sequence[bool]) -> list[dict[str, Any]]:
         `list[dict]`: The records of the model as it is, of the cold start and of the trained model.
     """
     history = json.loads((run.folder / run.name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    history = add_f1(history, read_rollouts(run.folder / run.name))
     about = {
         "settings": run.settings,
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": processor()},

@@ -1,6 +1,6 @@
 """Tables and pictures of models that answered the same held-out questions. Pure functions of records, see [`make_record`]."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from benchmarks.study.cells import CURVES
 from benchmarks.study.pictures import COLORS
 from tspo_trl import EvaluationResults, compare_results
 from tspo_trl.evaluation.results import METRICS, Scores
-from tspo_trl.scoring import f1_score
 from tspo_trl.support.markdown import markdown_table
 
 Record = Mapping[str, Any]
@@ -27,8 +26,8 @@ GREEDY = {  # metric of the greedy evaluation -> row of the table
     "searches": "searches",
 }
 SAMPLED_EM = "pass@1"  # the mean over all samples
-#: Short name -> the logged metric that is kept of every step. F1 is added by [`add_f1`].
-STEPS = CURVES | {"f1": "f1", "seconds": "step_time", "generate": "time/generate"}
+#: Short name -> the logged metric that is kept of every step.
+STEPS = CURVES | {"f1": "rewards/f1_reward/mean", "seconds": "step_time", "generate": "time/generate"}
 DRAWN = {"em": "exact match", "f1": "F1", "hit": "answer found", "searches": "searches"}
 
 
@@ -77,27 +76,6 @@ def make_record(
             for name, key in STEPS.items()
         },
     }
-
-
-def add_f1(history: Sequence[Mapping[str, Any]], rollouts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Add the mean F1 of the rollouts of each step to the logs of a training, which have only what is rewarded.
-
-    Args:
-        history (`Sequence[Mapping]`):
-            The logs of the training.
-        rollouts (`Iterable[Mapping]`):
-            The rollouts of the training, see [`~tspo_trl.read_rollouts`].
-
-    Returns:
-        `list[dict]`: The logs, with `"f1"` where a step has rollouts.
-    """
-    of_step: dict[int, list[float]] = {}
-    for rollout in rollouts:
-        f1 = f1_score(rollout["trajectory"].answer, rollout["golden_answers"])
-        of_step.setdefault(rollout["step"] + 1, []).append(f1)  # rollouts count the steps before them
-    means = {step: float(np.mean(values)) for step, values in of_step.items()}
-    return [entry | ({"f1": means[entry["step"]]} if entry["step"] in means else {}) for entry in map(dict, history)]
 
 
 def check_same(records: Sequence[Record]) -> None:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import fields
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from benchmarks.real_model import __main__ as program
 from benchmarks.real_model import model as real
 from benchmarks.real_model import stages
 from benchmarks.real_model.report import (
-    add_f1,
     by_model,
     check_same,
     draw,
@@ -59,7 +57,7 @@ def record(model, em, seed=None, steps=(), single=(1, 0, 1, 0), **about):
     """A record with these exact matches of the questions, and with this exact match in the steps of training."""
     history = [
         {"step": i, "reward": 0.0, "rewards/exact_match_reward/mean": value, "search/hit": value}
-        | {"search/calls": value, "f1": value, "step_time": 30.0, "time/generate": 12.5}
+        | {"search/calls": value, "rewards/f1_reward/mean": value, "step_time": 30.0, "time/generate": 12.5}
         for i, value in enumerate(steps, 1)
     ]
     return make_record(model, seed, scores(em), scores(em, 2), single, history, **{"cold_start": "a", **about})
@@ -188,7 +186,6 @@ def fake(monkeypatch, tmp_path):
 
     monkeypatch.setattr(stages, "check_machine", lambda run: None)
     monkeypatch.setattr(program, "check_machine", lambda run: None)
-    monkeypatch.setattr(program, "read_rollouts", lambda folder: [])
 
     def get_model(folder):
         calls.append(("get_model", folder.name))
@@ -279,16 +276,6 @@ def test_runs_are_compared_with_grpo_seed_by_seed():
         "12.5",
         "1.0",
     ]  # seconds, and minutes in all
-
-
-def test_the_f1_of_a_step_is_the_mean_of_its_rollouts():
-    rollouts = [
-        {"step": step, "golden_answers": ["Jane Austen"], "trajectory": SimpleNamespace(answer=answer)}
-        for step, answer in ((0, "Jane Austen"), (0, None), (1, "Austen"))
-    ]
-    logs = [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.0}, {"step": 3, "train_loss": 0.0}]
-    assert [entry.get("f1") for entry in add_f1(logs, rollouts)] == [0.5, pytest.approx(2 / 3), None]
-    assert "f1" not in logs[0]
 
 
 def test_results_that_differ_in_settings_are_not_compared():
