@@ -141,3 +141,31 @@ def test_retrievers_are_checked_before_the_first_rollout(tmp_path, scripted):
         evaluate(agent, {"books": rows(**GOLDS)}, tmp_path, retrievers={"books": BM25Retriever}, progress=False)
     with pytest.raises(ValueError, match="`retrievers` has the name 'boks', but `datasets` only"):
         evaluate(agent, {"books": rows(**GOLDS)}, tmp_path, retrievers={"boks": agent.search_loop.retriever})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"agent": None}, "`agent` must be a `SearchAgent`, .* got None"),
+        ({"agent": "my-model"}, "`agent` must be a `SearchAgent`, .* got 'my-model'"),
+        ({"datasets": rows(**GOLDS)}, r"`datasets` must be a mapping .* `\{'mine': dataset\}`, got `Dataset`"),
+        ({"datasets": {1: rows(**GOLDS)}}, "`datasets`: names are used as folder names, .*, got 1"),
+        ({"datasets": {"a": rows(**GOLDS).to_iterable_dataset()}}, r"`datasets\['a'\]` must be a `Dataset`, got `Iter"),
+        ({"datasets": {"a": [GOLDS]}}, r"`datasets\['a'\]` must be a `Dataset`, got `list`"),
+        ({"output_dir": None}, "`output_dir` must be the path of a folder, got None"),
+        ({"num_samples": "2"}, "`num_samples` must be an integer, got '2'"),
+        ({"num_samples": 1.5}, "`num_samples` must be an integer, got 1.5"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
+        ({"seed": None}, "`seed` must be an integer, got None"),
+        ({"max_failure_rate": "x"}, "`max_failure_rate` must be a number from 0 to 1, got 'x'"),
+        ({"max_failure_rate": 5}, "`max_failure_rate` must be a number from 0 to 1, got 5"),
+        ({"about": {"x": {1}}}, r"`about\['x'\]` must be a value that JSON can hold, got \{1\}"),
+        ({"about": "x"}, "`about` must be a mapping with names as keys, got 'x'"),
+        ({"retrievers": ["x"]}, "`retrievers` must be a mapping with names as keys"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_computed(tmp_path, scripted, arguments, message):
+    given = {"agent": scripted([]), "datasets": {"books": rows(**GOLDS)}, "output_dir": tmp_path / "out", **arguments}
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        evaluate(**given, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ AS_TEXT = " `load_questions(dataset)` reads numbers, dates and single answers as
 GOOD = {"question": "Where?", "golden_answers": ["Rome"]}
 
 
-@pytest.mark.parametrize("golden_answers", [["Rome"], ("Rome", "Roma"), ["!!!"], [""]])
+@pytest.mark.parametrize("golden_answers", [["Rome"], ("Rome", "Roma"), ["!!!"], ["Rome", ""]])
 def test_good_rows_pass(golden_answers):
     check_row({**GOOD, "golden_answers": golden_answers}, "row")
     check_row({"golden_answers": golden_answers}, "row", needs_question=False)
@@ -30,6 +30,16 @@ def test_good_rows_pass(golden_answers):
             "row: 'golden_answers' must be a non-empty list of strings, found 'Rome'." + AS_TEXT,
         ),
         ({"golden_answers": [7]}, "row: 'golden_answers' must be a non-empty list of strings, found [7]." + AS_TEXT),
+        (
+            {"golden_answers": ["a", None]},
+            "row: 'golden_answers' must be a non-empty list of strings, found ['a', None].",
+        ),
+        (
+            {"golden_answers": ["", " "]},
+            "row: 'golden_answers' must have at least one answer that is not blank ('noanswer' if the question has none), "
+            "found ['', ' '].",
+        ),
+        ({"question": {"text": "q"}}, "row: 'question' must be a non-empty string, found {'text': 'q'}."),
         ({"golden_answers": None}, "row: 'golden_answers' must be a non-empty list of strings, found None."),
         ({"question": None}, "row: 'question' must be a non-empty string, found None."),
         ({"question": " \n"}, "row: 'question' must be a non-empty string, found ' \\n'."),
@@ -50,6 +60,18 @@ def test_refused_rows_can_be_loaded_as_the_message_says(question, golden_answers
         check_row(row, "row")
     (loaded,) = load_questions(Dataset.from_list([row]))
     check_row(loaded, "row")
+
+
+@pytest.mark.parametrize(
+    "change", [{"golden_answers": ["a", None]}, {"golden_answers": [""]}, {"question": {"text": "q"}}]
+)
+def test_rows_that_cannot_be_loaded_are_not_said_to_be(change):
+    row = {**GOOD, **change}
+    with pytest.raises(ValueError, match="row") as error:
+        check_row(row, "row")
+    assert AS_TEXT not in str(error.value)
+    with pytest.raises(ValueError, match="expected"):
+        load_questions(Dataset.from_list([row]))
 
 
 def test_a_question_with_a_prompt_must_be_a_string():
@@ -77,7 +99,7 @@ def test_the_suggested_call_loads_a_data_set_with_other_columns(row, call):
     check_columns(eval(expected, {"load_questions": load_questions, "dataset": dataset}))
 
 
-@pytest.mark.parametrize("change", [{"golden_answers": []}, {"question": " "}])
+@pytest.mark.parametrize("change", [{"golden_answers": []}, {"golden_answers": [""]}, {"question": " "}])
 def test_training_evaluation_and_audit_report_the_same_message(change, tmp_path, policy_dir, retriever):
     rows = [GOOD, {**GOOD, **change}]
     with pytest.raises(ValueError, match="row") as expected:

@@ -9,7 +9,7 @@ import re
 import shlex
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from helpers.paths import ROOT
 from helpers.question_files import GOOD, SQUAD, write_jsonl
@@ -108,7 +108,7 @@ def test_error_of_a_wrong_type_names_row_and_column(bad, column, found):
         (
             "a.csv",
             "question,golden_answers\na,b\nc,d,e\n",
-            "a.csv cannot be read as csv: .*Expected 2 fields in line 3, saw 3",
+            "a.csv, row 1 (from 0): expected 2 columns ['question', 'golden_answers'], found 3: ['c', 'd', 'e']",
         ),
         (
             "a.csv",
@@ -142,6 +142,18 @@ def test_error_of_an_incomplete_file_names_the_file(tmp_path, streaming):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 100)[:-20])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz.*end-of-stream"):
         load_questions("a.jsonl.gz", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [{"golden_answers": ["Paris\ud83d", "x"]}, {"question": "\udc00"}, {"more": {"texts": ["a", "\ud83d"]}}],
+)
+def test_a_lone_surrogate_is_an_error_that_names_line_and_column(tmp_path, change, streaming):
+    write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "more": {"texts": ["\U0001f600"]}}, {**GOOD, **change}])
+    message = rf"^a\.jsonl, line 2, column '{next(iter(change))}': found a lone surrogate"
+    with pytest.raises(ValueError, match=message):
+        list(load_questions("a.jsonl", streaming=streaming))
 
 
 def test_error_of_another_encoding_names_the_file(tmp_path):
@@ -187,6 +199,8 @@ def test_error_of_an_unknown_column_suggests_the_nearest(columns, message):
         {"problem": "q", "target": "a", "answers_id": 3},
         {"input": "q", "answer": "a"},
         {"qid": "x", "question": "q", "answers": [{"answer_id": 1, "text": "a"}]},
+        {"prompt": [{"role": "user", "content": "q"}], "extra_info": {"index": 1, "question": "q", "answer": "a"}},
+        {"query": "q", "extra_info": {"answer": "a"}},
     ],
 )
 @pytest.mark.parametrize("given", [{}, {"data_source": "kind"}])
@@ -280,6 +294,56 @@ def test_invalid_sources_are_errors():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "question"}, "`columns` must be a mapping such as {'question': 'query'}, got 'question'."),
+        ({"columns": ["question"]}, "`columns` must be a mapping such as {'question': 'query'}, got ['question']."),
+        ({"columns": {1: "question"}}, "to a column of the source, got the key 1."),
+        ({"max_questions": "3"}, "`max_questions` must be an integer, got '3'."),
+        ({"max_questions": 1.5}, "`max_questions` must be an integer, got 1.5."),
+        ({"seed": None}, "`seed` must be an integer, got None."),
+        ({"split": ["train"]}, "`split` must be a string, got ['train']."),
+        ({"name": 3}, "`name` must be a string, got 3."),
+    ],
+)
+def test_invalid_options_are_errors(tmp_path, options, message):
+    write_jsonl(tmp_path / "a.jsonl", [GOOD])
+    for source in ("a.jsonl", Dataset.from_list([GOOD])):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message) + "$"):
+            load_questions(source, **options)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, source):
+    write_jsonl(tmp_path / "train.jsonl", [GOOD])
+    with pytest.raises(ValueError, match="`source` is an empty text"):
+        load_questions(source)
+
+
+def test_a_dictionary_of_splits_is_loaded():
+    splits = {"train": Dataset.from_list([GOOD]), "test": Dataset.from_list([GOOD, GOOD])}
+    for source in (splits, DatasetDict(splits)):
+        assert len(load_questions(source, split="test")) == 2
+        with pytest.raises(ValueError, match=r"`source` has several splits: .*\['train', 'test'\]"):
+            load_questions(source)
+        with pytest.raises(ValueError, match=r"`source` has no split 'dev', only"):
+            load_questions(source, split="dev")
+    assert len(load_questions({"train": splits["train"]})) == len(load_questions([splits["train"]] * 2)) - 1 == 1
+    for source in ({}, DatasetDict()):
+        with pytest.raises(ValueError, match="`source` has no splits"):
+            load_questions(source)
+    with pytest.raises(TypeError, match="got `dict`"):
+        load_questions({"train": [GOOD]})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_without_rows_is_an_error(streaming):
+    Dataset.from_list([GOOD]).select([]).to_parquet("a.parquet")
+    with pytest.raises(ValueError, match=r"^a\.parquet has no rows"):
+        load_questions("a.parquet", streaming=streaming)
+
+
+@pytest.mark.parametrize(
     ("name", "near"), [("hotpot", "hotpotqa"), ("2wiki", "2wikimultihopqa"), ("TriviaQ", "triviaqa")]
 )
 def test_error_of_an_unknown_benchmark_suggests_the_nearest(name, near):
@@ -299,6 +363,7 @@ def test_data_page_shows_the_current_messages(tmp_path, caplog):
         lambda: read("questions.jsonl", good + '\n{"question": "q", "golden_answers": []}\n'),
         lambda: read("questions.jsonl", good + '\n{"question": oops}\n'),
         lambda: read("questions.jsonl", good + '\n{"question": {"text": "q"}, "golden_answers": ["a"]}\n'),
+        lambda: read("answers.csv", "question,golden_answers\nWho, when?,Austen\n"),
         lambda: read("answers.csv", "question,golden_answers\nq,a\nq,\"['a', 'b']\"\n"),
         lambda: load_questions(squad),
         lambda: load_questions(squad, columns={"question": "query", "golden_answers": "answers.txt"}),

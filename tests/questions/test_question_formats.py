@@ -103,6 +103,54 @@ def test_cells_of_a_csv_file_are_loaded_as_text(tmp_path):
     assert [row["golden_answers"] for row in mapped] == [["1"], ["2"], ["3"], ["4"]]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("text", ["[0, 1]", "[1969]", "[1]", "[]", "[sic]", "[null]"])
+def test_a_string_in_json_or_parquet_is_never_converted(tmp_path, text, streaming):
+    musique = {"question": "q", "answer": text, "answer_aliases": ["b"]}
+    for row, expected in (({**GOOD, "golden_answers": text}, [text]), (musique, [text, "b"])):
+        write_jsonl(tmp_path / "a.jsonl", [row])
+        Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
+        for source in ("a.jsonl", "a.parquet", Dataset.from_list([row])):
+            assert [row["golden_answers"] for row in load_questions(source, streaming=streaming)] == [expected]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "golds"),
+    [
+        ("[0, 1]", ["[0, 1]"]),
+        ("[1969]", ["[1969]"]),
+        ("[sic]", ["[sic]"]),
+        ('["1969", "a"]', ["1969", "a"]),
+        ("[]", None),
+        ("[null]", None),
+        ('["a", 1]', None),
+        ('[["a"]]', None),
+        ("['a']", None),
+    ],
+)
+def test_a_list_of_strings_in_a_cell_is_several_answers(tmp_path, cell, golds, streaming):
+    Dataset.from_list([{"question": "q", "possible_answers": cell}]).to_parquet(tmp_path / "popqa.parquet")
+    for name, column in (("a.csv", "golden_answers"), ("a.tsv", "possible_answers"), ("popqa.parquet", None)):
+        if column:
+            with (tmp_path / name).open("w", newline="") as lines:
+                table = csv.writer(lines, delimiter="," if name == "a.csv" else "\t")
+                table.writerows([["question", column], ["q", cell]])
+        if golds is None:
+            with pytest.raises(ValueError, match=r"row 0 \(from 0\), column '.*': expected .*, found .*"):
+                load_questions(name, streaming=streaming)
+        else:
+            assert [row["golden_answers"] for row in load_questions(name, streaming=streaming)] == [golds]
+
+
+@pytest.mark.parametrize("text", ['["Paris", "Rome"]', "['Paris']"])
+def test_a_list_that_is_written_as_text_is_refused(tmp_path, text):
+    """In one golden answer it would match nothing."""
+    write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "golden_answers": text}])
+    with pytest.raises(ValueError, match=r"line 1, column 'golden_answers': expected .* that is not written as text"):
+        load_questions("a.jsonl")
+
+
 def test_blank_golden_answers_are_removed():
     dataset = load_questions(Dataset.from_list([{**GOOD, "golden_answers": ["", "Jane Austen", " "]}]))
     assert dataset[0]["golden_answers"] == ["Jane Austen"]

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,6 +100,7 @@ def evaluate(
         [`EvaluationResults`]: The scores.
 
     Raises:
+        `TypeError`: If an argument has another type.
         `ValueError`: If an argument or a row is invalid, or the folder contains another evaluation; the message lists
             the differences.
         [`EvaluationStopped`]: If too many rollouts of a batch fail.
@@ -116,15 +117,17 @@ def evaluate(
     >>> results.summary()["average"]["metrics"]["em"]
     ```
     """
+    retrievers, about = {} if retrievers is None else retrievers, {} if about is None else about
+    _check_types(agent, datasets, output_dir, retrievers, about)
+    _check_numbers(num_samples, seed, max_failure_rate)
     loop = agent.search_loop
-    _check_arguments(datasets, num_samples, scorer, loop)
-    retrievers = retrievers or {}
+    _check_arguments(datasets, scorer, loop)
     for name, retriever in retrievers.items():
         if name not in datasets:
             raise ValueError(f"`retrievers` has the name {name!r}, but `datasets` only {list(datasets)}.")
         check_retriever(retriever)
     common = {
-        **(about or {}),
+        **about,
         "search": {"protocol": type(loop.protocol).__name__, **asdict(loop.limits)},
         "prompt_template": loop.protocol.prompt_template,
         "num_samples": num_samples,
@@ -160,17 +163,55 @@ def evaluate(
     return results
 
 
-def _check_arguments(datasets: Mapping[str, Dataset], num_samples: int, scorer: str, loop: SearchLoop) -> None:
-    if not datasets:
-        raise ValueError("`datasets` is empty: give at least one data set.")
+def _check_types(agent: Any, datasets: Any, output_dir: Any, retrievers: Any, about: Any) -> None:
+    if not isinstance(agent, SearchAgent):
+        raise TypeError(
+            "`agent` must be a `SearchAgent`, for instance `SearchAgent.from_pretrained(model, retriever=retriever)`, got "
+            f"{agent!r:.200}."
+        )
+    if not isinstance(datasets, Mapping):
+        raise TypeError(
+            "`datasets` must be a mapping of names to data sets, for instance `{'mine': dataset}`, got "
+            f"`{type(datasets).__name__}`."
+        )
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):  # a stream has no order in which its questions can be batched
+            hint = " Load it without streaming." if isinstance(dataset, IterableDataset) else ""
+            raise TypeError(f"`datasets[{name!r}]` must be a `Dataset`, got `{type(dataset).__name__}`.{hint}")
+    if not isinstance(output_dir, (str, Path)) or not str(output_dir):
+        raise TypeError(f"`output_dir` must be the path of a folder, got {output_dir!r}.")
+    for option, value in (("retrievers", retrievers), ("about", about)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"`{option}` must be a mapping with names as keys, got {value!r:.200}.")
+    for key, value in about.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`about[{key!r}]` must be a value that JSON can hold, got {value!r:.200} ({error})."
+            ) from None
+
+
+def _check_numbers(num_samples: Any, seed: Any, max_failure_rate: Any) -> None:
+    for option, value in (("num_samples", num_samples), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{option}` must be an integer, got {value!r}.")
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    is_number = isinstance(max_failure_rate, (int, float)) and not isinstance(max_failure_rate, bool)
+    if not is_number or not 0 <= max_failure_rate <= 1:
+        raise ValueError(f"`max_failure_rate` must be a number from 0 to 1, got {max_failure_rate!r}.")
+
+
+def _check_arguments(datasets: Mapping[str, Dataset], scorer: str, loop: SearchLoop) -> None:
+    if not datasets:
+        raise ValueError("`datasets` is empty: give at least one data set.")
     if scorer not in get_args(Scorer):
         raise ValueError(f"`scorer` must be 'tspo', 'search_r1' or 'triviaqa', got {scorer!r}.")
     if scorer == "search_r1" and not isinstance(loop.protocol, TagProtocol):
         raise ValueError("`scorer='search_r1'` reads answers between tags, so it needs the protocol 'tags'.")
     for name in datasets:
-        if not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith("."):
             raise ValueError(
                 f"`datasets`: names are used as folder names, so they may contain only letters, digits and '_.@+-' and "
                 f"must not begin with '.', got {name!r}."

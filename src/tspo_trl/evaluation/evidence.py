@@ -1,4 +1,4 @@
-"""What the searches of a rollout found, and whether its answer rests on it. Pure functions, the facts of training."""
+"""What the searches of a rollout found, and whether its answer is supported by it. Pure functions, the facts of training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ EVIDENCE = ("evidence", "after_evidence", "from_memory", "unsupported")
 
 def evidence_scores(trajectory: Trajectory, golden_answers: Sequence[str], em: float) -> dict[str, float]:
     """
-    What the searches of a rollout found, and whether its answer rests on it. Each value has a mean over all rollouts, so
+    What the searches of a rollout found, and whether its answer is supported by it. Each value has a mean over all rollouts, so
     that two models can be compared on the same questions.
 
     Args:
@@ -36,7 +36,7 @@ def evidence_scores(trajectory: Trajectory, golden_answers: Sequence[str], em: f
     facts = rollout_facts(trajectory, occurrence, None, sum(contains_answer(text, golds) for text in later))
     return {
         "evidence": facts.evidence,
-        "after_evidence": facts.later,
+        "after_evidence": facts.after_evidence,
         "from_memory": float(em == 1 and occurrence is None),
         "unsupported": float(facts.answered and occurrence is None),
     }
@@ -51,7 +51,7 @@ def all_scores(record: Mapping[str, Any]) -> dict[str, float]:
             The JSON of a line of `trajectories.jsonl`.
 
     Raises:
-        `LookupError`, `TypeError`, `AttributeError`: If it is no rollout.
+        `LookupError`, `TypeError`, `AttributeError`: If the record is not a rollout.
     """
     scores = dict(record["scores"])
     if all(name in scores for name in EVIDENCE):

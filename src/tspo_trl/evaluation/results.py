@@ -5,12 +5,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
+from ..support.files import replace_file
 from .intervals import LEVEL, RESAMPLES, Floats, bootstrap_means, interval, mcnemar_test, permutation_test
 
 FORMAT_VERSION = 1  # of results.json and scores.csv
@@ -81,14 +83,13 @@ class Scores:
             path (`str` or `Path`):
                 The file.
         """
-        with Path(path).open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "digest", "num_samples", "failed", *self.values])
-            columns = [column.tolist() for column in self.values.values()]
-            samples = [self.num_samples] * len(self.ids)
-            writer.writerows(
-                zip(self.ids, self.digests, samples, self.failed.astype(int).tolist(), *columns, strict=True)
-            )
+        text = StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["id", "digest", "num_samples", "failed", *self.values])
+        columns = [column.tolist() for column in self.values.values()]
+        samples = [self.num_samples] * len(self.ids)
+        writer.writerows(zip(self.ids, self.digests, samples, self.failed.astype(int).tolist(), *columns, strict=True))
+        replace_file(path, text.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
@@ -170,7 +171,7 @@ class EvaluationResults:
             (folder / name).mkdir(parents=True, exist_ok=True)
             scores.save(folder / name / SCORES)
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-        (folder / RESULTS).write_text(text, encoding="utf-8", errors="backslashreplace")
+        replace_file(folder / RESULTS, text)
         return data
 
     @classmethod
@@ -225,11 +226,11 @@ def compare_results(first: EvaluationResults, second: EvaluationResults) -> dict
 
     Returns:
         `dict`: An entry for each shared data set, and one for their average if there are several. It has the number of
-        `questions`, the number of failed questions `left_out`, the metrics `absent` from one of the evaluations (of an earlier
-        version, or with another scorer), and `metrics`. For each metric, these are the means
-        `first` and `second`, their `difference` (second − first) with the bounds `low` and `high` of its paired
-        bootstrap interval, and the `p` value of a `test`: `"McNemar, exact"` if all scores are 0 or 1 (exact match with
-        one rollout for each question), else `"permutation"`.
+        `questions`, the number of failed questions `left_out`, the metrics `absent` from one of the evaluations (of an
+        earlier version, or with another scorer), and `metrics`. For each metric, these are the means `first` and `second`,
+        their `difference` (second − first) with the bounds `low` and `high` of its paired bootstrap interval, and the `p`
+        value of a `test`: `"McNemar, exact"` if all scores are 0 or 1 (exact match with one rollout for each question),
+        else `"permutation"`.
 
     Raises:
         `ValueError`: If the evaluations share no questions, or have different questions with the same id.

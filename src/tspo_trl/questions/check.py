@@ -1,11 +1,12 @@
 """Checks of questions, shared by training, evaluation and the audit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from .rows import load_call
+from .rows import load_call, read_answers, read_question
+from .values import as_text, check_no_list
 
 _AS_TEXT = "`load_questions(dataset)` reads numbers, dates and single answers as text."
 
@@ -56,20 +57,60 @@ def check_row(row: Mapping[str, Any], where: str, *, needs_question: bool = True
             Whether `question` is required. In training, a row with a `prompt` needs none.
 
     Raises:
-        `ValueError`: If `golden_answers` is not a non-empty list of strings, or `question` is not a non-empty string.
+        `ValueError`: If `golden_answers` is not a list of strings of which at least one is not blank, or `question` is
+            not a non-empty string.
     """
     golds, question = row.get("golden_answers"), row.get("question")
-    if not is_list_of_strings(golds) or not golds:
-        hint = f" {_AS_TEXT}" if golds else ""
+    if not _is_list_of_strings(golds) or not golds:
+        hint = _hint(golds, read_answers)
         raise ValueError(f"{where}: 'golden_answers' must be a non-empty list of strings, found {golds!r}.{hint}")
+    if not any(gold.strip() for gold in golds):
+        raise ValueError(
+            f"{where}: 'golden_answers' must have at least one answer that is not blank ('noanswer' if the question has "
+            f"none), found {golds!r}."
+        )
     if question is None and not needs_question:
         return
     if not isinstance(question, str) or (needs_question and not question.strip()):
         expected = "a non-empty string" if needs_question else "a string"
-        hint = f" {_AS_TEXT}" if question is not None and not isinstance(question, str) else ""
+        hint = "" if isinstance(question, str) else _hint(question, read_question)
         raise ValueError(f"{where}: 'question' must be {expected}, found {question!r}.{hint}")
 
 
-def is_list_of_strings(value: Any) -> bool:
+def read_texts(row: Mapping[str, Any], column: str, where: str) -> list[str]:
+    """
+    Read an optional column with a list of texts, for instance `supporting_titles`. Numbers and dates are read as text.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            The row.
+        column (`str`):
+            Name of the column.
+        where (`str`):
+            Name of the data set and number of the row in error messages.
+
+    Returns:
+        `list[str]`: The texts, none if the row has no value.
+
+    Raises:
+        `ValueError`: If the value is not a list of texts.
+    """
+    values = row.get(column)
+    expected = f"{where}: {column!r} must be a list of strings, found {values!r}."
+    if values is not None and not isinstance(values, (list, tuple)):
+        raise ValueError(expected)
+    return [as_text(value, expected) for value in values or []]
+
+
+def _hint(value: Any, read: Callable[[Any], Any]) -> str:
+    """The hint to load the data set, if `load_questions` can read the value."""
+    try:
+        read(check_no_list(value))
+    except ValueError:
+        return ""
+    return f" {_AS_TEXT}"
+
+
+def _is_list_of_strings(value: Any) -> bool:
     """Whether a value of a row is a list (or tuple) of strings."""
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)

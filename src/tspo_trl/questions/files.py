@@ -59,9 +59,10 @@ def explain_file(file: str, kind: str, error: BaseException) -> str:
     Returns:
         `str`: A message that names the file and, where it can be found, the line or row.
     """
-    if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
-        return f"{file} has no rows."
     reason = root_cause(error)
+    no_rows = "corresponds to no data" in str(error) or "BatchSize must be greater than 0" in str(reason)
+    if no_rows or isinstance(error, StopIteration):
+        return f"{file} has no rows."
     if str(reason).startswith(file):
         return str(reason)
     return f"{file} cannot be read as {kind}: {str(reason).strip() or repr(reason)}"

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, IterableDataset, SplitGenerator
 
 from .rows import Keys, choose_columns
+from .values import SURROGATES
 
 _ROWS = 1000  # rows of a table, and rows from which the types of a stream are inferred
 _KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -35,7 +37,7 @@ class _Number(float):
 
 
 @dataclass
-class _Config(BuilderConfig):
+class FilesConfig(BuilderConfig):
     """The mapping of columns, see `load_questions`, and the names of the files in error messages."""
 
     columns: Mapping[str, str] | None = None
@@ -50,7 +52,7 @@ class JsonFiles(ArrowBasedBuilder):
     stands in the file. A column whose values have different types is stored as JSON.
     """
 
-    BUILDER_CONFIG_CLASS = _Config
+    BUILDER_CONFIG_CLASS = FilesConfig
 
     def _info(self) -> DatasetInfo:
         return DatasetInfo()
@@ -79,15 +81,21 @@ class JsonFiles(ArrowBasedBuilder):
             for number, rows in enumerate(_batches(path, label, texts)):
                 yield (shard, number), _table(rows, types)
 
+    def stream(self, split: str) -> tuple[IterableDataset, Features]:
+        """The stream of a split, and the types of its columns, inferred from the first rows."""
+        files = self.config.data_files[split]
+        labels = (self.config.labels or self.config.data_files)[split]
+        return _stream(list(files), list(labels), self.config.columns or {})
+
 
 def code_hash(*parts: object) -> str:
     """Hash of this code and of the values on which the tables depend. It is part of the path in the cache."""
-    files = ("json_files.py", "rows.py", "values.py")
+    files = ("json_files.py", "table_files.py", "rows.py", "values.py")
     code = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in files)
     return hashlib.sha256("\n".join([code, *map(repr, parts)]).encode()).hexdigest()[:16]
 
 
-def read_json_files(builder: JsonFiles, split: str | None, streaming: bool) -> tuple[Any, Features | None]:
+def read_files(builder: JsonFiles, split: str | None, streaming: bool) -> tuple[Any, Features | None]:
     """
     Read a split.
 
@@ -109,8 +117,7 @@ def read_json_files(builder: JsonFiles, split: str | None, streaming: bool) -> t
     split = next(iter(files)) if split is None else split
     if split not in files:
         raise ValueError(f'Unknown split "{split}": a stream is one of {list(files)}, without slices.')
-    labels = (builder.config.labels or files)[split]
-    return _stream(list(files[split]), list(labels), builder.config.columns or {})
+    return builder.stream(split)
 
 
 def _stream(
@@ -178,13 +185,32 @@ def read_json(path: str, label: str, texts: Iterable[Keys] = ()) -> Iterator[tup
     """
     expected = 'expected an object such as {"question": "...", "golden_answers": ["..."]}'
     texts = list(texts)
-    try:
+    with file_errors(label):
         for place, row in _parse_file(path):
             if not isinstance(row, dict):
                 raise ValueError(f"{label}, {place}: {expected}, found {row!r:.200}.")
+            for name, value in row.items():
+                if _is_broken(value):
+                    raise ValueError(
+                        f"{label}, {place}, column {name!r}: found a lone surrogate, half of a character, in "
+                        f"{value!r:.200}."
+                    )
             for keys in texts:
                 _make_text(row, keys)
             yield place, row
+
+
+@contextmanager
+def file_errors(label: str) -> Iterator[None]:
+    """
+    Name the file in errors of its encoding, compression and JSON.
+
+    Args:
+        label (`str`):
+            Name of the file in error messages.
+    """
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{label}, line {error.lineno}: not valid JSON ({error.msg}, character {error.colno})."
@@ -253,6 +279,15 @@ def _is_json(line: str) -> bool:
     except json.JSONDecodeError:
         return False
     return True
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether a text has a lone surrogate, which Arrow deletes from columns of different types."""
+    if isinstance(value, str):
+        return not value.isascii() and SURROGATES.search(value) is not None
+    if isinstance(value, dict):
+        return any(map(_is_broken, value.values()))
+    return isinstance(value, list) and any(map(_is_broken, value))
 
 
 def _make_text(value: Any, keys: Keys) -> None:

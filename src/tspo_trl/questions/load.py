@@ -7,34 +7,34 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from glob import escape
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pandas as pd
 import pyarrow as pa
 from datasets import (
     Dataset,
-    DatasetDict,
     Features,
     IterableDataset,
-    IterableDatasetDict,
+    NamedSplit,
     get_dataset_split_names,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .files import FORMATS, explain_file, file_format, root_cause, row_of_file
-from .json_files import JsonFiles, code_hash, read_json_files
+from .json_files import JsonFiles, code_hash, read_files
 from .mix import draw, mix
 from .rows import READ_COLUMNS, AnyDataset, check_mapping, to_questions
+from .table_files import TableFiles
 
-Source: TypeAlias = str | Path | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
-Opened: TypeAlias = tuple[AnyDataset, Callable[[int], str], Features | None]
+Source: TypeAlias = str | Path | Dataset | IterableDataset | dict[str, Any]
+Opened: TypeAlias = tuple[AnyDataset, Callable[[int], str], Features | None, bool]
 
 
 def load_questions(
@@ -62,8 +62,8 @@ def load_questions(
             Name of the split. A file is the split `"train"`. Required if there are several splits.
         columns (`dict[str, str]`, *optional*):
             Columns of the source for `id`, `question`, `golden_answers` and `data_source`, if they have other names, for
-            instance `{"question": "query", "golden_answers": "answers.text"}`. A dot leads into a struct or a list
-            of structs. `{"prompt": "prompt"}` keeps prompts that are already written.
+            instance `{"question": "query", "golden_answers": "answers.text"}`. A dot selects a field of a struct, or
+            of a list of structs. `{"prompt": "prompt"}` keeps prompts that are already written.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an [`~datasets.IterableDataset`], whose rows are read and checked when they are needed.
         max_questions (`int`, *optional*):
@@ -72,7 +72,7 @@ def load_questions(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
 
-    Questions, golden answers and ids are text, also if they look like numbers, booleans or dates. Numbers, booleans and
+    Questions, golden answers and ids are text, even if they look like numbers, booleans or dates. Numbers, booleans and
     dates become text.
 
     Returns:
@@ -83,7 +83,7 @@ def load_questions(
 
     Raises:
         `FileNotFoundError`: If there is no such file or data set.
-        `TypeError`: If `source` has another type.
+        `TypeError`: If `source` or an option has another type.
         `ValueError`: If it is empty or cannot be read, or a split, a column or a value is not as described. The message
             names the file, the line (from 1, in JSONL) or the row (from 0), the column, the value found and the value
             expected.
@@ -99,9 +99,16 @@ def load_questions(
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     if not sources:
         raise ValueError("`source` is an empty list.")
+    split = str(split) if isinstance(split, NamedSplit) else split
+    for option, value in (("name", name), ("split", split)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"`{option}` must be a string, got {value!r}.")
+    for option, number in (("max_questions", 1 if max_questions is None else max_questions), ("seed", seed)):
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"`{option}` must be an integer, got {number!r}.")
     if max_questions is not None and max_questions < 1:
         raise ValueError(f"`max_questions` must be at least 1, got {max_questions}.")
-    check_mapping(columns or {})
+    check_mapping({} if columns is None else columns)
     labels = ["`source`"] if len(sources) == 1 else [f"`source[{i}]`" for i in range(len(sources))]
     data_sources = [source_name(one, name) for one in sources]
     repeated = {value for value, count in Counter(data_sources).items() if count > 1}
@@ -109,9 +116,11 @@ def load_questions(
     for i, (one, label, data_source) in enumerate(zip(sources, labels, data_sources, strict=True)):
         if data_source in repeated:
             data_source = str(one) if isinstance(one, (str, Path)) else f"{data_source}[{i}]"
-        dataset, where, features = _open(one, label, name, split, columns or {}, streaming)
+        dataset, where, features, cells = _open(one, label, name, split, columns or {}, streaming)
         try:
-            parts.append(to_questions(dataset, where, columns or {}, data_source, features))
+            parts.append(to_questions(dataset, where, columns or {}, data_source, features, cells=cells))
+        except pa.ArrowInvalid as error:  # a stream is read late
+            raise ValueError(explain_file(where(-1), "parquet", error)) from error
         except UnicodeDecodeError as error:  # Arrow reads any bytes as text, and decodes them late
             raise ValueError(f"{where(-1)}: not UTF-8 text ({error.reason}).") from error
     dataset = parts[0] if len(parts) == 1 else mix(parts)
@@ -156,8 +165,8 @@ def source_name(source: Source, name: str | None = None) -> str:
     Returns:
         `str`: The configuration, or the last part of a name or path; of a file that is named after its split, the folder.
     """
-    if isinstance(source, (DatasetDict, IterableDatasetDict)):
-        source = next(iter(source.values()))
+    if isinstance(source, dict):
+        source = next(iter(source.values()), "")
     if isinstance(source, (Dataset, IterableDataset)):
         return source.info.dataset_name or "questions"
     path = Path(str(source))
@@ -170,16 +179,20 @@ def source_name(source: Source, name: str | None = None) -> str:
 def _open(
     source: Source, label: str, name: str | None, split: str | None, columns: Mapping[str, str], streaming: bool
 ) -> Opened:
-    """The unchanged data set, a function that names a row in error messages, and types that the data set lacks."""
+    """
+    The unchanged data set, a function that names a row in error messages, types that the data set lacks, and whether it
+    is a table, in whose cells lists are written as JSON.
+    """
     dataset: Any
-    in_memory = (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)
-    if isinstance(source, in_memory):
+    if isinstance(source, (Dataset, IterableDataset)) or _is_splits(source):
         dataset, where = source, partial(_row, label)
     elif not isinstance(source, (str, Path)):
         raise TypeError(
             f"{label} must be a file, a folder, the name of a data set on the Hub, a `Dataset` or an `IterableDataset`, "
             f"got `{type(source).__name__}`. Convert rows in memory with `Dataset.from_list(rows)`."
         )
+    elif not str(source).strip():
+        raise ValueError(f"{label} is an empty text: give a file, a folder or the name of a data set on the Hub.")
     elif file_format(source):
         return _open_file(label, str(source), split, columns, streaming)
     elif Path(source).is_file():
@@ -202,7 +215,7 @@ def _open(
         raise ValueError(f"{label} is a single split, {question_splits(source)[0]!r}, but `split` is {split!r}.")
     if streaming and isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset()
-    return dataset.with_format(None), where, None
+    return dataset.with_format(None), where, None, False
 
 
 def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, str], streaming: bool) -> Opened:
@@ -219,30 +232,21 @@ def _open_file(label: str, file: str, split: str | None, columns: Mapping[str, s
     # The rows of a slice are not counted as in the file
     where = partial(_row, f"{file} ({split})") if split and "[" in split else partial(row_of_file, file)
     try:
+        if kind == "parquet":
+            dataset = load_dataset(kind, data_files=data_files, split=split or "train", streaming=streaming)
+            return dataset, where, None, False
+        options = {"data_files": data_files, "labels": {"train": [file]}, "columns": columns, "hash": code_hash()}
         if kind == "json":
-            names = {"train": [file]}
-            builder = JsonFiles(
-                data_files=data_files, labels=names, columns=columns, dataset_name="json", hash=code_hash()
-            )
-            dataset, features = read_json_files(builder, split or "train", streaming)
-            return dataset, where, features
-        options = _csv_options(columns) if kind == "csv" else {}
-        if file.removesuffix(".gz").lower().endswith(".tsv"):
-            options["sep"] = "\t"
-        load = partial(load_dataset, kind, data_files=data_files, split=split or "train", streaming=streaming)
-        try:
-            dataset = load(**options)
-        except DatasetGenerationError as error:
-            if not isinstance(root_cause(error), pa.ArrowInvalid):
-                raise
-            # A late word in a column of numbers that is not one of ours: without types, all columns are text
-            header = pd.read_csv(file, sep=options.get("sep", ","), nrows=0, dtype=str)
-            dataset = load(**{**options, "converters": dict.fromkeys(header, str)})
+            builder = JsonFiles(**options, dataset_name=kind)
+        else:
+            is_tsv = file.removesuffix(".gz").lower().endswith(".tsv")
+            builder = TableFiles(**options, dataset_name=kind, separator="\t" if is_tsv else ",")
+        dataset, features = read_files(builder, split or "train", streaming)
     except ImportError as error:  # `datasets` installs no client for URLs
         raise ImportError(f"{file}: {error}. Run `pip install requests aiohttp`, or download the file.") from error
     except (DatasetGenerationError, ValueError, EOFError, StopIteration) as error:
         raise ValueError(explain_file(file, kind, error)) from error
-    return dataset, where, None
+    return dataset, where, features, kind == "csv"
 
 
 def _csv_options(columns: Mapping[str, str]) -> dict[str, Any]:
@@ -257,6 +261,7 @@ def _open_hub(source: str, name: str | None, split: str | None, columns: Mapping
     label = f"{source} ({name})" if name else source
     where = partial(_row, label)
     features = None
+    cells = False
     try:
         builder = load_dataset_builder(source, name)
         files = builder.config.data_files
@@ -272,9 +277,19 @@ def _open_hub(source: str, name: str | None, split: str | None, columns: Mapping
         if isinstance(builder, Json) and builder.config.field is None:
             # With the name of the configuration as id, `datasets` finds the cached tables again without a connection
             builder = JsonFiles(data_files=files, columns=columns, config_id=builder.config.name, **options)
-            dataset, features = read_json_files(builder, split, streaming)
+            dataset, features = read_files(builder, split, streaming)
+        elif isinstance(builder, Csv) and _is_plain(builder.config):
+            cells = True
+            builder = TableFiles(
+                data_files=files,
+                columns=columns,
+                separator=builder.config.sep,
+                config_id=builder.config.name,
+                **options,
+            )
+            dataset, features = read_files(builder, split, streaming)
         else:
-            if isinstance(builder, Csv):
+            if cells := isinstance(builder, Csv):
                 builder = type(builder)(**options)
                 vars(builder.config).update(_csv_options(columns))
             if not streaming:
@@ -292,11 +307,24 @@ def _open_hub(source: str, name: str | None, split: str | None, columns: Mapping
         raise ValueError(f"{label}: {error}") from error
     if isinstance(dataset, dict):
         dataset = dataset[_check_split(label, split, list(dataset))]
-    return dataset.with_format(None), where, features
+    return dataset.with_format(None), where, features, cells
+
+
+def _is_plain(config: CsvConfig) -> bool:
+    """Whether a table has the names of its columns on the first line, and no other options than its separator."""
+    plain = CsvConfig(sep=config.sep)
+    return config.features is None and config.pd_read_csv_kwargs == plain.pd_read_csv_kwargs
+
+
+def _is_splits(source: object) -> bool:
+    """Whether a source is a dictionary of splits, and not a row."""
+    return isinstance(source, dict) and all(isinstance(split, (Dataset, IterableDataset)) for split in source.values())
 
 
 def _check_split(label: str, split: str | None, splits: list[str]) -> str:
     """The split, or the only one; an error if there is no such split."""
+    if not splits:
+        raise ValueError(f"{label} has no splits.")
     if split is None and len(splits) == 1:
         return splits[0]
     if split is None:

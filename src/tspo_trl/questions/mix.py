@@ -50,7 +50,7 @@ def mix(parts: list[AnyDataset]) -> AnyDataset:
 
 def draw(dataset: AnyDataset, count: int, seed: int) -> AnyDataset:
     """
-    Draw a subset, stratified by `data_source`. With the same seed, a larger subset contains a smaller one.
+    Draw a subset, stratified by `data_source` if there is this column. With the same seed, a larger subset contains a smaller one.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -69,7 +69,8 @@ def draw(dataset: AnyDataset, count: int, seed: int) -> AnyDataset:
     if count >= len(dataset):
         return dataset
     strata: dict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(dataset["data_source"]):
+    sources = dataset["data_source"] if "data_source" in dataset.column_names else [""] * len(dataset)
+    for index, name in enumerate(sources):
         strata[name].append(index)
     rows = []
     for name, size in _shares({name: len(indices) for name, indices in strata.items()}, count).items():

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
 from ..scoring import normalize_answer
-from .values import as_text, follow, is_missing, join, to_python
+from .values import as_text, check_no_list, follow, is_missing, join, read_cell, to_python
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ FORMS: dict[str, list[list[str]]] = {
     ],
     "data_source": [["data_source"]],
 }
+_JSON_ANSWERS = ("possible_answers",)  # PopQA's lists are JSON, in its TSV file and on the Hub
 READ_COLUMNS = [path for forms in FORMS.values() for form in forms for path in form]
 
 _SYNONYMS = {"question": ["query", "problem", "input"], "golden_answers": ["answers", "answer", "target"]}
@@ -56,13 +57,16 @@ def check_mapping(columns: Mapping[str, str]) -> None:
             Names of our columns to names of columns of the source.
 
     Raises:
+        `TypeError`: If it is not a mapping.
         `ValueError`: If a key is not one of our columns; the message suggests the nearest.
     """
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"`columns` must be a mapping such as {{'question': 'query'}}, got {columns!r}.")
     known = [*FEATURES, "prompt"]
     for ours, theirs in columns.items():
         if ours not in known:
-            near = get_close_matches(ours, known, n=1)
-            turned = theirs in known
+            near = get_close_matches(str(ours), known, n=1)
+            turned = theirs in known and isinstance(ours, str)
             meant = {theirs: ours} if turned else {near[0]: theirs} if near else {}
             rest = {other: path for other, path in columns.items() if other != ours}
             hint = f" Did you mean `columns={ {**rest, **meant}!r}`?" if meant else ""
@@ -182,10 +186,21 @@ def _suggest(
             continue
         free = [name for name in source if name not in used and _text_field(source[name], ours) is not None]
         near = _nearest(ours, free)
-        if near is None:
+        path = near + (_text_field(source[near], ours) or "") if near else _nearest_field(source, ours)
+        if path is None:
             return None
-        mapping[ours] = near + (_text_field(source[near], ours) or "")
+        mapping[ours] = path
     return mapping
+
+
+def _nearest_field(source: Mapping[str, Any], ours: str) -> str | None:
+    """The path of a field with such a name in a struct, for instance verl's `extra_info.answer`."""
+    for name, level in source.items():
+        if isinstance(level, Mapping):
+            near = _nearest(ours, [field for field in level if _text_field(level[field], ours, 1) == ""])
+            if near:
+                return f"{name}.{near}"
+    return None
 
 
 def _text_field(level: Any, ours: str, depth: int = 0) -> str | None:
@@ -216,6 +231,8 @@ def to_questions(
     columns: Mapping[str, str],
     data_source: str,
     features: Features | None = None,
+    *,
+    cells: bool = False,
 ) -> AnyDataset:
     """
     Read the rows of a data set as questions.
@@ -231,6 +248,8 @@ def to_questions(
             The `data_source` of rows that have none.
         features ([`~datasets.Features`], *optional*):
             The types of the columns of a stream that does not know them.
+        cells (`bool`, *optional*, defaults to `False`):
+            Whether the values are cells of a table, in which a list of answers is written as JSON.
 
     Returns:
         The same kind of data set, see [`load_questions`].
@@ -246,7 +265,7 @@ def to_questions(
         raise ValueError(f"{label} has no rows.")
     paths = _find_columns(label, names, source, first, columns)
     names_of_classes = {ours: _class_names(source or {}, several[0]) for ours, several in paths.items()}
-    read = partial(_read_rows, paths=paths, where=where, data_source=data_source, classes=names_of_classes)
+    read = partial(_read_rows, paths=paths, where=where, data_source=data_source, classes=names_of_classes, cells=cells)
     every = [keys for several in paths.values() for keys in several]
     used = list(dict.fromkeys(keys[0] for keys in every))
     # A column that is read whole is renamed, other columns stay. Prompts of the source are dropped.
@@ -296,6 +315,7 @@ def _read_rows(
     where: Callable[[int], str],
     data_source: str,
     classes: Mapping[str, Sequence[str] | None],
+    cells: bool,
 ) -> dict[str, list[Any]]:
     """Read a batch of rows into our columns."""
     columns: dict[str, list[Any]] = defaultdict(list)
@@ -303,12 +323,14 @@ def _read_rows(
         for ours in (*FEATURES, *(["prompt"] if "prompt" in paths else [])):
             chosen = paths.get(ours, [(ours,)])
             values = [follow(batch[keys[0]][position], keys[1:]) if ours in paths else None for keys in chosen]
-            value = values[0]
             if names := classes.get(ours):
-                value = _name_classes(value, names)
+                values[0] = _name_classes(values[0], names)
+            value = values[0]
             try:
-                if len(values) > 1:
-                    value = join(values)
+                if ours == "golden_answers":
+                    read_text = read_cell if cells or chosen == [_JSON_ANSWERS] else check_no_list
+                    values = [read_text(value) for value in values]
+                    value = values[0] if len(values) == 1 else join(values)
                 columns[ours].append(_READERS[ours](value, index, data_source))
             except ValueError as error:
                 column = " and ".join(repr(".".join(keys)) for keys in chosen)
@@ -336,14 +358,16 @@ def _read_id(value: Any, index: int, *_: Any) -> str:
     return str(index) if is_missing(value) else as_text(value, "a text")
 
 
-def _read_question(value: Any, *_: Any) -> str:
+def read_question(value: Any, *_: Any) -> str:
+    """Read a value as a question; the `ValueError` says what is expected."""
     text = as_text(value, "a non-empty string")
     if not text.strip():
         raise ValueError("a non-empty string")
     return text
 
 
-def _read_answers(value: Any, *_: Any) -> list[str]:
+def read_answers(value: Any, *_: Any) -> list[str]:
+    """Read a value as golden answers; the `ValueError` says what is expected."""
     value = to_python(value)
     answers = [
         as_text(answer, "a string or a list of strings") for answer in (value if isinstance(value, list) else [value])
@@ -360,8 +384,8 @@ def _read_data_source(value: Any, _: int, data_source: str) -> str:
 
 _READERS: dict[str, Callable[..., Any]] = {
     "id": _read_id,
-    "question": _read_question,
-    "golden_answers": _read_answers,
+    "question": read_question,
+    "golden_answers": read_answers,
     "data_source": _read_data_source,
     "prompt": lambda value, *_: value,  # checked by the trainer, which knows the protocol
 }

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-_SURROGATES = re.compile(r"[\ud800-\udfff]")
+#: Halves of surrogate pairs, which are no characters.
+SURROGATES = re.compile(r"[\ud800-\udfff]")
+_QUOTED_LIST = re.compile(r"\s*\[\s*['\"]")
 
 
 def follow(value: Any, keys: Sequence[str]) -> Any:
@@ -43,17 +45,55 @@ def join(values: Sequence[Any]) -> list[Any]:
 
 
 def to_python(value: Any) -> Any:
-    """Convert arrays, and cells with JSON lists, to Python objects."""
+    """Convert arrays and tuples to Python objects."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    if isinstance(value, str) and value.strip().startswith("["):
-        # A list in a cell of a table. Lists written by pandas or numpy cannot be distinguished from text with certainty
-        try:
-            return json.loads(value, parse_int=str, parse_float=str)
-        except json.JSONDecodeError:
-            if re.match(r"\s*\[\s*['\"]", value):
-                raise ValueError('one answer, or a list as JSON such as ["Paris", "Paris, France"]') from None
     return list(value) if isinstance(value, tuple) else value
+
+
+def read_cell(value: Any) -> Any:
+    """
+    Read the answers in a cell of a table.
+
+    Args:
+        value (`Any`):
+            A cell: one answer, or a list of strings as JSON. `[0, 1]` is one answer, like any other text.
+
+    Returns:
+        `Any`: The list, or the value.
+
+    Raises:
+        `ValueError`: If it is another list. Lists written by Python or numpy cannot be distinguished from text with
+            certainty.
+    """
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return value
+    try:
+        items = json.loads(value)
+    except json.JSONDecodeError:
+        items = None
+    numbers = bool(items) and all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in items)
+    if items is not None and all(isinstance(item, str) for item in items):
+        return items
+    if (items is not None and not numbers) or _QUOTED_LIST.match(value):
+        raise ValueError('one answer, or a list as JSON such as ["Paris", "Paris, France"]')
+    return value
+
+
+def check_no_list(value: Any) -> Any:
+    """
+    Refuse a text that holds a list of texts. Only cells of tables are converted.
+
+    Args:
+        value (`Any`):
+            A value that is not a cell of a table.
+
+    Raises:
+        `ValueError`: If it is such a text.
+    """
+    if isinstance(value, str) and _QUOTED_LIST.match(value):
+        raise ValueError('one answer, or a list such as ["Paris", "Paris, France"] that is not written as text')
+    return value
 
 
 def is_missing(value: Any) -> bool:
@@ -91,6 +131,6 @@ def as_text(value: Any, expected: str) -> str:
             raise ValueError(expected) from None
     if isinstance(value, (int, Decimal)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    if not isinstance(value, str) or _SURROGATES.search(value):
+    if not isinstance(value, str) or SURROGATES.search(value):
         raise ValueError(expected)
     return value
