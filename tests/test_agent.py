@@ -260,6 +260,7 @@ def test_several_questions_are_not_one_question(policy_dir, retriever):
         ("Who?", "must be a list of texts"),
         (["Who?", " "], "Question 1"),
         ([None], "Question 0 must be a non-empty text"),
+        (["Zoë?", "\ud800"], r"Question 1 must be valid Unicode, found a lone surrogate.*'\\ud800'"),
     ],
 )
 def test_wrong_questions_are_reported(policy_dir, retriever, questions, message):

@@ -338,6 +338,10 @@ class SearchAgent:
         for index, question in enumerate(questions):
             if not isinstance(question, str) or not question.strip():
                 raise ValueError(f"Question {index} must be a non-empty text, found {question!r}.")
+            if not question.isascii() and any("\ud800" <= char <= "\udfff" for char in question):
+                raise ValueError(
+                    f"Question {index} must be valid Unicode, found a lone surrogate, half of a character: {question!r}."
+                )
         return self.rollout_prompts([self.search_loop.protocol.prompt(question) for question in questions])
 
     def rollout_prompts(self, prompts: Sequence[Prompt]) -> list[Trajectory]:

@@ -178,6 +178,13 @@ def test_corpus_of_stop_words_is_an_error():
         BM25Retriever([Passage("0", "The", "of the")])
 
 
+@pytest.mark.parametrize("options", [{"k1": "1.5"}, {"k1": float("nan")}, {"b": None}, {"b": 2}])
+def test_error_of_a_wrong_number_names_its_option(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}` must be a .*number .*, got {options[name]!r}"):
+        BM25Retriever(PASSAGES, **options)
+
+
 def test_an_unknown_backend_is_an_error():
     with pytest.raises(ValueError, match=r"`backend`.*'elastic'"):
         BM25Retriever(PASSAGES, backend="elastic")

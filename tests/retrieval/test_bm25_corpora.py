@@ -214,7 +214,10 @@ def test_an_index_is_built_and_replaced(tmp_path):
             b'{"id": "7", "text": "a"}\n{"id": "8", "text": "b"}\n{"id": "7", "text": "c"}\n',
             "two passages with the id '7'",
         ),
-        (b'{"id": "1", "text": "the of"}\n', "no passage with any word"),
+        (b'{"id": "1", "text": "the of"}\n', "The corpus .*corpus' has no passage with any word"),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "corpus, line 1: not valid JSON .*recursion"),
+        (b'[{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}]", "corpus, line 1: not valid JSON .*recursion"),
+        (b'{\n  "text": "a"\n}\n', r"corpus, line 1: not valid JSON .*Expected a passage on one line, or .* a list"),
         (b"", "has no passages"),
     ],
 )
@@ -228,6 +231,14 @@ def test_a_bad_corpus_leaves_nothing_and_keeps_the_old_index(tmp_path, content, 
         BM25Retriever.from_jsonl(tmp_path / "corpus")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "index", "old.jsonl"]
     assert BM25Retriever.load(tmp_path / "index", tmp_path / "old.jsonl").fingerprint == old.fingerprint
+
+
+def test_error_of_a_wrong_path(tmp_path):
+    with pytest.raises(TypeError, match="must be the path of a file, got `list`"):
+        BM25Retriever.from_jsonl(["a"])
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match="file' is a file"):
+        BM25Retriever.build(HOTPOTQA / "passages.jsonl", tmp_path / "file")
 
 
 def test_a_folder_with_something_else_is_not_replaced(tmp_path):

@@ -90,6 +90,12 @@ def test_failures_are_not_cached(counting):
     assert cached.search(["Italy"], 1)[0]
 
 
+@pytest.mark.parametrize("retriever", [BM25Retriever, None, "corpus.jsonl"])
+def test_an_object_that_is_no_retriever_is_an_error(retriever):
+    with pytest.raises(ValueError, match="`retriever` must be an object with a method"):
+        CachedRetriever(retriever)
+
+
 def test_wrong_number_of_results_is_an_error(counting, monkeypatch):
     cached = CachedRetriever(counting)
     monkeypatch.setattr(counting, "search", lambda queries, k: [])

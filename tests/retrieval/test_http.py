@@ -326,6 +326,16 @@ def test_search_works_inside_an_event_loop(server, local):
         ({"url": "http://x", "max_connections": 0}, "`max_connections`.*0"),
         ({"url": "http://x", "headers": {"Authorization": "Bearer x\n"}}, "`headers`.*'Authorization'"),
         ({"url": "http://x", "headers": {"X": "ü"}}, "`headers`.*'X'"),
+        ({"url": 8000}, "`url` is not a URL .*got 8000. Expected one like 'http://localhost:8000'"),
+        ({"url": "http://x:99999"}, "`url` must have a port from 1 to 65535, got 'http://x:99999'"),
+        ({"url": "http://x:0"}, "`url` must have a port"),
+        ({"url": "http://x", "timeout": "5"}, "`timeout`.*'5'"),
+        ({"url": "http://x", "timeout": None}, "`timeout`.*None"),
+        ({"url": "http://x", "total_timeout": float("nan")}, "`total_timeout`.*nan"),
+        ({"url": "http://x", "batch_size": 1.5}, "`batch_size`.*an integer .*, got 1.5"),
+        ({"url": "http://x", "max_connections": "8"}, "`max_connections`.*an integer .*, got '8'"),
+        ({"url": "http://x", "headers": [("X", "y")]}, "`headers` must be a dictionary .*`list`"),
+        ({"url": "http://x", "headers": {"a b\n": "y"}}, r"`headers`: the name 'a b\\n'"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -39,6 +39,15 @@ def test_weights_constant_and_depth():
     assert retrievers[0].asked == [2, 5]
 
 
+def test_passages_without_ids_are_the_same_if_their_titles_and_texts_are():
+    class Texts(Ranked):
+        def search(self, queries, k):
+            return [[*self.order] for _ in queries]
+
+    (found,) = HybridRetriever([Texts(["one", "two"]), Texts(["two", "A\ntwo"])]).search(["q"], 5)
+    assert [(p.id, p.title, p.text) for p in found] == [("", "", "two"), ("", "", "one"), ("", "A", "two")]
+
+
 def test_a_failed_query_fails_alone():
     class Malformed(Ranked):
         def search(self, queries, k):
@@ -73,12 +82,17 @@ def test_the_fingerprint_needs_those_of_all(tmp_path):
 @pytest.mark.parametrize(
     ("retrievers", "options", "message"),
     [
+        (Ranked("ab"), {}, "`retrievers` must be a list of retrievers, got `Ranked`"),
         ([Ranked("ab")], {}, "at least two retrievers, got 1"),
         ([Ranked("ab"), "bm25"], {}, "must be an object with a method"),
         ([Ranked("ab"), Ranked("ab")], {"weights": [1]}, "for each of 2 retrievers"),
         ([Ranked("ab"), Ranked("ab")], {"weights": [1, 0]}, "`weights` must have a positive number"),
+        ([Ranked("ab"), Ranked("ab")], {"weights": [1, float("nan")]}, "`weights` must have a positive number"),
+        ([Ranked("ab"), Ranked("ab")], {"weights": [1, "2"]}, "`weights` must have a positive number"),
+        ([Ranked("ab"), Ranked("ab")], {"rank_constant": "60"}, "`rank_constant` must be at least 1, got '60'"),
+        ([Ranked("ab"), Ranked("ab")], {"depth": 5.5}, "`depth` must be an integer of at least 1, got 5.5"),
         ([Ranked("ab"), Ranked("ab")], {"rank_constant": 0}, "`rank_constant` must be at least 1, got 0"),
-        ([Ranked("ab"), Ranked("ab")], {"depth": 0}, "`depth` must be at least 1, got 0"),
+        ([Ranked("ab"), Ranked("ab")], {"depth": 0}, "`depth` must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_options_are_errors(retrievers, options, message):

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from uuid import UUID
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -24,7 +25,13 @@ def read(record, **options):
 # Fields
 
 
-@pytest.mark.parametrize("key", ["id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "docno", "idx"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id", "docno", "idx"),
+        *("ID", "id_", "docId", "uid", "chunk_id", "chunkId", "corpus-id"),
+    ],
+)
 def test_published_names_of_ids(key):
     assert read({key: "7", "text": TEXT}, default_id="0").id == "7"
 
@@ -44,7 +51,10 @@ def test_published_names_of_ids(key):
         (0, "0"),
         (None, "default"),
         (float("nan"), "default"),
+        (pd.NA, "default"),
+        (pd.NaT, "default"),
         ("", "default"),
+        ({"$oid": "5f43"}, "5f43"),
     ],
 )
 def test_ids_become_strings(value, expected):
@@ -53,7 +63,7 @@ def test_ids_become_strings(value, expected):
         assert (found, type(found)) == (expected, str)
 
 
-@pytest.mark.parametrize("value", [True, 7.5, ["7"], b"7", np.bool_(True)])
+@pytest.mark.parametrize("value", [True, 7.5, ["7"], b"7", np.bool_(True), np.array([1, 2]), {"a": "7"}])
 def test_other_ids_are_an_error(value):
     with pytest.raises(ValueError, match=f"here: expected a string or an integer as id, found {type(value).__name__}"):
         read({"id": value, "text": TEXT})
@@ -91,12 +101,34 @@ def test_other_ids_are_an_error(value):
         (f'"Paris"\n{TEXT}', "Paris", TEXT),
         (f'(Title: "Paris (Texas)") {TEXT}\n(1)', "Paris (Texas)", f"{TEXT}\n(1)"),
         (f"(Title: Paris) {TEXT}", "Paris", TEXT),
+        (f"(Title: Emma (novel)) {TEXT}", "Emma (novel)", TEXT),
+        (f"(Title: Smile :() {TEXT}", "Smile :(", TEXT),
+        ({"contents": f'"a" or "b"\n{TEXT}'}, '"a" or "b"', TEXT),
+        ({"contents": f'""a" or "b""\n{TEXT}'}, '"a" or "b"', TEXT),
+        ({"contents": f'"The "b" of a"\n{TEXT}'}, 'The "b" of a', TEXT),
+        ({"contents": f'"5" disk"\n{TEXT}'}, '5" disk', TEXT),
+        ({"text": "", "contents": TEXT}, "", TEXT),
+        ({"text": "", "contents": None}, "", ""),
+        ({"Title": "Paris", "Text": TEXT}, "Paris", TEXT),
+        ({"page_title": "Paris", "text": TEXT}, "Paris", TEXT),
+        ({"wiki_title": "Paris", "pageContent": TEXT}, "Paris", TEXT),
+        ({"page_content": TEXT, "metadata": {"title": "Paris", "text": "x"}}, "Paris", TEXT),
+        ({"title": "Paris", "text": TEXT, "metadata": {"title": "x"}}, "Paris", TEXT),
+        ({"id": "7", "metadata": {"title": "Paris", "text": TEXT}}, "Paris", TEXT),
     ],
 )
 def test_titles_and_texts(record, title, text):
     passage = read(record)
     assert (passage.title, passage.text) == (title, text)
     assert type(passage.title) is type(passage.text) is str
+
+
+def test_ids_of_variants_and_metadata():
+    assert read({"ID": "x", "_id": "y", "id": "7", "text": TEXT}).id == "7"
+    assert read({"id": None, "ID": "7", "text": TEXT}).id == "7"
+    assert read({"id": "", "docid": "7", "text": TEXT}).id == "7"
+    assert read({"page_content": TEXT, "metadata": {"id": 7, "title": "Paris"}}) == Passage("7", "Paris", TEXT)
+    assert read({"text": TEXT, "metadata": {"doc_id": "of all its passages"}}, default_id="0").id == "0"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,19 @@ def test_a_complete_passage_is_returned_as_it_is():
     assert read(passage) is passage
 
 
+class Odd(dict):
+    def items(self, *_):
+        raise KeyError("boom")
+
+    get = __float__ = items
+
+
+@pytest.mark.parametrize("record", [Odd(text=TEXT), {"text": TEXT, "score": Odd()}, {"text": TEXT, "metadata": Odd()}])
+def test_an_object_that_cannot_be_read_is_an_error_with_its_place(record):
+    with pytest.raises(ValueError, match=r"^here: .*KeyError\('boom'\)|^here: .*found Odd \('boom'\)"):
+        read(record)
+
+
 # Objects of Python
 
 
@@ -181,12 +226,21 @@ def test_bm25_reads_passages_in_any_form():
         (Passage("7", "", TEXT), TypeError, "a list of passages, got `Passage`"),
         (5, TypeError, "a list of passages, got `int`"),
         (None, TypeError, "a list of passages, got None"),
+        (["a.jsonl"], TypeError, r"the file names \['a.jsonl'\].* use `BM25Retriever.from_jsonl\('a.jsonl'\)`"),
+        ([__file__], TypeError, "the file names .* use `BM25Retriever.from_jsonl"),
+        (pd.DataFrame([{"id": 1, "text": TEXT}]), TypeError, r"got a DataFrame: .*`df.to_dict\(\"records\"\)`"),
+        ([{"id": 1, "text": TEXT}, {"text": "x"}], ValueError, "id '1': ids must be unique.* some have none"),
         ([{"text": TEXT}, {"text": 5}], ValueError, "`passages`, item 1: .* found int"),
     ],
 )
 def test_error_of_a_corpus_that_is_none(passages, error, message):
     with pytest.raises(error, match=message):
         BM25Retriever(passages)
+
+
+def test_texts_may_end_with_the_name_of_a_file():
+    assert len(BM25Retriever(["See readme.json", "a.json"]).passages) == 2
+    assert len(BM25Retriever(["See readme.json"]).passages) == 1
 
 
 # Files
@@ -205,6 +259,7 @@ FILES = {
     "dpr.tsv": 'id\ttext\ttitle\nw1\t"The ""city of light""."\tParis\nw2\t"A\tB"\t\n',
     "windows.tsv": 'id\ttext\ttitle\r\nw1\t"The ""city of light""."\tParis\r\nw2\t"A\tB"\t\r\n',
     "table.csv": 'ID,Title,Text\nw1,Paris,"The ""city of light""."\nw2,,A\tB\n',
+    "upper.jsonl": '{"ID": "w1", "Title": "Paris", "Text": "The \\"city of light\\"."}\n{"ID": "w2", "Text": "A\\tB"}\n',
     "table": 'id\ttitle\ttext\nw1\tParis\tThe "city of light".\nw2\t\t"A\tB"\n',
     "marked.jsonl": '\ufeff{"id": "w1", "title": "Paris", "text": "The \\"city of light\\"."}\n'
     '{"id": "w2", "text": "A\\tB"}',
@@ -282,6 +337,12 @@ def test_a_damaged_compressed_file_is_an_error(tmp_path):
         (tmp_path / "corpus.jsonl.gz").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz"):
             load_corpus(tmp_path / "corpus.jsonl.gz")
+
+
+def test_error_of_a_file_where_some_lines_have_an_id(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": 1, "text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"corpus\.jsonl.* two passages with the id '1': .* some have none"):
+        BM25Retriever.from_jsonl(tmp_path / "corpus.jsonl")
 
 
 def test_ids_are_kept_and_lines_without_one_get_their_number(tmp_path):

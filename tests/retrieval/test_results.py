@@ -6,6 +6,7 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from starlette.testclient import TestClient
 
@@ -32,6 +33,15 @@ class Returning:
     def search(self, queries, k):
         self.calls.append(list(queries))
         return self.function(queries, k)
+
+
+class Broken(dict):
+    """A mapping and a number that cannot be read."""
+
+    def get(self, *_):
+        raise KeyError("boom")
+
+    items = __float__ = get
 
 
 def wrappers(retriever, tmp_path):
@@ -80,6 +90,7 @@ async def generator():
         (lambda queries, k: None, "`Returning.search` returned None instead of a list of lists"),
         (lambda queries, k: {"result": []}, r"returned a dict with the keys \['result'\] instead of a list"),
         (lambda queries, k: "passages", "returned `str` instead of a list"),
+        (lambda queries, k: pd.DataFrame({"id": [1], "text": ["x"]}), "returned a DataFrame: .* instead of a list"),
         (lambda queries, k: 5, "returned `int` instead of a list"),
         (lambda queries, k: coroutine(), "returned `coroutine` .*: it is asynchronous"),
         (lambda queries, k: generator(), "returned `async_generator` .*: it is asynchronous"),
@@ -113,6 +124,10 @@ def test_other_results_fail_all_queries(tmp_path, function, message):
         ([{"id": 7, "text": 5}], "query 'odd', passage 0: expected a string under \"text\", found int"),
         ([Passage("7", "", "x", float("nan"))], 'a finite number under "score", found nan'),
         ([Passage("7", "", "x", float("inf"))], 'a finite number under "score", found inf'),
+        ([{"id": np.array([1, 2]), "text": "x"}], "query 'odd', passage 0: .* as id, found ndarray"),
+        ([{"text": "x", "score": Broken()}], "query 'odd', passage 0: .* found Broken .*boom"),
+        ([Broken(text="x")], "query 'odd', passage 0: the passage cannot be read: KeyError"),
+        (pd.DataFrame([{"id": 1, "text": "x"}]), r"expected a list of passages, found a DataFrame: .*to_dict\("),
     ],
 )
 def test_malformed_passages_fail_only_their_query(tmp_path, odd, message):
@@ -128,6 +143,31 @@ def test_malformed_passages_fail_only_their_query(tmp_path, odd, message):
     for retriever in wrappers(inner, tmp_path)[1:]:
         with pytest.raises(RetrievalError, match=message):
             retriever.search(["new", "odd"], 3)
+
+
+def test_a_null_id_of_pandas_is_no_id():
+    retriever = Returning(lambda queries, k: [[{"id": pd.NA, "text": "x"}] for _ in queries])
+    assert search_each(retriever, ["a", "b"], 3) == [[Passage("", "", "x")]] * 2
+
+
+@pytest.mark.parametrize("error", [KeyError("boom"), TimeoutError("late")])
+def test_a_generator_that_fails_fails_only_its_query(tmp_path, error):
+    def lazily(query):
+        yield PARIS
+        if query == "odd":
+            raise error
+
+    for retriever in wrappers(Returning(lambda queries, k: map(lazily, queries)), tmp_path):
+        assert search_each(retriever, ["a", "odd", "b"], 3) == [[PARIS], error, [PARIS]]
+
+
+def test_a_query_that_the_log_lacks_stops_the_run_also_in_a_generator(tmp_path):
+    def lazily(query):
+        yield from LoggedRetriever(None, tmp_path).search([query], 3)[0]
+
+    LoggedRetriever(Returning(lambda queries, k: [[PARIS] for _ in queries]), tmp_path).search(["a"], 3)
+    with pytest.raises(RetrievalLogError):
+        search_each(Returning(lambda queries, k: map(lazily, queries)), ["b"], 3)
 
 
 def test_an_odd_passage_after_the_first_k_is_ignored():

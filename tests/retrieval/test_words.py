@@ -1,12 +1,13 @@
 """The words by which BM25 finds passages: one character, languages, scripts without spaces."""
 
+import json
 import logging
 import re
 
 import pytest
 
 from tspo_trl import BM25Retriever, Passage, open_retriever
-from tspo_trl.retrieval.words import index_words, split_words
+from tspo_trl.retrieval.words import WORDS_VERSION, index_words, split_words
 
 
 def passages(**texts):
@@ -30,7 +31,7 @@ def best(retriever, query):
         ("北京大学", ["北京", "京大", "大学"]),
         ("日", ["日"]),
         ("東京2008年に", ["東京", "2008", "年に"]),
-        ("서울은 수도", ["서울은", "수도"]),
+        ("서울은 수도", ["서울", "울은", "수도"]),
         ("", []),
         ("!?", []),
     ],
@@ -64,6 +65,33 @@ def test_scripts_without_spaces_are_searched(backend, query, found):
         en="Paris is the capital of France.",
     )
     assert best(BM25Retriever(corpus, backend), query) == found
+
+
+@pytest.mark.parametrize("backend", ["bm25s", "rank_bm25"])
+@pytest.mark.parametrize(
+    ("query", "found"), [("猫", "zh"), ("日", "ja"), ("서울", "ko"), ("부산", "ko"), ("물", "ko"), ("istanbul", "tr")]
+)
+def test_a_character_and_a_word_without_its_particle_are_searched(backend, query, found):
+    corpus = passages(
+        zh="我的猫很大。",
+        ja="日本の首都",
+        ko="서울은 수도이고 부산은 물가에 있다",
+        tr="İstanbul büyük bir şehir",
+        en="Paris is big",
+    )
+    language = {"language": "turkish"} if backend == "bm25s" and found == "tr" else {}
+    assert best(BM25Retriever(corpus, backend, **language), query) == found
+
+
+def test_an_index_of_another_rule_for_words_is_refused(tmp_path):
+    BM25Retriever(passages(a="Emma")).save(tmp_path)
+    about = json.loads((tmp_path / "index.json").read_text())
+    assert about["words"] == WORDS_VERSION
+    del about["words"]
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    message = f"version 2 of the rule for words has made it, this version reads {WORDS_VERSION}. Index the corpus again"
+    with pytest.raises(ValueError, match=message):
+        BM25Retriever.load(tmp_path)
 
 
 def test_the_language_selects_stop_words_and_stemmer():

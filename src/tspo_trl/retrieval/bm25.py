@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from rank_bm25 import BM25Okapi
 
+from ..support.files import replacing_folder
 from .base import Passage
 from .corpus import PassageFile, copy_corpus, corpus_fingerprint, iter_corpus
 from .passages import hold_passages
 from .postings import Postings, best_of, write_postings
-from .results import read_arguments
-from .words import WORDS_VERSION, check_language, index_words, split_words
+from .results import is_number, read_arguments
+from .words import WORDS_VERSION, check_language, index_words, lower_words, split_words
 
 BM25Backend = Literal["bm25s", "rank_bm25"]
 _FORMAT = 2
@@ -39,7 +39,7 @@ class BM25Retriever:
     scripts without spaces between words (Chinese, Japanese, Thai) is split into pairs of characters. `bm25s` removes the
     stop words of `language`, stems words (Snowball), and uses the inverse document frequency of Lucene. `rank_bm25`
     lower-cases words, and gives a word in more than half of the documents a positive weight by its `epsilon`. It is
-    slower by orders of magnitude and finds a little less; it is there for comparison with projects that use it.
+    slower by orders of magnitude and finds a little less; it is provided for comparison with projects that use it.
 
     Args:
         passages (`Iterable[Passage]`):
@@ -89,11 +89,12 @@ class BM25Retriever:
         self.backend, self.k1, self.b, self.language = backend, k1, b, language
         if backend == "bm25s":
             with TemporaryDirectory(prefix="bm25-") as folder:
-                _index(self.passages, _documents(self.passages), Path(folder), k1=k1, b=b, language=language)
+                documents = _documents(self.passages)
+                _index("`passages`", self.passages, documents, Path(folder), k1=k1, b=b, language=language)
                 self._postings = Postings.load(Path(folder), mapped=False)
         else:
-            tokens = [split_words(document.lower()) for document in _documents(self.passages)]
-            _require_words(self.passages, np.array([len(words) for words in tokens]))
+            tokens = [lower_words(document, indexed=True) for document in _documents(self.passages)]
+            _require_words("`passages`", self.passages, np.array([len(words) for words in tokens]))
             self._okapi = BM25Okapi(tokens, k1=k1, b=b)
 
     @classmethod
@@ -121,7 +122,7 @@ class BM25Retriever:
         """
         if backend != "bm25s":
             return cls(iter_corpus(path), backend, k1=k1, b=b, language=language)
-        # Mapped files can still be read when they have no name any more
+        # Mapped files can still be read after they are deleted
         with TemporaryDirectory(prefix="bm25-", ignore_cleanup_errors=True) as folder:
             return cls.build(path, Path(folder) / "index", k1=k1, b=b, language=language)
 
@@ -153,12 +154,14 @@ class BM25Retriever:
                 value that is not allowed.
         """
         _check_options("bm25s", k1, b, language)
-        with _replacing(folder) as unfinished:
+        _check_folder(folder)
+        with replacing_folder(folder) as unfinished:
             fingerprint = copy_corpus(corpus, unfinished)
             passages = PassageFile(unfinished)
             # Read, not mapped: its pages would count as memory of this process
             documents = _documents(iter_corpus(unfinished / PassageFile.TEXTS))
-            _index(passages, documents, unfinished, k1=k1, b=b, language=language)
+            name = f"The corpus {str(corpus)!r}"
+            _index(name, passages, documents, unfinished, k1=k1, b=b, language=language)
             _write_about(unfinished, len(passages), fingerprint, {"k1": k1, "b": b, "language": language})
         return cls.load(folder)
 
@@ -178,7 +181,8 @@ class BM25Retriever:
             raise ValueError(
                 f"Only an index of the backend 'bm25s' can be saved, this one has the backend {self.backend!r}."
             )
-        with _replacing(folder) as unfinished:
+        _check_folder(folder)
+        with replacing_folder(folder) as unfinished:
             self._postings.save(unfinished, k1=self.k1, b=self.b)
             PassageFile.write(unfinished, self.passages)
             options = {"k1": self.k1, "b": self.b, "language": self.language}
@@ -211,6 +215,11 @@ class BM25Retriever:
             if about["format"] != _FORMAT:
                 raise ValueError(
                     f"its format is {about['format']!r}, this version reads {_FORMAT}. Index the corpus again"
+                )
+            if (words := about.get("words", 2)) != WORDS_VERSION:
+                raise ValueError(
+                    f"version {words!r} of the rule for words has made it, this version reads {WORDS_VERSION}. Index the "
+                    "corpus again"
                 )
             self.k1, self.b, self.language = about["k1"], about["b"], about["language"]
             self._corpus_fingerprint = about["corpus"]
@@ -279,7 +288,7 @@ class BM25Retriever:
         return results
 
     def _warn_of_empty(self, query: str) -> None:
-        """Tell why a query finds nothing: all queries of a language may be concerned."""
+        """Warn why a query finds nothing: all queries of a language may be affected."""
         words = index_words([query], self.language)[0] if self.backend == "bm25s" else split_words(query)
         if words:
             reason = f"none of its words {words[:8]} is in the corpus"
@@ -290,7 +299,7 @@ class BM25Retriever:
         logger.warning("The query %.200r finds no passage: %s. This is reported once.", query, reason)
 
     def _search_okapi(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        words = split_words(query.lower())
+        words = lower_words(query)
         # Okapi's idf is zero or negative for a word in half of the documents, so a match is not a positive score
         matches = np.flatnonzero([any(word in counts for word in words) for counts in self._okapi.doc_freqs])
         scores = np.asarray(self._okapi.get_scores(words))[matches]
@@ -301,10 +310,10 @@ class BM25Retriever:
 def _check_options(backend: str, k1: float, b: float, language: str | None) -> None:
     if backend not in ("bm25s", "rank_bm25"):
         raise ValueError(f"`backend` must be 'bm25s' or 'rank_bm25', got {backend!r}.")
-    if not 0 <= k1 < math.inf:
+    if not is_number(k1) or not 0 <= k1 < math.inf:
         raise ValueError(f"`k1` must be a finite number of at least 0, got {k1!r}.")
-    if not 0 <= b <= 1:
-        raise ValueError(f"`b` must be from 0 to 1, got {b!r}.")
+    if not is_number(b) or not 0 <= b <= 1:
+        raise ValueError(f"`b` must be a number from 0 to 1, got {b!r}.")
     check_language(language)
 
 
@@ -313,15 +322,15 @@ def _documents(passages: Iterable[Passage]) -> Iterator[str]:
     return (f"{passage.title} {passage.text}" for passage in passages)
 
 
-def _index(passages: Sequence[Passage], documents: Iterable[str], folder: Path, **options: Any) -> None:
-    _require_words(passages, write_postings(documents, len(passages), folder, **options))
+def _index(corpus: str, passages: Sequence[Passage], documents: Iterable[str], folder: Path, **options: Any) -> None:
+    _require_words(corpus, passages, write_postings(documents, len(passages), folder, **options))
 
 
-def _require_words(passages: Sequence[Passage], lengths: np.ndarray) -> None:
-    """Raise an error if no passage has a word, and tell of passages without one."""
+def _require_words(corpus: str, passages: Sequence[Passage], lengths: np.ndarray) -> None:
+    """Raise an error if no passage has a word, and warn of passages without one."""
     empty = np.flatnonzero(lengths == 0)
     if len(empty) == len(passages):
-        raise ValueError("`passages` has no passage with any word to search for in its title or text.")
+        raise ValueError(f"{corpus} has no passage with any word to search for in its title or text.")
     if len(empty):
         logger.warning(
             "%d of %d passages have no words, so they are never found. The first is %r.",
@@ -329,27 +338,20 @@ def _require_words(passages: Sequence[Passage], lengths: np.ndarray) -> None:
         )
 
 
-@contextmanager
-def _replacing(folder: str | Path) -> Iterator[Path]:
-    """A folder for an index, which gets its name when the block ends: a crash leaves no partial index and keeps an old one."""
+def _check_folder(folder: str | Path) -> None:
+    """Raise an error if a folder holds something else than an index, and so must not be replaced."""
     folder = Path(folder).resolve()
     if folder == Path.cwd():
         raise ValueError("`folder` must not be the working directory: name a folder in it.")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{str(folder)!r} is a file: choose a new or empty folder for the index.")
     if folder.exists() and not (folder / "index.json").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{str(folder)!r} is not empty and holds no index: choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / "new"
-        unfinished.mkdir()
-        yield unfinished
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        unfinished.rename(folder)
 
 
 def _write_about(folder: Path, passages: int, corpus: str, options: dict[str, Any]) -> None:
-    """Write what an index says of itself."""
-    about = {"format": _FORMAT, **options, "passages": passages, "corpus": corpus, "files": _hashes(folder)}
+    """Write the description of an index."""
+    about = {"format": _FORMAT, "words": WORDS_VERSION, **options, "passages": passages, "corpus": corpus, "files": _hashes(folder)}
     (folder / "index.json").write_text(json.dumps(about, indent=1))
 
 

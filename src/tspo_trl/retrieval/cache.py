@@ -11,7 +11,7 @@ from pathlib import Path
 from ..support.files import replace_file
 from .base import Passage, Retriever
 from .passages import read_passage
-from .results import Outcome, all_results, read_arguments, search_each
+from .results import Outcome, all_results, check_retriever, read_arguments, search_each
 
 logger = logging.getLogger(__name__)
 _FORMAT = 1
@@ -36,13 +36,14 @@ class CachedRetriever:
         misses (`int`): Number of queries sent to the retriever.
 
     Raises:
-        `ValueError`: If `folder` is given and the retriever has no `fingerprint`. Its results could be confused with
+        `ValueError`: If the object is not a retriever, or if `folder` is given and the retriever has no `fingerprint`. Its results could be confused with
             those of another retriever.
     """
 
     def __init__(self, retriever: Retriever, max_queries: int = 10_000, folder: str | Path | None = None):
         if max_queries < 0:
             raise ValueError(f"`max_queries` must not be negative, got {max_queries}.")
+        check_retriever(retriever)
         self.fingerprint = getattr(retriever, "fingerprint", None)
         if folder is not None and not isinstance(self.fingerprint, str):
             raise ValueError(

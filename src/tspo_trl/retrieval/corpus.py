@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import mmap
+import os
 import tarfile
 import zlib
 from array import array
@@ -18,11 +19,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .base import Passage
-from .passages import TEXT_KEYS, read_passage
+from .passages import TEXT_KEYS, describe_type, plain_name, read_passage, same_ids
 
 T = TypeVar("T")
 
-#: Seconds before a progress bar appears that was not asked for
+#: Seconds after which a progress bar appears by default
 _PATIENCE = 3.0
 
 _OTHER_FORMATS = {
@@ -36,7 +37,8 @@ _OTHER_FORMATS = {
 
 def iter_corpus(path: str | Path) -> Iterator[Passage]:
     """
-    Read a corpus file in one of its published forms, plain, compressed with gzip, or the first file of an archive that is.
+    Read a corpus file in one of its published forms: plain, compressed with gzip, or the first file of a gzip-compressed tar
+    archive.
 
     - JSONL: one passage a line, for instance `{"id", "title", "text"}`, `{"_id", "title", "text"}` (BEIR) or `{"id",
       "contents"}` with the title on the first line of `contents`, as in the corpora of FlashRAG and Search-R1. See
@@ -55,10 +57,13 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
         [`Passage`]: The passages in file order, with score 0.
 
     Raises:
+        `TypeError`: If `path` is not a path.
         `FileNotFoundError`: If there is no such file.
         `ValueError`: If a line is not a passage (the message names file, line and the type found), or if the file has no
             passages, is damaged or has another form.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"The corpus must be the path of a file, got {describe_type(path)}.")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -103,8 +108,8 @@ def _open_corpus(path: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def decompressed(source: IO[bytes]) -> Iterator[IO[bytes]]:
     """
-    Open a file that is compressed with gzip, or the first file of an archive of `tar` that is: the published corpus of Wikipedia
-    is such an archive, whatever its name says. Both are read as a stream.
+    Open a file that is compressed with gzip, or the first file of a gzip-compressed tar archive: the published corpus of
+    Wikipedia is such an archive, despite its name. Both are read as a stream.
 
     Args:
         source (`IO[bytes]`):
@@ -137,7 +142,7 @@ def _read_records(file: IO[bytes], path: Path) -> Iterator[tuple[Any, str, str]]
         first = first.removeprefix(b"\xef\xbb\xbf") if number == 1 else first
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if first.lstrip().startswith(b"["):
-        yield from _read_json(b"\n" * (number - 1) + first + file.read(), path)
+        yield from _read_json(b"\n" * (number - 1) + first + file.read(), path, number)
     elif not first.lstrip().startswith(b"{") and (suffix in (".tsv", ".csv") or b"\t" in first):
         yield from _read_table(_decode(chain([first], file), path, number), path, number, suffix)
     else:
@@ -150,17 +155,24 @@ def _read_records(file: IO[bytes], path: Path) -> Iterator[tuple[Any, str, str]]
 def _parse_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         found = line.strip()[:80].decode("utf-8", errors="replace")
-        raise ValueError(f"{where}: not valid JSON ({error}). Found: {found!r}") from error
+        raise ValueError(
+            f"{where}: not valid JSON ({error}). Found: {found!r}. Expected a passage on one line, or a file that is a list "
+            "of passages, `[{…}, {…}]`."
+        ) from error
 
 
-def _read_json(content: bytes, path: Path) -> Iterator[tuple[Any, str, str]]:
+def _read_json(content: bytes, path: Path, number: int) -> Iterator[tuple[Any, str, str]]:
     """The records of a JSON list."""
     try:
         records = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else content.count(b"\n", 0, error.start) + 1
+    except (ValueError, RecursionError) as error:
+        line = number
+        if isinstance(error, json.JSONDecodeError):
+            line = error.lineno
+        elif isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not valid JSON ({error}).") from error
     for number, record in enumerate(records):
         yield record, f"{path}, item {number}", str(number)
@@ -184,8 +196,8 @@ def _read_table(lines: Iterator[str], path: Path, first: int, suffix: str) -> It
         for row in reader:
             where = f"{path}, line {reader.line_num + first - 1}"
             if not header:
-                header = [name.strip().lower() for name in row]
-                if not set(header) & set(TEXT_KEYS):
+                header = [name.strip() for name in row]
+                if not any(plain_name(name) in TEXT_KEYS for name in header):
                     raise ValueError(
                         f'{where}: expected JSON, or the names of columns such as "id", "text" and "title". '
                         f"Found: {str(row)[:200]}"
@@ -285,7 +297,7 @@ def _check_ids(hashes: np.ndarray, corpus: str | Path) -> None:
     for passage in iter_corpus(corpus) if suspects else ():
         if hash(passage.id) in suspects:
             if passage.id in seen:
-                raise ValueError(f"The corpus {str(corpus)!r} has two passages with the id {passage.id!r}.")
+                raise ValueError(same_ids(f"The corpus {str(corpus)!r}", passage.id))
             seen.add(passage.id)
 
 

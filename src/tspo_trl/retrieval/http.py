@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,19 +14,20 @@ import httpx2
 from ..support.http import check_proxies, describe_reply, open_client
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError
-from .results import Outcome, all_results, read_arguments, read_results
+from .results import Outcome, all_results, is_integer, is_number, read_arguments, read_results
 
 logger = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 5.0
 _REFUSED_CONTENT = frozenset({400, 413, 422})  # statuses that may be the fault of one of several queries
-_STUBBORN = 5  # attempts after which a query that fails on a server that answers others is given up
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_STUBBORN = 5  # attempts after which a failing query is given up, if the server answers others
 
 
 class HTTPRetriever:
     """
     Searches with a retrieval server that has the interface of Search-R1: a `POST` request of
     `{"queries": [...], "topk": k, "return_scores": true}` returns `{"result": [[{"document": {...}, "score": ...}]]}`, or
-    the documents without scores. `recipes/serve_retriever.py` is such a server.
+    the documents without scores. `tspo serve` starts such a server.
 
     A request is sent again after temporary failures: a timeout, a refused or broken connection, an HTTP status 408, 425,
     429 or 5xx, and a reply that is not JSON or has the wrong number of results. Delays between requests double up to 5
@@ -43,7 +45,7 @@ class HTTPRetriever:
         timeout (`float`, *optional*, defaults to `30.0`):
             Seconds for one request, from the connection to the last byte of the reply.
         total_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for a whole call of `search`, including retries. Shorter outages are survived. In distributed training,
+            Seconds for a whole call of `search`, including retries. Shorter outages do not fail the call. In distributed training,
             the other processes wait meanwhile, so it should be well below `ddp_timeout` (1800 by default).
         batch_size (`int`, *optional*, defaults to `64`):
             Maximum number of queries per request. More queries are sent in several concurrent requests.
@@ -72,17 +74,25 @@ class HTTPRetriever:
     ):
         try:
             parsed = httpx2.URL(url)
-        except httpx2.InvalidURL as error:
-            raise ValueError(f"`url` is not a URL ({error}), got {url!r}.") from error
+        except (httpx2.InvalidURL, TypeError) as error:
+            raise ValueError(
+                f"`url` is not a URL ({error}), got {url!r}. Expected one like 'http://localhost:8000'."
+            ) from error
+        if parsed.port is not None and not 1 <= parsed.port <= 65535:
+            raise ValueError(f"`url` must have a port from 1 to 65535, got {url!r}.")
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"`url` must be like 'http://localhost:8000', got {url!r}.")
         for name, value in (("timeout", timeout), ("total_timeout", total_timeout)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be more than 0 seconds, got {value}.")
+            if not is_number(value) or not value > 0:
+                raise ValueError(f"`{name}` must be more than 0 seconds, got {value!r}.")
         for name, count in (("batch_size", batch_size), ("max_connections", max_connections)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {count}.")
+            if not is_integer(count) or count < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {count!r}.")
+        if headers is not None and not isinstance(headers, Mapping):
+            raise ValueError(f"`headers` must be a dictionary of names and values, got `{type(headers).__name__}`.")
         for name, text in (headers or {}).items():
+            if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+                raise ValueError(f"`headers`: the name {name!r} must consist of letters, digits and '-'.")
             if not isinstance(text, str) or not text.isascii() or not text.isprintable():
                 raise ValueError(f"`headers`: the value of {name!r} must be printable ASCII, without a line feed.")
         self._address = parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
@@ -171,8 +181,8 @@ class HTTPRetriever:
 
     async def _search_batch(self, queries: list[str], k: int, deadline: float, *, attempts: int = 3) -> list[Outcome]:
         """
-        Send a request until it succeeds, fails permanently, or the deadline passes. After this number of attempts, a
-        failure that may be the fault of one query is searched for in each half of the batch.
+        Send a request until it succeeds, fails permanently, or the deadline passes. After `attempts`
+        attempts, a failure that one query may have caused is retried with each half of the batch separately.
         """
         attempt, start = 0, self._loop.time()
         failure: _Failure | None = None

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from .base import Passage, Retriever
-from .results import Outcome, all_results, check_retriever, read_arguments, search_queries
+from .passages import describe_type
+from .results import Outcome, all_results, check_retriever, is_integer, is_number, read_arguments, search_queries
 
 
 class HybridRetriever:
@@ -14,7 +15,7 @@ class HybridRetriever:
     passage is the sum of `weight / (rank_constant + rank)` over the retrievers that find it, with ranks from 1.
 
     The retrievers search at the same time, each in its own thread. They must search the same corpus: passages are the same if
-    their ids are.
+    their ids are or, without ids, if their titles and texts are.
 
     Args:
         retrievers (`Sequence[Retriever]`):
@@ -38,18 +39,22 @@ class HybridRetriever:
         rank_constant: int = 60,
         depth: int = 50,
     ):
+        if not isinstance(retrievers, Sequence) or isinstance(retrievers, str):
+            raise ValueError(f"`retrievers` must be a list of retrievers, got {describe_type(retrievers)}.")
         if len(retrievers) < 2:
             raise ValueError(f"`retrievers` must have at least two retrievers, got {len(retrievers)}.")
         for retriever in retrievers:
             check_retriever(retriever)
         weights = [1.0] * len(retrievers) if weights is None else list(weights)
-        if len(weights) != len(retrievers) or min(weights) <= 0:
+        positive = all(is_number(weight) and 0 < weight < float("inf") for weight in weights)
+        if len(weights) != len(retrievers) or not positive:
             raise ValueError(
                 f"`weights` must have a positive number for each of {len(retrievers)} retrievers, got {weights}."
             )
-        for name, value in (("rank_constant", rank_constant), ("depth", depth)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not is_number(rank_constant) or not 1 <= rank_constant < float("inf"):
+            raise ValueError(f"`rank_constant` must be at least 1, got {rank_constant!r}.")
+        if not is_integer(depth) or depth < 1:
+            raise ValueError(f"`depth` must be an integer of at least 1, got {depth!r}.")
         self.retrievers, self.weights = list(retrievers), weights
         self.rank_constant, self.depth = rank_constant, depth
 
@@ -93,13 +98,14 @@ class HybridRetriever:
         return [self._join(outcomes, k) for outcomes in zip(*found, strict=True)]
 
     def _join(self, outcomes: Sequence[Outcome], k: int) -> Outcome:
-        scores: dict[str, float] = {}
-        passages: dict[str, Passage] = {}
+        scores: dict[tuple[str, ...], float] = {}
+        passages: dict[tuple[str, ...], Passage] = {}
         for outcome, weight in zip(outcomes, self.weights, strict=True):
             if isinstance(outcome, Exception):
                 return outcome
             for rank, passage in enumerate(outcome, start=1):
-                scores[passage.id] = scores.get(passage.id, 0.0) + weight / (self.rank_constant + rank)
-                passages.setdefault(passage.id, passage)
-        best = sorted(scores, key=lambda i: -scores[i])[:k]  # a stable sort
-        return [replace(passages[i], score=scores[i]) for i in best]
+                key = (passage.id,) if passage.id else (passage.title, passage.text)
+                scores[key] = scores.get(key, 0.0) + weight / (self.rank_constant + rank)
+                passages.setdefault(key, passage)
+        best = sorted(scores, key=lambda key: -scores[key])[:k]  # a stable sort
+        return [replace(passages[key], score=scores[key]) for key in best]

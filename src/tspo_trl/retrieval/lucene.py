@@ -14,12 +14,12 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from ..support.files import replacing_folder
 from .base import Passage, RetrievalError
 from .corpus import iter_corpus
-from .passages import read_passage, read_passages
+from .passages import read_passage, read_passages, same_ids
 from .results import Outcome, all_results, read_arguments
 
 T = TypeVar("T")
@@ -199,9 +199,7 @@ def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, 
         raise FileExistsError(f"`folder` must be a new or empty folder, {str(folder)!r} is not.")
     documents = _documents(iter_corpus(corpus) if isinstance(corpus, str | Path) else read_passages(corpus, "corpus"))
     failure = f"Lucene cannot write an index for {str(folder)!r}: a full disk, or an id of more than 32766 bytes?"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
-        unfinished = Path(temporary) / "index"
+    with replacing_folder(folder) as unfinished:
         indexer = _in_java(_open_indexer, unfinished, threads)
         empty = True
         try:
@@ -216,14 +214,13 @@ def index_corpus(corpus: str | Path | Iterable[Passage], folder: str | Path, *, 
             raise ValueError("`corpus` has no passage with any text.")
         if not any(unfinished.glob("segments_*")):
             raise OSError(f"{failure} (it has not finished).")
-        unfinished.rename(folder)
 
 
 def _documents(passages: Iterable[Passage]) -> Iterator[str]:
     seen: set[str] = set()
     for passage in passages:
         if passage.id in seen:
-            raise ValueError(f"`corpus` has two passages with the id {passage.id!r}: ids must be unique.")
+            raise ValueError(same_ids("`corpus`", passage.id))
         seen.add(passage.id)
         contents = f"{passage.title} {passage.text}"
         if max(contents) > " ":  # Java trims other texts to empty documents, which Anserini refuses

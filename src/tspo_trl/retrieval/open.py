@@ -116,7 +116,7 @@ def _open_dense(corpus: str | Path | None, index: str | Path | None, encoder: st
             "'intfloat/e5-base-v2'."
         )
     assert corpus is not None
-    # Mapped files can still be read when they have no name any more
+    # Mapped files can still be read after they are deleted
     with TemporaryDirectory(prefix="dense-", ignore_cleanup_errors=True) as folder:
         show = sys.stderr.isatty()
         return DenseRetriever.build(

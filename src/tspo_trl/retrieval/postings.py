@@ -20,7 +20,7 @@ _WORDS, _PARAMETERS = "vocab.index.json", "params.index.json"
 _BLOCK = 2**22  # words or postings that are sorted at once: about 0.3 GB
 _ROUNDING = 1e-6  # relative, above the error of each addition in single precision
 _SMALL = 50_000  # passages that are scored in less time than it takes to choose among them
-_LOOKUP = 16  # a binary search costs as much as reading so many postings
+_LOOKUP = 16  # a binary search costs as much as reading this many postings
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ _MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedEr
 
 def try_retriever(retriever: Any, k: int) -> None:
     """
-    Check a retriever and search once with it. Caches and logs are passed by, so they stay as they are. A retriever whose
-    log has answers is not asked, because the run is repeated or resumed.
+    Check a retriever and search once with it. The search bypasses caches and logs, so they stay as they are. A retriever
+    whose log has answers is not tried, because the run is repeated or resumed.
 
     A failure that may be temporary, such as a server that does not answer, is only a warning: training may start before
     the server, and the limits of a run apply to failed searches.

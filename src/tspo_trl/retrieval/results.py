@@ -3,10 +3,11 @@
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from .base import Passage, RetrievalError, RetrievalLogError, Retriever
-from .passages import describe_type, read_passage
+from .passages import describe_type, is_table, read_passage
 
 # The passages of a query, or why its search failed
 Outcome = list[Passage] | Exception
@@ -62,7 +63,8 @@ def read_results(found: Any, queries: Sequence[str], k: int, source: str) -> lis
             Name of the retriever in error messages.
 
     Returns:
-        `list[list[Passage] | Exception]`: For each query its passages, or a [`RetrievalError`] if they are malformed.
+        `list[list[Passage] | Exception]`: For each query its passages, or a [`RetrievalError`] if they are malformed,
+            or what their generator raised.
 
     Raises:
         [`RetrievalError`]: If the object does not have a result for each query.
@@ -127,6 +129,16 @@ def all_results(outcomes: Sequence[Outcome]) -> list[list[Passage]]:
     return results
 
 
+def is_number(value: Any) -> bool:
+    """Whether an option is a number, also one of NumPy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether an option is an integer, also one of NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_retriever(retriever: Any) -> None:
     """
     Check that an object can be called like a [`Retriever`]. It is not called.
@@ -172,8 +184,8 @@ def _own_search_each(retriever: Any) -> Callable[[list[str], int], list[Outcome]
 
 
 def _read_list(value: Any) -> list[Any] | None:
-    """The items of an iterable; `None` if the value is a text, a mapping or not iterable."""
-    if isinstance(value, (str, bytes, Mapping, Passage)) or not isinstance(value, Iterable):
+    """The items of an iterable; `None` if the value is a text, a mapping, a DataFrame or not iterable."""
+    if isinstance(value, (str, bytes, Mapping, Passage)) or is_table(value) or not isinstance(value, Iterable):
         return None
     return list(value)
 
@@ -181,7 +193,12 @@ def _read_list(value: Any) -> list[Any] | None:
 def _read_result(result: Any, query: str, k: int, source: str) -> Outcome:
     """The passages of one query."""
     where = f"{source}, query {query[:80]!r}"
-    passages = _read_list(result)
+    try:
+        passages = _read_list(result)
+    except RetrievalLogError:
+        raise
+    except Exception as error:  # of a generator, which searches while it is read
+        return error
     if passages is None:
         return _malformed(f"{where}: expected a list of passages, found {describe_type(result)}.")
     try:

@@ -83,8 +83,8 @@ def create_app(
 
     A bad request is answered with 422 (400 for an empty `query` of `/search`, 413 for a body that is too large) and one
     sentence in `detail`. While the retriever is being opened, or too many queries wait, a search is answered with 503; if it
-    cannot be opened or a search fails, with 500. Requests that arrive during a search are searched together after it. If the retriever returns malformed passages for some queries of `/retrieve`, their results
-    are `null`.
+    cannot be opened or a search fails, with 500. Requests that arrive during a search are searched together after it. If the
+    retriever returns malformed passages for some queries of `/retrieve`, their results are `null`.
 
     Args:
         open_retriever (`Callable[[], Retriever]`):
@@ -221,8 +221,8 @@ class _Service:
         partial: bool = False,
     ) -> Response:
         """
-        Search for the queries of a request, and encode the passages as its dialect does. With `partial`, `None` stands for
-        malformed passages of a query.
+        Search for the queries of a request, and encode the passages in the format of the requested interface. With
+        `partial`, `None` stands for malformed passages of a query.
         """
         k = self._topk if k is None else k
         check_request(queries, k, self._limits)

@@ -12,7 +12,7 @@ from bm25s import stopwords
 from ..support.scripts import SPACELESS
 
 #: Changes whenever the same text gets other words, so that indexes and caches of an older version are not used.
-WORDS_VERSION = 2
+WORDS_VERSION = 3
 #: The languages that have a stemmer.
 LANGUAGES = tuple(name for name in Stemmer.algorithms() if name not in {"porter", "dutch_porter"})
 _STOP_WORDS: dict[str, Sequence[str]] = {
@@ -26,8 +26,10 @@ _STOP_WORDS: dict[str, Sequence[str]] = {
 # A single letter after an apostrophe ("Austen's", "don't") is not a word; any other is ("R", "Apollo 9")
 _WORD = re.compile(r"\w\w+|(?<!')\w")
 _WORD_WITH_MARKS = regex.compile(r"[\w\p{M}]{2,}|(?<!['’])\w")
-_RUN = regex.compile(rf"[{SPACELESS}\p{{M}}]+|[^{SPACELESS}]+")
-_SPACELESS_CHARACTER = regex.compile(rf"[{SPACELESS}]")
+# Korean has spaces, but its particles follow a word without one: 서울은 is "Seoul" as a topic
+_PAIRED = rf"{SPACELESS}\p{{Hangul}}"
+_RUN = regex.compile(rf"[{_PAIRED}\p{{M}}]+|[^{_PAIRED}]+")
+_PAIRED_CHARACTER = regex.compile(rf"[{_PAIRED}]")
 _AFTER_APOSTROPHE = re.compile(r"'\w(?!\w)")
 _LOWER_ASCII = "".join(chr(i).lower() if _WORD.fullmatch(chr(i)) else " " for i in range(128))
 _STOP = -1  # instead of the number of a stop word
@@ -52,13 +54,17 @@ def check_language(language: Any) -> None:
         )
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str, *, indexed: bool = False) -> list[str]:
     """
-    Split a text into words. Scripts without spaces between words are split into pairs of characters, as in Lucene.
+    Split a text into words. Scripts without spaces between words, and Korean, are split into pairs of characters, as in
+    Lucene.
 
     Args:
         text (`str`):
             Any text.
+        indexed (`bool`, *optional*, defaults to `False`):
+            Whether the text is a passage, not a query. The single characters of pairs are words of it too, so that a
+            query of one character finds it.
 
     Returns:
         `list[str]`: The words as they are written.
@@ -74,12 +80,13 @@ def split_words(text: str) -> list[str]:
         return _WORD.findall(text)
     words: list[str] = []
     for word in _WORD_WITH_MARKS.findall(unicodedata.normalize("NFKC", text)):
-        if word.isascii() or not _SPACELESS_CHARACTER.search(word):
+        if word.isascii() or not _PAIRED_CHARACTER.search(word):
             words.append(word)
             continue
         for run in _RUN.findall(word):
-            if len(run) > 1 and _SPACELESS_CHARACTER.search(run):
+            if len(run) > 1 and _PAIRED_CHARACTER.search(run):
                 words += [run[i : i + 2] for i in range(len(run) - 1)]
+                words += run if indexed else ()
             else:
                 words.append(run)
     return words
@@ -87,11 +94,11 @@ def split_words(text: str) -> list[str]:
 
 def index_words(texts: Sequence[str], language: str | None) -> list[list[str]]:
     """
-    The words of texts in lower case, without stop words, and stemmed.
+    The words of queries in lower case, without stop words, and stemmed.
 
     Args:
         texts (`Sequence[str]`):
-            N texts.
+            N queries.
         language (`str` or `None`):
             The language of stop words and stemmer; `None` for neither.
 
@@ -99,12 +106,12 @@ def index_words(texts: Sequence[str], language: str | None) -> list[list[str]]:
         `list[list[str]]`: N lists of words.
     """
     stop_words, stem = _analysis(language)
-    return [stem([word for word in _lower_words(text) if word not in stop_words]) for text in texts]
+    return [stem([word for word in lower_words(text) if word not in stop_words]) for text in texts]
 
 
 class WordNumbers:
     """
-    Numbers the words of [`index_words`] in the order in which they first occur, so that texts can be held as integers.
+    Numbers the words of passages, as those of [`index_words`], in the order in which they first occur, so that texts can be held as integers.
 
     Args:
         language (`str` or `None`):
@@ -118,7 +125,7 @@ class WordNumbers:
 
     def of(self, text: str) -> list[int]:
         """The numbers of the words of a text."""
-        return [number for number in map(self._forms.__getitem__, _lower_words(text)) if number != _STOP]
+        return [number for number in map(self._forms.__getitem__, lower_words(text, indexed=True)) if number != _STOP]
 
 
 class _Forms(dict[str, int]):
@@ -147,10 +154,11 @@ def _analysis(language: str | None) -> tuple[frozenset[str], Callable[[list[str]
     return frozenset(_STOP_WORDS.get(language, ())), Stemmer.Stemmer(language).stemWords
 
 
-def _lower_words(text: str) -> list[str]:
+def lower_words(text: str, *, indexed: bool = False) -> list[str]:
     """The words of [`split_words`] in lower case."""
     if not text.isascii():
-        return " ".join(split_words(text)).lower().split()
+        # The lower case of the Turkish İ is an i with a second dot, which nobody types
+        return " ".join(split_words(text, indexed=indexed)).lower().replace("i\u0307", "i").split()
     if "'" in text:
         text = _AFTER_APOSTROPHE.sub(" ", text)
     return text.translate(_LOWER_ASCII).split()  # three times as fast as an expression

@@ -185,7 +185,7 @@ class _Work:
             key = different[0]
             raise ValueError(
                 f"The unfinished index in {str(self.folder)!r} has {key} {self.done.get(key)!r}, now it is {about[key]!r}. "
-                "Remove this folder to begin anew."
+                "Remove this folder to start again."
             )
 
     def _remember(self, **done: Any) -> None:
@@ -199,7 +199,7 @@ class _Work:
         elif (found := corpus_fingerprint(iter_corpus(corpus))) != self.done["corpus"]:
             raise ValueError(
                 f"The unfinished index in {str(self.folder)!r} is of another corpus than {str(corpus)!r}: its passages have "
-                f"the fingerprint {self.done['corpus']}, now it is {found}. Remove this folder to begin anew."
+                f"the fingerprint {self.done['corpus']}, now it is {found}. Remove this folder to start again."
             )
         return PassageFile(self.folder)
 
@@ -245,7 +245,7 @@ class _Work:
         if self.target.exists():
             self.target.rmdir()
         os.rename(self.folder, self.target)
-        # Only now: an interruption before would have to begin anew without these files
+        # Only now: after an interruption, the work would start again without these files
         (self.target / self._record.name).unlink()
         if form == "small":
             (self.target / "vectors.npy").unlink()

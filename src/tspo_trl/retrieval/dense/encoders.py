@@ -202,7 +202,7 @@ class TextEncoder:
         """The tokens of each text, at most `max_length`."""
         limit = self.settings.max_length
         eos = self.tokenizer.eos_token_id if self.settings.append_eos else None
-        # A text has at least one token for 64 characters in natural language: no more is encoded and thrown away
+        # A text has at least one token for 64 characters in natural language: longer texts are cut before tokenizing
         encoded: list[list[int]] = self.tokenizer([text[: limit * 64] for text in texts], verbose=False)["input_ids"]
         cut = sum(len(row) > limit for row in encoded)
         if cut and not self._warned:

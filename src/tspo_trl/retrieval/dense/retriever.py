@@ -162,7 +162,7 @@ class DenseRetriever:
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    """What an index says of itself."""
+    """The description of an index."""
     try:
         about: dict[str, Any] = json.loads((folder / "index.json").read_text())
         if about["format"] != FORMAT or about["form"] not in ("exact", "small", "faiss"):

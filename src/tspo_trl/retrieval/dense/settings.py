@@ -135,7 +135,7 @@ def _read_repository(model: str) -> EncoderSettings | None:
 
 
 def read_modules(model: str) -> dict[str, str]:
-    """The kinds of modules in a repository of sentence-transformers, with their folders in it. Empty if it is none."""
+    """The kinds of modules in a repository of sentence-transformers, with their folders in it. Empty for other repositories."""
     modules = read_json(model, "modules.json")
     if not isinstance(modules, list):
         return {}
@@ -143,7 +143,7 @@ def read_modules(model: str) -> dict[str, str]:
 
 
 def read_json(model: str, name: str) -> Any:
-    """A file of a repository, from a local folder or the Hub. `None` if it cannot be had."""
+    """A file of a repository, from a local folder or the Hub. `None` if it is not available."""
     optional = ("gated_repo", "missing_entries", "connection_errors")
     try:
         path = cached_file(model, name, **{f"_raise_exceptions_for_{kind}": False for kind in optional})
