@@ -301,6 +301,20 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
     assert data["ideal"] == {"questions": 12, "rates": [1.0] * 4}
 
 
+def test_questions_are_drawn_with_a_seed_from_all_sources(recipe, tmp_path):
+    rows = [{"question": f"{name} {i}?", "golden_answers": ["x"], "data_source": name} for name in "ab" for i in range(20)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = {}
+    for seed in ("0", "0", "1"):
+        options = ["--dataset", file, "--corpus", "x", "--max_questions", 6, "--seed", seed]
+        loaded, _ = recipe.load_rows(recipe.parse_arguments(list(map(str, options))))
+        questions = [row["question"] for row in loaded]
+        assert drawn.setdefault(seed, questions) == questions
+        assert [question[0] for question in questions] == ["a"] * 3 + ["b"] * 3
+    assert drawn["0"] != drawn["1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -99,8 +99,8 @@ def test_servers_side_by_side(audit, tmp_path):
 
 def test_options_that_do_not_fit(audit, capsys):
     for arguments, message in [
-        (["--corpus", CORPUS, "--backend", "bm25", "bm25"], "--retriever_backend has a value twice: bm25 bm25"),
-        (["--retriever_url", "http://a", "http://a"], "--retriever_url has a value twice"),
+        (["--corpus", CORPUS, "--backend", "bm25", "bm25"], "--retriever_backend repeats a value: bm25 bm25"),
+        (["--retriever_url", "http://a", "http://a"], "--retriever_url repeats a value"),
         (["--retriever_url", "http://a", "--backend", "bm25", "dense"], "a server has its own"),
     ]:
         with pytest.raises(SystemExit):

@@ -1,10 +1,14 @@
 """How often golden answers are found by chance, and the weights that follow."""
 
+import random
+
 import pytest
 import torch
 
+from tspo_trl import scoring
 from tspo_trl.chance import PooledRollout, SearchPool, chance_hits, chance_weights
-from tspo_trl.credit import folr_rewards, folr_turns, summed_turn_advantages, turn_advantages
+from tspo_trl.credit import first_occurrence, folr_rewards, folr_turns, summed_turn_advantages, turn_advantages
+from tspo_trl.scoring import contains_answer
 
 NONE = torch.zeros(8, dtype=torch.int64)
 
@@ -52,6 +56,33 @@ def test_a_restored_pool_counts_the_same():
         assert restored.count("c", golds, golds) == pool.count("c", golds, golds)
     assert restored.state() == pool.state()
     assert SearchPool().count("a", ["x"], ["x"]) == (0, 0)
+
+
+def test_a_pool_finds_what_each_of_its_texts_contains():
+    rng, words = (
+        random.Random(0),
+        "Paris Paris-based U.S. US us bus F-16's email 北京市 서울은 km² the of !!! A".split(),
+    )
+    golds = ["Paris", "US", "the US", "F16", "北京", "서울", "km2", "!!!", "A", "of Paris", "is", "Mail", "Rome", ""]
+    pool = SearchPool(64)
+    for step in range(5):
+        texts = [" ".join(rng.choices(words, k=rng.randrange(5))) for _ in range(40)]
+        pool.add([pooled(f"{step}", ["Oslo"], *texts)])
+        kept = [text for _, _, text in pool.state()]
+        for eligible in ([], *([gold] for gold in golds), *(rng.sample(golds, 3) for _ in range(20))):
+            assert pool.finds("q", ["Bern"], eligible) == [contains_answer(text, eligible) for text in kept]
+
+
+def test_passages_are_prepared_once(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(scoring, "_is_unusual", lambda text: prepared.append(text) or False)
+    scoring.searched_text.cache_clear()
+    texts = [f"a text about Paris {i}" for i in range(20)]
+    assert first_occurrence(texts, ["Oslo", "Rome"]) is None
+    pool = SearchPool()
+    pool.add([pooled("q", ["Oslo"], *texts)])
+    assert pool.count("other", ["text about Paris"], ["text about Paris"]) == (20, 20)
+    assert sorted(text for text in prepared if text.endswith(tuple("0123456789"))) == sorted(texts)
 
 
 def test_a_rollout_with_more_searches_has_more_chances():

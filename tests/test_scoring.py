@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.paths import HOTPOTQA
 from tspo_trl import Passage, Turn
+from tspo_trl.inspect.spans import find_answers
 from tspo_trl.scoring import (
     BREAK,
     contains_answer,
@@ -17,6 +18,8 @@ from tspo_trl.scoring import (
     extract_answer,
     f1_score,
     normalize_answer,
+    searched_answer,
+    searched_text,
     triviaqa_exact_match,
 )
 
@@ -231,11 +234,44 @@ def test_contains_answer_finds_whole_words(text, golds, found):
         ("東京は日本の首都です", "日本"),
         ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพ"),
         ("生于2008年", "2008"),
+        # acronyms in answers of several words
+        ("a Washington, D.C.-based group", "Washington, DC"),
+        ("the U.S. Navy's", "US Navy"),
+        ("J.R.R. Tolkien's", "JRR Tolkien"),
+        ("J. R. R. Tolkien", "JRR Tolkien"),
+        ("George H. W. Bush's", "George HW Bush"),
+        # apostrophes
+        ("the 1990’s", "1990s"),
+        ("McDonald’s", "McDonalds"),
+        ("5’10”", "5'10\""),
+        ("12’000", "12'000"),
+        ("Hawaiʻi", "Hawai'i"),
+        ("Qurʼan", "Qur'an"),
+        # hyphens
+        ("F-16's", "F16"),
+        ("an F-16/F-18 fleet", "F16"),
+        ("e‑mail’s", "email"),
+        ("Spider-Man's", "Spiderman"),
+        ("X Men's", "X-Men"),
+        ("Jay Z's", "Jay-Z"),
+        # characters that are written small, and marks
+        ("10 km²", "10 km2"),
+        ("m2", "m²"),
+        ("Emma™", "Emma"),
+        ("Emmaª", "Emma"),
+        ("Москва\u0301", "Москва"),
+        ("مُحَمَّد", "محمد"),
+        ("İstanbul-based", "istanbul"),
+        # Korean particles
+        ("서울은", "서울"),
+        ("1945년", "1945"),
+        ("BTS는", "BTS"),
     ],
 )
 def test_punctuation_separates_words(text, gold):
     assert contains_answer(text, [gold])
     assert not contains_answer(text, [f"{gold}x"])
+    assert find_answers(text, [gold])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +290,20 @@ def test_punctuation_separates_words(text, gold):
         ("a Parisian-style café", "Paris"),
         ("Beyoncé", "Beyonce"),
         ("生于12008年", "2008"),
+        ("the U.S.S.R. fell", "US"),
+        ("the U.S.S.R. fell", "U.S."),
+        ("The Man from U.N.C.L.E.", "UN"),
+        ("N.A.S.A.", "NA"),
+        ("the A.C.L.U.", "AC"),
+        ("J.F.K.", "FK"),
+        ("World War I. I went", "World War II"),
+        ("a team of three", "A-Team"),
+        ("Austen's team", "S-Team"),
+        ("in 1-2-3/4 steps", "123"),
+        ("Paris²", "2"),
+        ("10²", "102"),
+        ("구서울", "서울"),
+        ("12만", "12"),
     ],
 )
 def test_parts_of_words_and_numbers_are_not_found(text, gold):
@@ -271,6 +321,17 @@ def test_no_answer_reaches_across_the_titles_and_texts_of_passages(end, start):
         assert not contains_answer(f"{end}\n{BREAK}\n{start}", [answer])
     assert f"\n{BREAK}\n" in Turn(token_ids=[], passages=[Passage("0", end, start)]).passage_text
     assert contains_answer("a pilcrow ¶ in the text", ["pilcrow ¶ in"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(*[st.text("aAtTeEnNsU.,'’- 129²ßé日서\u0301‑", max_size=25)] * 2, st.integers(0, 20), st.integers(1, 6))
+def test_what_is_seen_before_the_expressions_changes_no_result(text, other, start, size):
+    for gold in (other[:size], text[start : start + size]):
+        answer, searched = searched_answer(gold), searched_text(text)
+        plain = any(True for _ in answer.finditer(searched.folded if answer.joined else text))
+        straight = normalize_answer(text.replace("’", "'").replace("‑", "-"))
+        joined = answer.joined and f" {answer.joined} " in f" {straight} "
+        assert contains_answer(text, [gold]) == bool(plain or joined)
 
 
 def test_an_article_in_upper_case_is_found_in_upper_case():

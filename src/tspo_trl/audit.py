@@ -13,7 +13,7 @@ from .credit import eligible_golds, first_occurrence
 from .retrieval.base import Passage
 from .rollout.limits import SearchLimits
 from .rollout.trajectory import Turn
-from .scoring import SearchedText, exact_match, normalize_answer
+from .scoring import exact_match, normalize_answer, searched_text
 
 #: Why FOLR cannot use a golden answer. The guard "degenerate" excludes the first three, "strict" all four.
 REASONS = {
@@ -164,7 +164,7 @@ class SampledSearches:
 
     def __init__(self, searches: Sequence[tuple[Mapping[str, Any], Sequence[Passage]]]):
         self._pool = SearchPool(len(searches))
-        self._passages = [[SearchedText.of(_text(p) or "") for p in passages] for _, passages in searches]
+        self._passages = [[searched_text(_text(p) or "") for p in passages] for _, passages in searches]
         for row, passages in searches:  # one by one: the pool takes the rollouts of a step in turn
             self._pool.add([PooledRollout(row["question"], row["golden_answers"], [_text(*passages)])])
 
@@ -359,8 +359,8 @@ def verdict(audit: Audit) -> list[str]:
         f"Warning: one search for the plain question finds a golden answer for only {hit:.1%} of the eligible "
         f"questions, less than {LOW_HIT:.0%}: {remedy}": audit.plain is not None and hit < LOW_HIT,
         f"Warning: a search for another question finds a golden answer with a probability of {chance:.1%}, more than "
-        f"{HIGH_CHANCE:.0%} of the hit rate: FOLR would reward many accidental occurrences. folr_guard='chance' weighs them "
-        "less.": (chance > HIGH_CHANCE * hit),
+        f"{HIGH_CHANCE:.0%} of the hit rate: many finds are accidental. Only folr_guard='chance', the default, reduces "
+        "their reward.": (chance > HIGH_CHANCE * hit),
         f"Warning: {none:.1%} of the questions have no eligible golden answer: FOLR cannot help.": none > HIGH_UNUSABLE,
         f"Warning: {in_question:.1%} of the questions contain all their eligible golden answers: consider "
         "folr_guard='strict'.": in_question > HIGH_UNUSABLE,
@@ -374,7 +374,7 @@ def verdict(audit: Audit) -> list[str]:
 
 
 def _chance_lines(audit: Audit) -> list[str]:
-    """What chance does to the turn rewards, with the default credit and with the guard of chance."""
+    """What chance does to turn rewards, without and with `folr_guard="chance"`."""
     if not audit.chance_hits or audit.chance is None or audit.plain is None:
         return []
     searches, k = len(audit.chance_hits), audit.num_passages
@@ -386,8 +386,8 @@ def _chance_lines(audit: Audit) -> list[str]:
     most = f", and {audit.chance_weights[-1]:.2f} with {searches} searches" if searches > 1 else ""
     return [
         f"Chance: a rollout that searches for something else finds a golden answer in {k} passages with a probability of "
-        f"{audit.chance_hits[0]:.1%}{several}. The default credit pays such finds like all others.",
-        f"Turn rewards: with folr_guard='chance', a find counts {audit.chance_weights[0]:.2f} in rollouts with one search"
+        f"{audit.chance_hits[0]:.1%}{several}. TSPO as published (folr_guard='degenerate') pays such finds like all others.",
+        f"Turn rewards: with the default folr_guard='chance', a find counts {audit.chance_weights[0]:.2f} in rollouts with one search"
         f"{most}, as long as {audit.at_k(audit.plain):.1%} of the rollouts find an answer, as plain questions do.",
     ]
 

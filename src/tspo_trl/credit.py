@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .scoring import contains_answer, normalize_answer
+from .scoring import contains_answer, normalize_gold
 
 Guard = Literal["none", "degenerate", "chance", "strict"]
 Placement = Literal["first", "up_to_first"]
@@ -24,7 +24,7 @@ Scale = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Composition = Literal["unscored", "all_wrong", "rescued", "mixed", "all_correct"]
 
-_EPS = 1e-4  # added to standard deviations before the division, as in TRL
+EPS = 1e-4  # added to standard deviations before the division, as in TRL
 _DEGENERATE = frozenset({"", "yes", "no", "noanswer"})
 
 
@@ -49,7 +49,7 @@ def eligible_golds(golden_answers: Sequence[str], *, question: str = "", guard: 
         raise ValueError(f"`guard` must be one of {list(get_args(Guard))}, got {guard!r}.")
     golds = list(golden_answers)
     if guard != "none":
-        golds = [g for g in golds if (n := normalize_answer(g)) not in _DEGENERATE and len(n) > 1]
+        golds = [g for g in golds if (n := normalize_gold(g)) not in _DEGENERATE and len(n) > 1]
     if guard == "strict":
         golds = [g for g in golds if not contains_answer(question, [g])]
     return golds
@@ -187,6 +187,19 @@ def uses_turn_level(
     return ~correct.view(-1, num_generations).any(dim=1).repeat_interleave(num_generations)
 
 
+def is_correct(outcome: float | None, *, success_threshold: float = 1.0) -> bool:
+    """
+    Whether a rollout is correct.
+
+    Args:
+        outcome (`float` or `None`):
+            The outcome reward; `None` or NaN for an unscorable rollout, which is not correct.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            A rollout whose outcome is at least this is correct.
+    """
+    return outcome is not None and outcome >= success_threshold
+
+
 def group_composition(
     outcomes: Sequence[float | None], *, has_signal: bool, success_threshold: float = 1.0
 ) -> Composition:
@@ -207,7 +220,7 @@ def group_composition(
         `"all_correct"`. Unscorable rollouts do not count.
     """
     scored = [outcome for outcome in outcomes if outcome is not None and not isnan(outcome)]
-    correct = sum(outcome >= success_threshold for outcome in scored)
+    correct = sum(is_correct(outcome, success_threshold=success_threshold) for outcome in scored)
     if not scored:
         return "unscored"
     if not correct:
@@ -410,7 +423,7 @@ def _normalize(values: torch.Tensor, dim: tuple[int, ...], scale: Scale) -> torc
         std = values[known].std() if known.sum() > 1 else values.new_zeros(())
     else:
         std = (centered.square().sum(dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centered / (std + _EPS)
+    return centered / (std + EPS)
 
 
 def token_advantages(advantages: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 import regex
 
-from ..scoring import fold, searched_answer
+from ..scoring import APOSTROPHES, fold, searched_answer
 
-_PUNCTUATION = frozenset(string.punctuation)
+_PUNCTUATION = frozenset(string.punctuation + APOSTROPHES + "″‐‑")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CHARACTERS = regex.compile(r"\X")  # with their accents
 
@@ -39,10 +40,10 @@ def find_answers(text: str, golden_answers: Sequence[str]) -> list[tuple[int, in
     # Separated words: patterns in the folded text
     folded, places = _fold_with_places(text)
     for answer in answers:
-        if answer.pattern is not None and not answer.joined:
-            found += [match.span() for match in answer.pattern.finditer(text)]
-        elif answer.pattern is not None and answer.key in folded:
-            for match in answer.pattern.finditer(folded):
+        if not answer.joined:
+            found += [match.span() for match in answer.finditer(text)]
+        else:
+            for match in answer.finditer(folded):
                 found.append((places[match.start()][0], places[match.end() - 1][1]))
     # Joined words: the words of the text without punctuation and articles
     lower = text.lower()
@@ -68,7 +69,7 @@ def _fold_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The folded text, and for each of its letters the start and the end of the character of `text` that it is from."""
     if text.isascii():
         return fold(text), [(i, i + 1) for i in range(len(text))]
-    visible = [i for i, letter in enumerate(text) if fold(letter)]
+    visible = [i for i, letter in enumerate(text) if fold(letter) or unicodedata.combining(letter)]
     folded, places = [], []
     for character in _CHARACTERS.finditer("".join(text[i] for i in visible)):
         folded.append(fold(character[0]))
