@@ -14,8 +14,8 @@ from rich.console import Console
 
 from helpers.paths import ROOT
 from helpers.records import SETTINGS, answer, mixed_group, record, rescued_group, search
-from tspo_trl.inspect import describe, explain_group, explain_turn, load_run, parse_steps
-from tspo_trl.inspect.__main__ import main
+from tspo_trl.commands.inspect import main
+from tspo_trl.inspect import describe, explain_group, explain_turn, load_run, parse_steps, render_page
 from tspo_trl.inspect.load import Group
 from tspo_trl.inspect.spans import find_answers, in_utf16
 from tspo_trl.inspect.terminal import print_run
@@ -190,7 +190,7 @@ def test_other_settings_are_explained():
     assert "divided by the deviation of the batch" in reason
     # numbers that do not follow from the settings are reported as such
     reason = explain_turn(Group(0, rollouts), 1, 0, SETTINGS)[1]
-    assert reason.startswith("Advantage +0.25, made more likely. That does not follow from the logged rewards alone")
+    assert reason.startswith("Advantage +0.25, made more likely. This does not follow from the logged rewards.")
 
 
 def test_turns_before_and_after_the_first_occurrence_are_explained():
@@ -238,7 +238,10 @@ def test_every_number_of_a_real_run_is_explained(make_trainer):
 
 
 def test_steps_are_parsed_from_numbers_and_ranges():
-    assert parse_steps("0-2, 7") == {0, 1, 2, 7}
+    assert parse_steps("0-2, 7") == [range(3), range(7, 8)]
+    assert parse_steps("0-1000000000") == [range(1_000_000_001)]  # takes no time
+    with pytest.raises(ValueError, match=r"must begin with its smaller number, got '5-3' in '1,5-3'"):
+        parse_steps("1,5-3")
     with pytest.raises(ValueError, match=r"numbers and ranges such as '0-50,100', got 'x'"):
         parse_steps("1,x")
 
@@ -254,8 +257,9 @@ def test_shown_steps_are_complete_evenly_spaced_and_include_both_ends(tmp_path):
     assert all(len(group.rollouts) == 2 for group in run.modes["train"])
     assert any("20 of the 80 rollouts (train) are shown, from 5 of 20 steps" in note for note in run.notes)
     assert {group.step for group in load_run(tmp_path, steps=[3, 99]).modes["train"]} == {3}
+    assert {group.step for group in load_run(tmp_path, steps=parse_steps("2-3,18-99")).modes["train"]} == {2, 3, 18, 19}
     assert len(load_run(tmp_path, max_rollouts=3).modes["train"]) == 1  # a whole group of the last step
-    with pytest.raises(ValueError, match="no rollouts of these `steps`; there are 0 to 19"):
+    with pytest.raises(ValueError, match="no rollouts of these `steps`; the run has steps 0 to 19"):
         load_run(tmp_path, steps=[99])
 
 
@@ -278,6 +282,18 @@ def test_the_last_run_of_a_folder_is_shown(tmp_path):
     assert any("holds 2 runs (train): the last is shown, 6 rollouts of the others are not" in n for n in run.notes)
 
 
+def test_a_run_that_begins_at_the_last_step_of_another_is_noted(tmp_path):
+    file = tmp_path / "trajectories" / "train-rank000.jsonl"
+    for _ in range(3):
+        append_rollouts(file, [*rescued_group(), *mixed_group()])
+    append_rollouts(file, [*rescued_group(1), *mixed_group(1)])
+    run = load_run(tmp_path)
+    assert len(run.modes["train"]) == 8
+    (note,) = [note for note in run.notes if "sampled again" in note]
+    assert "train-rank000.jsonl, line 5: the questions of step 0 are sampled again here, by another run" in note
+    assert note.endswith("All are shown (train). The same in 1 other lines.")
+
+
 def test_unreadable_lines_are_noted_and_the_others_are_shown(run_dir):
     file = run_dir / "trajectories" / "train-rank000.jsonl"
     older = json.loads(file.read_text().split("\n")[0])
@@ -291,7 +307,7 @@ def test_unreadable_lines_are_noted_and_the_others_are_shown(run_dir):
     assert len(run.notes) == 4
     for part in (
         "line 13: not a rollout (JSON, but no object with a 'trajectory')",
-        "line 14: a rollout without 'credited_turn': it is of another version",
+        "line 14: a rollout without 'credited_turn': written by another version or program",
         "line 15: 'turn_rewards' must be 2 numbers, found [0.5]",
         "line 16: half a line",
     ):
@@ -300,9 +316,95 @@ def test_unreadable_lines_are_noted_and_the_others_are_shown(run_dir):
 
 def test_missing_settings_are_noted(run_dir):
     (run_dir / "trajectories" / "settings.json").unlink()
-    assert "How turns were rewarded is not written down" in load_run(run_dir).notes[0]
+    assert "trajectories/settings.json is missing" in load_run(run_dir).notes[0]
     (run_dir / "trajectories" / "settings.json").write_text("{")
     assert "settings.json cannot be read" in load_run(run_dir).notes[0]
+
+
+def scored(group):
+    """A group as `tspo evaluate` writes it."""
+    found = [r["first_occurrence"] is not None for r in group]
+    none = {"credited_turn": None, "turn_rewards": [None] * 2, "turn_advantages": [None] * 2}
+    return [{"id": "q", **r, **none, "scores": {"hit": float(hit)}} for r, hit in zip(group, found, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["trajectories.jsonl", "renamed.jsonl"])
+def test_a_folder_of_tspo_evaluate_is_shown_as_an_evaluation(tmp_path, name):
+    folder = tmp_path / "model" / "nq"
+    failed = scored(rescued_group(group=2))[0] | {"outcome": None}
+    append_rollouts(folder / name, [*scored([*rescued_group(), *mixed_group()]), failed])
+    (folder / "settings.json").write_text('{"model": "tiny", "search": {}}')  # of the evaluation, not of rewards
+    run = load_run(folder)
+    assert (run.settings, list(run.modes)) == ({"success_threshold": 1.0}, ["eval"])
+    assert not any("settings.json" in note for note in run.notes)
+    wrong, _, unscored = run.modes["eval"]
+    assert explain_group(wrong, run.settings) == (
+        "0 of 2 rollouts are correct; 1 found a golden answer and answered wrong. Turns have rewards and advantages in "
+        "training only."
+    )
+    assert explain_turn(wrong, 1, 0, run.settings) == ("Its passages are the first to contain “Oslo”.",)
+    assert explain_turn(wrong, 1, 1, run.settings) == (
+        "Outcome 0.00: the answer of the rollout is not correct (exact match).",
+    )
+    assert explain_turn(unscored, 0, 1, run.settings) == ("Not scored: the generation of the rollout failed.",)
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_run(run, console, group=2)
+    shown = console.export_text()
+    assert "nq: evaluation" in shown
+    assert "Outcome 1.00: the answer of the rollout is correct (exact match)." in shown
+    for word in ("train step", "learned", "trained", "No reward"):
+        assert word not in shown
+    assert describe(run)
+
+
+def test_folders_inside_that_have_rollouts_are_named(tmp_path):
+    append_rollouts(tmp_path / "evaluation" / "model" / "nq" / "trajectories.jsonl", scored(rescued_group()))
+    append_rollouts(tmp_path / "run" / "trajectories" / "train-rank000.jsonl", rescued_group())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.jsonl").write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match=r"that have rollouts: '.*/evaluation/model/nq', '.*/run'\."):
+        load_run(tmp_path)
+    for number in range(9):
+        append_rollouts(tmp_path / "evaluation" / f"{number}" / "nq" / "trajectories.jsonl", scored(rescued_group()))
+    with pytest.raises(FileNotFoundError, match=r"4/nq' and 5 more\."):
+        load_run(tmp_path / "evaluation")
+
+
+def test_a_log_without_a_line_and_a_file_are_errors(tmp_path):
+    file = tmp_path / "trajectories" / "train-rank000.jsonl"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(SystemExit, match=r"No line of .*rank000\.jsonl is a rollout\. Nothing has been written yet\."):
+        main([str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"rank000\.jsonl' is a file: give its folder, '.*trajectories'\."):
+        main([str(file)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group", "2"], "--group is for --terminal"),
+        (["--mode", "eval"], "--mode is for --terminal"),
+        (["--output", "page.html", "--terminal"], "--terminal writes none"),
+        (["--output", "."], "--output must be a file, for instance 'inspect.html', got a folder"),
+    ],
+)
+def test_options_without_an_effect_are_refused(run_dir, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main([str(run_dir), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_named(run_dir):
+    file = run_dir / "trajectories" / "train-rank000.jsonl"
+    lines = file.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"outcome": 10**400})  # no float can hold it
+    file.write_text("\n".join(lines) + "\n")
+    (file.parent / "settings.json").write_text('{"folr_alpha": NaN}')
+    run = load_run(run_dir)
+    assert "settings.json cannot be read: 'folr_alpha' must be finite, found nan" in run.notes[0]
+    assert any("line 2: 'outcome' must be a number or null, found 1000" in note for note in run.notes)
+    assert render_page(run)
 
 
 def test_missing_rollouts_are_an_error(tmp_path, capsys):

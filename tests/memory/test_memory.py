@@ -480,6 +480,9 @@ def test_rollouts_that_fit_into_vllm(qwen):
         ({"gpus": 4}, "`gpus` must be 1 with `strategy` 'single', got 4"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
         ({"per_device_train_batch_size": 6, "num_generations": 4}, r"`num_generations` must divide .* = 6, got 4"),
+        ({"gpu_memory": -3.0}, "`gpu_memory` must be a number of GiB above 0, got -3.0"),
+        ({"gpu_memory": float("nan")}, "`gpu_memory` must be a number of GiB above 0, got nan"),
+        ({"beta": -1.0}, "`beta` must be a number of at least 0, got -1.0"),
         ({"load_in_4bit": True}, "`load_in_4bit` works only with `use_peft`"),
         ({"max_completion_length": None}, "`max_completion_length` must be a number here, .* got None"),
         (
@@ -501,6 +504,17 @@ def test_invalid_settings_are_reported(options, message):
         ({"model": "nowhere/at-all"}, "`model` must be a folder .* got 'nowhere/at-all'"),
         ({"model": None, "model_type": "gpt9", "hidden_size": 8}, "`model_type` must be .* got 'gpt9'"),
         ({"model": None, "hiden_size": 8}, r"got \['hiden_size'\]"),
+        ({"model": None, "hidden_size": "abc"}, "`hidden_size` must be a whole number of at least 1, got 'abc'"),
+        ({"model": None, "vocab_size": 0}, "`vocab_size` must be a whole number of at least 1, got 0"),
+        (
+            {"model": None, "num_hidden_layers": 2.5},
+            "`num_hidden_layers` must be a whole number of at least 1, got 2.5",
+        ),
+        (
+            {"model": None, "hidden_size": 64, "num_attention_heads": 7},
+            "(?s)'llama' allows no model with .*multiple of",
+        ),
+        ({"model": None, "hidden_act": 3}, "'llama' allows no model with {'hidden_act': 3}"),
     ],
 )
 def test_invalid_models_are_reported(arguments, message):
@@ -530,7 +544,7 @@ def test_advice_prefers_the_cheapest_change_that_fits(qwen):
     setting = MemorySetting(dtype="bfloat16", gradient_accumulation_steps=32)
     flash = "use attn_implementation flash_attention_2"
     shared = f"{flash} (each rollout then stores and reads the common beginning of all prompts)"
-    phases = "reduce steps_per_generation to 16 (twice as many rollout phases, each about as long)"
+    phases = "reduce steps_per_generation to 16 (twice as many generation phases, each about as long)"
     # Fewer rollouts at once save more than FlashAttention, but cost time. They change training less than adapters
     assert shared in advice(config, replace(setting, gpu_memory=90))
     assert phases in advice(config, replace(setting, gpu_memory=80))
@@ -567,15 +581,25 @@ def test_command_prints_the_estimate_and_reports_errors(tmp_path, capsys):
         ("--model MODEL --gpu 8 --strategy ddp", "Unknown option --gpu. Did you mean --gpus?"),
         ("--model MODEL --num-generation 8", "Unknown option --num-generation. Did you mean --num_generations?"),
         ("--model MODEL --hidden_size 8", "either `model` or the numbers"),
-        ("--hiden_size 8", "['hiden_size']. Did you mean hidden_size?"),
-        ("--hidden_size 8 --num_generation 8", "['num_generation']. Did you mean num_generations?"),
+        ("--hiden_size 8", "Unknown option --hiden_size. Did you mean --hidden_size?"),
+        ("--hidden_size 8 --num_generation 8", "--num_generation. Did you mean --num_generations?"),
         ("--model_type gpt9 --hidden_size 8", "`model_type` must be"),
+        ("--hidden_size -5", "`hidden_size` must be a whole number of at least 1, got -5"),
+        ("--hidden_size 64 --hidden_act nothing", "can make no model of this configuration of 'llama'. ('nothing')"),
+        ("--hidden_size [", "--hidden_size must be a number or another value of YAML, got '['"),
+        ("--model ./tinny", "`model`: there is no folder './tinny'."),
+        ("--config BROKEN", "broken.yaml"),
     ],
 )
 def test_unknown_options_are_refused(tmp_path, capsys, arguments, message):
     MODELS["qwen2"].save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text("model_name_or_path: a\nnum_generation: 4\n")
-    arguments = arguments.replace("FILE", str(tmp_path / "run.yaml")).replace("MODEL", str(tmp_path))
+    (tmp_path / "broken.yaml").write_text("num_generations: [4")
+    arguments = (
+        arguments.replace("BROKEN", str(tmp_path / "broken.yaml"))
+        .replace("FILE", str(tmp_path / "run.yaml"))
+        .replace("MODEL", str(tmp_path))
+    )
     with pytest.raises(SystemExit) as stop:
         command.main(arguments.split())
     assert stop.value.code == 2

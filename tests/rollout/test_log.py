@@ -190,7 +190,9 @@ def test_a_folder_is_read_in_order_of_its_file_names(tmp_path):
 
 def test_two_runs_in_one_folder_are_reported(tmp_path):
     for rank in (0, 1):
-        append_rollouts(tmp_path / f"train-rank00{rank}.jsonl", [make_record(step=step) for step in (0, 1, 1, 2)])
+        places = ((0, 0), (1, 0), (1, 1), (2, 0))  # a step may have several groups
+        records = [make_record(step=step, group=group) for step, group in places]
+        append_rollouts(tmp_path / f"train-rank00{rank}.jsonl", records)
     append_rollouts(tmp_path / "train-rank001.jsonl", [make_record(step=step) for step in (0, 1)])
     append_rollouts(tmp_path / "train-rank001.00001.jsonl", [make_record(step=step) for step in (2, 1)])
     problems = []
@@ -201,6 +203,23 @@ def test_two_runs_in_one_folder_are_reported(tmp_path):
     ]
     with pytest.warns(UserWarning, match=r"train-rank001\.jsonl, line 5: another run begins here .*all runs are read"):
         list(read_rollouts(tmp_path / "train-rank001.jsonl"))
+
+
+def test_a_run_that_begins_at_the_last_step_of_another_is_reported(tmp_path):
+    """As trials of one step, and a run after one that was killed after its first evaluation."""
+    file = tmp_path / "train-rank000.jsonl"
+    places = [(group, rollout) for group in (0, 1) for rollout in (0, 1)]
+    for _ in range(3):
+        append_rollouts(file, [make_record(step=0, group=group, rollout=rollout) for group, rollout in places])
+    append_rollouts(file, [make_record(step=1, group=0, rollout=0)])
+    second = make_record(step=1, group=0, rollout=0) | {"question": "of a second generation phase"}
+    append_rollouts(file, [second])
+    problems = []
+    assert len(list(read_rollouts(tmp_path, on_problem=problems.append))) == 14
+    assert [problem.partition(", line ")[2][:52] for problem in problems] == [
+        "5: the questions of step 0 are sampled again here, b",
+        "9: the questions of step 0 are sampled again here, b",
+    ]
 
 
 def test_a_bad_line_in_a_folder_is_reported_with_its_file(tmp_path):

@@ -9,12 +9,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..rollout.log import find_logs, parse_rollout, read_settings
+from ..rollout.log import find_logs, is_sampled_again, parse_rollout, read_settings, sampled_again
 
 _MODE = re.compile(r"(train|eval)-rank(\d+)")
 # The start of a line of the trainer. It is enough to select lines without reading their tokens
-_PLACE = re.compile(rb'\{"step": (\d+), "group": (\d+), "rollout": (\d+), ')
+_PLACE = re.compile(rb'\{"step": (\d+), "group": (\d+), "rollout": (\d+), "question": ("(?:[^"\\]|\\.)*"), ')
 _MOST_NOTES = 20
+_OF_EVALUATIONS = {"success_threshold": 1.0}  # `tspo evaluate` scores by exact match
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Group:
     @property
     def golden_answers(self) -> list[str]:
         return self.rollouts[0]["golden_answers"]
+
+    @property
+    def only_scored(self) -> bool:
+        """Whether `tspo evaluate` wrote the rollouts: they have scores, but no rewards and advantages of turns."""
+        return "scores" in self.rollouts[0]
 
 
 @dataclass(slots=True)
@@ -79,9 +85,11 @@ class _Line:
     batch: int  # a step may sample, and an evaluation does sample, several times
     group: int
     rollout: int
+    only_scored: bool
+    again: bool  # the step samples its questions again from here on
 
 
-def parse_steps(text: str) -> set[int]:
+def parse_steps(text: str) -> list[range]:
     """
     Parse the steps to show.
 
@@ -90,28 +98,31 @@ def parse_steps(text: str) -> set[int]:
             Numbers and ranges, both ends included: `"0-50,100"`.
 
     Returns:
-        `set[int]`: The steps.
+        `list[range]`: The steps.
 
     Raises:
         `ValueError`: If the text is not a list of numbers and ranges.
     """
-    steps: set[int] = set()
+    steps = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if found is None:
             raise ValueError(f"`steps` must be numbers and ranges such as '0-50,100', got {part!r} in {text!r}.")
-        steps.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"A range of `steps` must begin with its smaller number, got {part!r} in {text!r}.")
+        steps.append(range(first, last + 1))
     return steps
 
 
-def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_rollouts: int = 10_000) -> Run:
+def load_run(folder: str | Path, *, steps: Iterable[int | range] | None = None, max_rollouts: int = 10_000) -> Run:
     """
     Load rollouts of a run: whole groups of whole steps, spread evenly over the run.
 
     Args:
         folder (`str` or `Path`):
-            The `output_dir` of the run, or its folder `trajectories`.
-        steps (`Iterable[int]`, *optional*):
+            The `output_dir` of the run, or its folder `trajectories`; or the folder of a data set that `tspo evaluate` wrote.
+        steps (`Iterable[int | range]`, *optional*):
             Steps to load. Defaults to all.
         max_rollouts (`int`, *optional*, defaults to `10_000`):
             Maximum number of rollouts.
@@ -126,20 +137,24 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
     folder = Path(folder).resolve()
     files = find_logs(folder)
     run = Run(name=(folder.parent if folder.name == "trajectories" else folder).name)
-    try:
-        run.settings = read_settings(files[0].parent)
-    except ValueError as error:
-        run.notes.append(str(error))
-    if not run.settings:
-        run.notes.append(
-            "How turns were rewarded is not written down (trajectories/settings.json, which older versions did not "
-            "write): the defaults are assumed, and a sentence says so where the numbers do not follow from them."
-        )
     problems: list[str] = []
     lines = _find_lines(files, problems)
     if not lines:
-        raise ValueError(f"No line of {', '.join(map(str, files))} is a rollout. The first: {problems[0]}")
-    wanted = None if steps is None else set(steps)
+        why = f"The first: {problems[0]}" if problems else "Nothing has been written yet."
+        raise ValueError(f"No line of {', '.join(map(str, files))} is a rollout. {why}")
+    if all(line.only_scored for found in lines.values() for line in found):
+        run.settings = dict(_OF_EVALUATIONS)  # its settings.json is about the model and the search
+    else:
+        try:
+            run.settings = read_settings(files[0].parent)
+        except ValueError as error:
+            run.notes.append(str(error))
+        if not run.settings:
+            run.notes.append(
+                "trajectories/settings.json is missing (older versions did not write it) or cannot be read. Defaults are "
+                "assumed; the explanations say where the numbers do not follow from them."
+            )
+    wanted = None if steps is None else [s if isinstance(s, range) else range(s, s + 1) for s in steps]
     chosen: dict[str, list[_Line]] = {}
     left = max_rollouts
     for count, (mode, found) in enumerate(sorted(lines.items(), key=lambda item: len(item[1]))):
@@ -149,8 +164,13 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
             run.notes.append(
                 f"The folder holds {last + 1} runs ({mode}): the last is shown, {others} rollouts of the others are not."
             )
+        if repeated := [line for line in found if line.again]:
+            first, more = repeated[0], f" The same in {len(repeated) - 1} other lines." if repeated[1:] else ""
+            run.notes.append(
+                f"{first.file}, line {first.number}: {sampled_again(first.step)} All are shown ({mode}).{more}"
+            )
         if wanted is not None:
-            found = [line for line in found if line.step in wanted]
+            found = [line for line in found if any(line.step in part for part in wanted)]
         kept = _spread(found, left // (len(lines) - count))
         left -= len(kept)
         if len(kept) < len(found):
@@ -162,7 +182,7 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
         chosen[mode] = kept
     if not any(chosen.values()):
         there = sorted({line.step for found in lines.values() for line in found})
-        raise ValueError(f"There are no rollouts of these `steps`; there are {there[0]} to {there[-1]}.")
+        raise ValueError(f"There are no rollouts of these `steps`; the run has steps {there[0]} to {there[-1]}.")
     for mode in sorted(chosen, reverse=True):  # train, then eval
         if groups := _read_groups(chosen[mode], mode, problems):
             run.modes[mode] = groups
@@ -179,39 +199,46 @@ def load_run(folder: str | Path, *, steps: Iterable[int] | None = None, max_roll
 def _find_lines(files: Sequence[Path], problems: list[str]) -> dict[str, list[_Line]]:
     found: dict[str, list[_Line]] = {}
     before: dict[tuple[str, str], _Line] = {}
+    sampled: dict[tuple[str, str], set[tuple[Any, ...]]] = {}  # the rollouts of the last step
     for path in files:
         name = _MODE.match(path.name)
-        mode, rank = (name[1], name[2]) if name else ("train", path.stem)
+        rank = name[2] if name else path.stem
         offset = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    step, group, rollout = _place(line)
+                    step, group, rollout, question, only_scored = _place(line)
                 except ValueError as error:
                     problems.append(f"{path}, line {number}: {error}")
                 else:
+                    mode = name[1] if name else "eval" if only_scored else "train"
                     last = before.get((mode, rank))
                     run = batch = 0
                     if last is not None:
                         run = last.run + (step < last.step)
                         again = (group, rollout) <= (last.group, last.rollout)
                         batch = last.batch + again if step == last.step else 0
-                    entry = _Line(path, number, offset, run, step, batch, group, rollout)
+                    if last is None or step != last.step:
+                        sampled[mode, rank] = set()
+                    repeated = is_sampled_again(sampled[mode, rank], (group, rollout, question))
+                    entry = _Line(path, number, offset, run, step, batch, group, rollout, only_scored, repeated)
                     found.setdefault(mode, []).append(entry)
                     before[mode, rank] = entry
                 offset += len(line)
     return found
 
 
-def _place(line: bytes) -> tuple[int, int, int]:
+def _place(line: bytes) -> tuple[int, int, int, bytes, bool]:
+    """The step, the group, the rollout and the question of a line, and whether `tspo evaluate` wrote it."""
     if (found := _PLACE.match(line)) and line.endswith(b"}\n"):
-        return int(found[1]), int(found[2]), int(found[3])
+        return int(found[1]), int(found[2]), int(found[3]), found[4], False
     record = parse_rollout(line)
     values = [record.get(name) for name in ("step", "group", "rollout")]
     if not all(isinstance(value, int) for value in values):
-        raise ValueError("a rollout without 'step', 'group' and 'rollout', so it has no place here")
+        raise ValueError("a rollout without 'step', 'group' and 'rollout': it cannot be assigned to a group")
     step, group, rollout = map(int, values)  # type: ignore[arg-type]
-    return step, group, rollout
+    question = json.dumps(record.get("question"), ensure_ascii=False).encode(errors="backslashreplace")
+    return step, group, rollout, question, "scores" in record
 
 
 def _spread(lines: list[_Line], most: int) -> list[_Line]:
@@ -281,7 +308,7 @@ def _check_record(record: dict[str, Any]) -> None:
         if name in ("chance", "turn_weight") and name not in record:
             continue  # logs of older versions have none
         if name not in record:
-            raise ValueError(f"a rollout without {name!r}: it is of another version, or from elsewhere")
+            raise ValueError(f"a rollout without {name!r}: written by another version or program")
         if not is_right(record[name]):
             raise ValueError(f"{name!r} must be {what}, found {json.dumps(record[name])[:60]}")
     texts = [record["trajectory"].status]
@@ -298,7 +325,7 @@ def _check_record(record: dict[str, Any]) -> None:
         numbers += [*(turn.logprobs or []), *(passage.score for passage in turn.passages)]
         ids += [*turn.token_ids, *turn.observation_ids]
     if not (_are(str, texts) and _are_numbers(numbers) and None not in numbers and _are(int, ids)):
-        raise ValueError("its texts, tokens, log-probabilities or scores are of another type than they should be")
+        raise ValueError("its texts, tokens, log-probabilities or scores have the wrong type")
 
 
 def _are(kind: type, values: Any) -> bool:
@@ -307,9 +334,12 @@ def _are(kind: type, values: Any) -> bool:
 
 def _are_numbers(values: Any) -> bool:
     """Whether all values are finite numbers or null."""
-    return isinstance(values, list) and all(
-        value is None or (isinstance(value, (int, float)) and isfinite(value)) for value in values
-    )
+    try:
+        return isinstance(values, list) and all(
+            value is None or (isinstance(value, (int, float)) and isfinite(value)) for value in values
+        )
+    except OverflowError:  # an integer that is too large for a float
+        return False
 
 
 def _incomplete(run: Run) -> list[str]:

@@ -53,7 +53,8 @@ def print_run(run: Run, console: Console, *, mode: str | None = None, group: int
         raise ValueError(f"`group` must be between 1 and {len(groups)} at step {step}, got {group}.")
     for note in run.notes:
         console.print(Text(f"Note: {note}", style="yellow"))
-    console.print(_step_table(groups, run.settings, f"{run.name}: {mode} step {step}", group))
+    place = "evaluation" if groups[0].only_scored else f"{mode} step {step}"
+    console.print(_step_table(groups, run.settings, f"{run.name}: {place}", group))
     console.print()
     print_group(groups[group - 1], run.settings, console)
 

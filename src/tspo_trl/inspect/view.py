@@ -7,7 +7,15 @@ from typing import Any
 from ..scoring import contains_answer
 from .load import Group, Run
 from .spans import find_answers, in_utf16
-from .why import by_turn, composition, explain_group, explain_turn, is_correct, near_miss, shown_golds
+from .why import (
+    composition,
+    explain_group,
+    explain_turn,
+    is_correct,
+    near_miss,
+    shown_golds,
+    uses_turn_advantages,
+)
 
 #: Names of the filters of rollouts. Bit i of a rollout's flags stands for the i-th.
 FLAGS = ("near_miss", "all_wrong", "rescued", "invalid", "failed", "truncated", "correct")
@@ -110,7 +118,7 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _reward_name(run: Run) -> str:
     names = {name for groups in run.modes.values() for group in groups for name in group.rollouts[0]["rewards"]}
-    return "Exact match" if names == {"exact_match_reward"} else "Reward"
+    return "Exact match" if names in ({"exact_match_reward"}, {"exact_match"}) else "Reward"
 
 
 def _overview(group: Group, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def _group_texts(group: Group, run: Run, passages: dict[tuple[str, str], int]) -
         )
     return {
         "why": explain_group(group, run.settings),
-        "by_turn": by_turn(group, run.settings),
+        "by_turn": uses_turn_advantages(group, run.settings),
         "prompt": _decode(run.tokenizer, group.rollouts[0]["trajectory"].prompt_ids),
         "marks": marks,
         "rollouts": rollouts,

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from ..credit import Composition, Guard, eligible_golds, group_composition, is_near_miss
+import torch
+
+from .. import credit
+from ..credit import Composition, Guard, eligible_golds, group_composition, is_near_miss, uses_turn_level
 from ..scoring import contains_answer
 from .load import Group
-
-_EPS = 1e-4  # as in `credit`
 
 
 def show(value: float, sign: bool = False) -> str:
@@ -23,18 +24,21 @@ def show(value: float, sign: bool = False) -> str:
 
 def is_correct(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a rollout reached the success threshold."""
-    return record["outcome"] is not None and record["outcome"] >= settings.get("success_threshold", 1.0)
+    return credit.is_correct(record["outcome"], success_threshold=_threshold(settings))
 
 
 def near_miss(record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a rollout found a golden answer and is not correct, see [`~tspo_trl.credit.is_near_miss`]."""
-    threshold = settings.get("success_threshold", 1.0)
-    return is_near_miss(record["outcome"], record["first_occurrence"], success_threshold=threshold)
+    return is_near_miss(record["outcome"], record["first_occurrence"], success_threshold=_threshold(settings))
+
+
+def _threshold(settings: Mapping[str, Any]) -> float:
+    return settings.get("success_threshold", 1.0)
 
 
 def shown_golds(group: Group, settings: Mapping[str, Any]) -> list[str]:
-    """The golden answers that are highlighted: those that `folr_guard` does not exclude as degenerate."""
-    guard: Guard = "none" if settings.get("folr_guard") == "none" else "degenerate"
+    """The golden answers that are highlighted: those that `folr_guard` does not exclude; all in `tspo evaluate`."""
+    guard: Guard = "none" if settings.get("folr_guard") == "none" or group.only_scored else "degenerate"
     return eligible_golds(group.golden_answers, guard=guard)
 
 
@@ -43,7 +47,7 @@ def composition(group: Group, settings: Mapping[str, Any]) -> Composition:
     return group_composition(
         [record["outcome"] for record in group.rollouts],
         has_signal=_has_signal(group),
-        success_threshold=settings.get("success_threshold", 1.0),
+        success_threshold=_threshold(settings),
     )
 
 
@@ -51,14 +55,20 @@ def _has_signal(group: Group) -> bool:
     return any(any(record["turn_advantages"]) for record in group.rollouts if record["outcome"] is not None)
 
 
-def by_turn(group: Group, settings: Mapping[str, Any]) -> bool:
+def uses_turn_advantages(group: Group, settings: Mapping[str, Any]) -> bool:
     """Whether turn advantages apply to a group, rather than the trajectory advantage."""
-    return _turn_level(group, settings) and turn_weight(group) > 0
+    return not group.only_scored and _turn_level(group, settings) and turn_weight(group) > 0
 
 
 def _turn_level(group: Group, settings: Mapping[str, Any]) -> bool:
-    level = settings.get("advantage_level", "stage")
-    return level == "turn" or (level == "stage" and not any(is_correct(r, settings) for r in group.rollouts))
+    outcomes = [math.nan if record["outcome"] is None else record["outcome"] for record in group.rollouts]
+    turn_level = uses_turn_level(
+        torch.tensor(outcomes, dtype=torch.float64),
+        num_generations=len(outcomes),
+        level=settings.get("advantage_level", "stage"),
+        success_threshold=_threshold(settings),
+    )
+    return bool(turn_level.all())
 
 
 def turn_weight(group: Group) -> float:
@@ -103,7 +113,11 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
     lost = explain_chance(group, settings) + lost
     outcomes = {record["outcome"] for record in scored}
     rollouts = f"{correct} of {len(scored)} rollouts {'is' if correct == 1 else 'are'} correct"
-    if not by_turn(group, settings):
+    if group.only_scored:
+        found = sum(near_miss(record, settings) for record in scored)
+        failed = f" {size - len(scored)} failed." if len(scored) < size else ""
+        return f"{rollouts}; {found} found a golden answer and answered wrong.{failed} Turns have rewards and advantages in training only."
+    if not uses_turn_advantages(group, settings):
         if len(outcomes) == 1:
             learned = "" if evaluated else ": nothing is learned"
             return (
@@ -125,7 +139,7 @@ def explain_group(group: Group, settings: Mapping[str, Any]) -> str:
     )
 
 
-def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, Any]) -> tuple[str, str]:
+def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """
     Explain the reward and the advantage of a turn.
 
@@ -140,9 +154,12 @@ def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, A
             The settings of rewards and advantages, see [`~tspo_trl.rollout.log.read_settings`].
 
     Returns:
-        `tuple[str, str]`: A sentence about the reward, and one about the advantage.
+        `tuple[str, ...]`: A sentence about the reward, and one about the advantage. For rollouts of `tspo evaluate`, which
+        have neither: what was found first, and the outcome at the last turn.
     """
     record = group.rollouts[rollout]
+    if group.only_scored:
+        return _explain_scored(group, record, turn, settings)
     if record["outcome"] is None or record["turn_rewards"][turn] is None:
         failed = record["trajectory"].status == "retrieval_failed"
         why = "a search of it failed" if failed else "no reward function gave a value"
@@ -154,12 +171,31 @@ def explain_turn(group: Group, rollout: int, turn: int, settings: Mapping[str, A
     return _explain_reward(group, record, turn, settings), _explain_advantage(group, record, turn, settings)
 
 
+def _explain_scored(group: Group, record: Mapping[str, Any], turn: int, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The first find at its turn, and the outcome at the last turn."""
+    why = []
+    if turn == record["first_occurrence"]:
+        why.append(f"Its passages are the first to contain “{_found_gold(group, record, turn, settings)}”.")
+    if turn < len(record["trajectory"].turns) - 1:
+        return tuple(why)
+    if record["outcome"] is None:
+        failed = "a search" if record["trajectory"].status == "retrieval_failed" else "the generation"
+        return *why, f"Not scored: {failed} of the rollout failed."
+    correct = "correct" if is_correct(record, settings) else "not correct"
+    return *why, f"Outcome {show(record['outcome'])}: the answer of the rollout is {correct} (exact match)."
+
+
+def _found_gold(group: Group, record: Mapping[str, Any], turn: int, settings: Mapping[str, Any]) -> str | None:
+    text = record["trajectory"].turns[turn].passage_text
+    return next((gold for gold in shown_golds(group, settings) if contains_answer(text, [gold])), None)
+
+
 def _explain_reward(group: Group, record: Mapping[str, Any], turn: int, settings: Mapping[str, Any]) -> str:
     outcome, reward = record["outcome"], record["turn_rewards"][turn]
     credited, first = record["credited_turn"], record["first_occurrence"]
     here = record["trajectory"].turns[turn]
     golds = shown_golds(group, settings)
-    gold = next((gold for gold in golds if contains_answer(here.passage_text, [gold])), None)
+    gold = _found_gold(group, record, turn, settings)
     named = "a golden answer" if gold is None else f"“{gold}”"
     is_first = f"its passages are the first to contain {named}"
 
@@ -197,7 +233,7 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
         return "No advantage was logged."
     scored = [other for other in group.rollouts if other["outcome"] is not None]
     any_correct = any(is_correct(other, settings) for other in scored)
-    if not by_turn(group, settings):
+    if not uses_turn_advantages(group, settings):
         value, values, of = record["outcome"], [other["outcome"] for other in scored], "the outcome"
     elif settings.get("turn_baseline", "turn") == "group":
         value, of = record["turn_rewards"][turn], "all turns of the group"
@@ -216,7 +252,7 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
         compared = _compared(value, values, of, any_correct, group, settings)
         return f"{compared}; each reward function is normalised by itself, and their sum by the batch → {result}"
     expected, weighed = _expected(value, values, settings), ""
-    if expected is not None and by_turn(group, settings) and (weight := turn_weight(group)) < 1:
+    if expected is not None and uses_turn_advantages(group, settings) and (weight := turn_weight(group)) < 1:
         outcomes = [other["outcome"] for other in scored]
         expected = weight * expected + (1 - weight) * (_expected(record["outcome"], outcomes, settings) or 0.0)
         weighed = f", times {show(weight)} because of chance"
@@ -224,8 +260,8 @@ def _explain_advantage(group: Group, record: Mapping[str, Any], turn: int, setti
         return f"{_compared(value, values, of, any_correct, group, settings)}, divided by the deviation of the batch → {result}"
     if expected is None or abs(expected - advantage) > 2e-3 * max(1.0, abs(advantage)):
         return (
-            f"{_capital(result)} That does not follow from the logged rewards alone: another setting, or rollouts of "
-            "the group that are not in the log."
+            f"{_capital(result)} This does not follow from the logged rewards. A setting may differ, or rollouts of "
+            "the group may be missing from the log."
         )
     if len(values) == 1:
         return f"The only {of if of != 'the outcome' else 'rollout'} of the group, nothing to compare with → {result}"
@@ -259,7 +295,7 @@ def _expected(value: float, values: Sequence[float], settings: Mapping[str, Any]
         return 0.0
     if scale == "none":
         return value - mean(values)
-    return None if scale == "batch" else (value - mean(values)) / (stdev(values) + _EPS)
+    return None if scale == "batch" else (value - mean(values)) / (stdev(values) + credit.EPS)
 
 
 def _all(values: Sequence[float], of: str) -> str:

@@ -9,6 +9,7 @@ CUDA, fragmentation and the workspaces of libraries are not included (often 1 to
 """
 
 import argparse
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,16 +20,19 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING as MODEL_TYPES
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, HfArgumentParser, PreTrainedConfig
 
 from ..engines.kv_cache import cache_name, new_cache
 from ..engines.layers import growing_layers, state_layers, window_layers
 from ..support.markdown import markdown_table
+from ..support.paths import check_model_path
 from .formulas import (
     GIB,
     MemorySetting,
     ModelShape,
+    Precision,
     activation_bytes,
     decoding_bytes,
     head_bytes,
@@ -42,6 +46,12 @@ from .formulas import (
 PHASES = ("generation", "loss: LM head", "loss: layers", "optimizer step")
 CARDS = (24, 40, 80, 141)
 HEADROOM = 0.8  # usable share of a card; the rest is for memory that is not calculated
+# The numbers that every model needs, and what `transformers` raises if numbers do not fit together
+_COUNTED = (
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_NO_MODEL = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, StrictDataclassError)
 BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements; DeepSpeed's `reduce_bucket_size`, `stage3_max_live_parameters`
 
 
@@ -61,10 +71,18 @@ def load_config(model: str | None, model_type: str = "llama", **numbers: Any) ->
                 f"Options must be those of the command or of a configuration of {model_type!r}, got {unknown}."
                 f"{nearest(unknown[0], names)}"
             )
-        return AutoConfig.for_model(model_type, **numbers)
+        for name, value in numbers.items():
+            counted = name in _COUNTED and isinstance(getattr(default, name), int)
+            if counted and value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        try:
+            return AutoConfig.for_model(model_type, **numbers)
+        except _NO_MODEL as error:
+            raise ValueError(f"{model_type!r} allows no model with {numbers}. ({error})") from error
+    check_model_path(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, *_NO_MODEL) as error:
         raise ValueError(
             f"`model` must be a folder with a config.json, or a name on the Hub that can be reached or was loaded "
             f"before, got {model!r}. Or give its numbers: `hidden_size`, … ({str(error).splitlines()[0]})"
@@ -79,7 +97,8 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 def read_run(path: str, known: Collection[str] | None) -> dict[str, Any]:
     """The values of the YAML file of a run. Keys that are not known are refused."""
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    with Path(path).open("rb") as file:  # an error of YAML names the file
+        values = yaml.safe_load(file)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must contain a YAML mapping, for instance `num_generations: 8`.")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -94,10 +113,22 @@ def read_run(path: str, known: Collection[str] | None) -> dict[str, Any]:
     return values
 
 
+def _read_value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--{name} must be a number or another value of YAML, got {text!r}.") from error
+
+
 def measure_shape(config: PreTrainedConfig, setting: MemorySetting) -> ModelShape:
     """Build the model and its adapters on the `meta` device, which takes no memory, and count parameters."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except _NO_MODEL as error:
+        raise ValueError(
+            f"`transformers` can make no model of this configuration of {config.model_type!r}. ({error})"
+        ) from error
     base = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
@@ -191,9 +222,15 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
         `dict[str, dict[str, float]]`: By component, then by phase (`PHASES`). ZeRO-2 divides gradients and optimizer
         states by the number of GPUs, ZeRO-3 and FSDP2 also parameters (Rajbhandari et al. 2020, figure 1).
     """
+    # How the strategy shards parameters, gradients and optimizer states
     types, strategy, gpus = precision(setting), setting.strategy, setting.gpus
     zero3, sharded = strategy.startswith("zero3"), strategy in ("zero3", "zero3_offload", "fsdp2")
     offloaded = strategy == "zero3_offload"
+    share = 0 if offloaded else 1 / gpus
+    parts = share if sharded else 1
+    states = share if strategy in ("zero2", "zero3", "zero3_offload", "fsdp2") else 1
+
+    # Parameters and gradients
     frozen = shape.base if setting.use_peft else 0
     quantised = shape.linear * setting.load_in_4bit
     # NF4 (Dettmers et al. 2023): 4 bits, and for each 64 parameters a constant in fp32, or in 8 bits twice quantised
@@ -201,24 +238,12 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     base = (frozen - quantised) * types.frozen + quantised * four_bits
     model = base + shape.trainable * types.trained
     reference = 0.0 if setting.use_peft or not setting.beta else shape.base * types.frozen
-    share = 0 if offloaded else 1 / gpus
-    parts = share if sharded else 1
-    states = share if strategy in ("zero2", "zero3", "zero3_offload", "fsdp2") else 1
     gradients = shape.trainable * types.gradient * states
+    # ZeRO-3 keeps the gradients' buffer; others free gradients before a generation, unless it is within a step
+    within = setting.rollouts < setting.per_device_train_batch_size * setting.gradient_accumulation_steps
 
-    every = shape.base + (shape.trainable if setting.use_peft else 0)
-    layer = (every - shape.outside) / shape.layers
-    # Whole copies of parameters in a forward: ZeRO-3 up to its limit; FSDP2 a layer, the next one, and what is outside the layers
-    live = {"fsdp2": shape.outside + 2 * layer}.get(strategy, min(every, LIVE) if zero3 else 0.0) * types.compute
-    if strategy == "fsdp2":
-        backward = live + 2 * layer * types.compute * (shape.trainable / every)
-    elif strategy in ("single", "ddp") and types.stream > types.compute:
-        live = backward = shape.linear * types.compute  # autocast keeps casted weights until the forward ends
-    else:
-        backward = live
-    gathered = every * types.compute if zero3 and setting.ds3_gather_for_generation else live * sharded
-    if setting.use_vllm and not (zero3 and setting.use_peft):  # TRL gives vLLM one parameter at a time
-        gathered = max(shape.head, shape.largest) * types.trained * sharded
+    # Whole copies of parameters, and copies of gradients
+    gathered, live, backward = _whole_copies(shape, setting, types)
     # DDP's buckets are a second copy of the gradients; DeepSpeed has one bucket, ZeRO-2 in the backward pass only
     bucket = BUCKET * types.compute
     buffers = {"ddp": shape.trainable * types.gradient, "zero3": bucket, "zero3_offload": bucket}.get(strategy, 0)
@@ -226,13 +251,14 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     copies = min(shape.trainable * share, LIVE if zero3 else float("inf")) * 4 if strategy.startswith("zero") else 0
     copies *= not offloaded
 
-    # ZeRO-3 keeps the gradients' buffer; others free gradients before a generation, unless it is within a step
-    within = setting.rollouts < setting.per_device_train_batch_size * setting.gradient_accumulation_steps
+    # Activations and logits of the loss
     kept, layer_extra = activation_bytes(shape, setting, types)
     batch, completion = setting.per_device_train_batch_size, setting.max_completion_length
     head = head_bytes(shape, batch, completion, types, trained=not setting.use_peft)
     # The gradient of a tied LM head waits for that of the embedding
     waiting = shape.head * types.trained * (shape.tied and not setting.use_peft)
+
+    # The generation
     prefill, scores = decoding_bytes(shape, setting, types)
     cache = kv_cache_bytes(shape, setting.rollouts, setting.length, types.compute) + state_bytes(
         shape, setting.rollouts
@@ -240,8 +266,10 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
     if setting.use_vllm:
         prefill = scores = cache = 0
     if share_of_vllm := setting.vllm_bytes:
-        vllm_rollouts(shape, setting)
+        vllm_rollouts(shape, setting)  # raises an error without room for the model and one rollout
     beside = 0 if setting.vllm_enable_sleep_mode else share_of_vllm
+
+    # By component and phase
     rows: dict[str, tuple[float, float, float, float]] = {
         "parameters": (model * parts,) * 4,
         "reference model": (reference * parts,) * 4,
@@ -255,6 +283,26 @@ def estimate(shape: ModelShape, setting: MemorySetting) -> dict[str, dict[str, f
         "logits, LM head": (scores, head, waiting, 0),
     }
     return {name: dict(zip(PHASES, values, strict=True)) for name, values in rows.items() if any(values)}
+
+
+def _whole_copies(shape: ModelShape, setting: MemorySetting, types: Precision) -> tuple[float, float, float]:
+    """The bytes of whole copies of parameters in a generation, in the forward and in the backward pass of the loss."""
+    strategy = setting.strategy
+    zero3, sharded = strategy.startswith("zero3"), strategy in ("zero3", "zero3_offload", "fsdp2")
+    every = shape.base + (shape.trainable if setting.use_peft else 0)
+    layer = (every - shape.outside) / shape.layers
+    # In a forward pass, ZeRO-3 up to its limit; FSDP2 a layer, the next one, and what is outside the layers
+    live = {"fsdp2": shape.outside + 2 * layer}.get(strategy, min(every, LIVE) if zero3 else 0.0) * types.compute
+    if strategy == "fsdp2":
+        backward = live + 2 * layer * types.compute * (shape.trainable / every)
+    elif strategy in ("single", "ddp") and types.stream > types.compute:
+        live = backward = shape.linear * types.compute  # autocast keeps casted weights until the forward ends
+    else:
+        backward = live
+    gathered = every * types.compute if zero3 and setting.ds3_gather_for_generation else live * sharded
+    if setting.use_vllm and not (zero3 and setting.use_peft):  # TRL gives vLLM one parameter at a time
+        gathered = max(shape.head, shape.largest) * types.trained * sharded
+    return gathered, live, backward
 
 
 def peak(rows: dict[str, dict[str, float]]) -> tuple[float, str]:
@@ -294,7 +342,7 @@ def levers(shape: ModelShape, setting: MemorySetting) -> Iterator[tuple[int, str
         (2, f"reduce max_completion_length to {length}", {"max_completion_length": length}),
     ]
     if not setting.use_vllm:
-        text = f"reduce steps_per_generation to {half} (twice as many rollout phases, each about as long)"
+        text = f"reduce steps_per_generation to {half} (twice as many generation phases, each about as long)"
         changes.append((1, text, {"steps_per_generation": half}))
         four_bits = {"use_peft": True, "load_in_4bit": True}
         changes.append((2, "train adapters of a 4-bit model (load_in_4bit)", four_bits))
@@ -342,6 +390,13 @@ def render(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join([table, "", f"Peak: {total / GIB:.1f} GiB ({phase}). Fits {', '.join(fits)}."])
 
 
+def argument_texts(kind: type) -> dict[str, str]:
+    """The texts of the arguments in the docstring of a dataclass, for `--help`. Several arguments may share an entry."""
+    found = re.findall(r"^ {8}(\w[\w, ]*) \(.*\):\n((?: {12}.*\n)+)", kind.__doc__ or "", re.MULTILINE)
+    texts = [(names.split(", "), " ".join(text.split())) for names, text in found]
+    return {name: text.replace("`", "").replace("%", "%%") for names, text in texts for name in names}
+
+
 def main(arguments: Sequence[str] | None = None, known: Collection[str] | None = None) -> None:
     """
     Print the estimate of a command line; `--config` reads the YAML file of a run first.
@@ -355,10 +410,16 @@ def main(arguments: Sequence[str] | None = None, known: Collection[str] | None =
     parser = HfArgumentParser(
         MemorySetting,  # type: ignore[arg-type]
         prog="tspo memory",
-        description=f"{__doc__}\n{MemorySetting.__doc__}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    texts = argument_texts(MemorySetting)
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"The opposite of --{action.dest}."
+        elif action.dest in texts:
+            action.help = texts[action.dest] + ("" if action.default is None else " (default: %(default)s)")
     parser.add_argument("--config", help="A YAML file of a run; options replace its values.")
     parser.add_argument(
         "--model",
@@ -380,11 +441,11 @@ def main(arguments: Sequence[str] | None = None, known: Collection[str] | None =
         if len(others) % 2 or not all(name.startswith("--") for name in others[::2]):
             raise ValueError(f"Options must be pairs of `--name value`, got {others}.")
         shape_names = AutoConfig.for_model(options.model_type).to_dict() if options.model_type in MODEL_TYPES else {}
-        for key in keys if options.model is not None else ():
-            if key not in shape_names:
+        for key in keys if shape_names else ():
+            if key.replace("-", "_") not in shape_names:
                 options_and_shape = [*(action.dest for action in parser._actions), *shape_names]
                 raise ValueError(f"Unknown option --{key}.{nearest(key, options_and_shape, '--')}")
-        numbers = {k: yaml.safe_load(value) for k, value in zip(keys, others[1::2], strict=True)}
+        numbers = {k.replace("-", "_"): _read_value(k, value) for k, value in zip(keys, others[1::2], strict=True)}
         config = load_config(options.model, options.model_type, **numbers)
         setting = MemorySetting(**{f.name: getattr(options, f.name) for f in fields(MemorySetting)})
         shape = measure_shape(config, setting)

@@ -1,10 +1,13 @@
 """The formulas of `tspo_trl.memory`: pure functions of the shape of a model and the settings of training, in bytes."""
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from math import inf
+from typing import Literal, cast, get_args
 
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK_SIZE
+
+from ..rollout.limits import SearchLimits
 
 _Strategy = Literal["single", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 _Attention = Literal["sdpa", "flash_attention_2", "eager"]
@@ -92,8 +95,8 @@ class MemorySetting:
     steps_per_generation: int | None = None
     num_generations: int = 8
     max_prompt_length: int = 512
-    max_completion_length: int = 4096
-    max_observation_tokens: int = 500
+    max_completion_length: int = cast(int, SearchLimits.max_completion_length)
+    max_observation_tokens: int = SearchLimits.max_observation_tokens
     cache_implementation: str | None = None
     use_vllm: bool = False
     vllm_mode: _Mode = "colocate"
@@ -115,6 +118,10 @@ class MemorySetting:
             value = getattr(self, option.name)
             if type(value) is int and value < 1:
                 raise ValueError(f"`{option.name}` must be at least 1, got {value}.")
+        if not (type(self.gpu_memory) in (int, float) and 0 < self.gpu_memory < inf):
+            raise ValueError(f"`gpu_memory` must be a number of GiB above 0, got {self.gpu_memory}.")
+        if not (type(self.beta) in (int, float) and 0 <= self.beta < inf):
+            raise ValueError(f"`beta` must be a number of at least 0, got {self.beta}.")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             raise ValueError(
                 f"`vllm_gpu_memory_utilization` must be above 0 and at most 1, got {self.vllm_gpu_memory_utilization}."

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from os import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ _SETTINGS = (
     "mask_truncated_completions",
 )
 _PARTS = 32  # maximum number of files of a log, half of them recent
+_LOG = re.compile(r"(train|eval)-rank\d+.*\.jsonl|trajectories\.jsonl")  # of a trainer, or of `tspo evaluate`
+_MOST_NAMED = 5
 _NUMBER = re.compile(r"\.(\d{5,})$")  # before ".jsonl"; the first file has no number
 
 
@@ -277,24 +279,45 @@ def find_logs(folder: str | Path) -> list[Path]:
 
     Args:
         folder (`str` or `Path`):
-            The `output_dir` of the run, or its folder `trajectories`.
+            The `output_dir` of the run, or its folder `trajectories`; or the folder of a data set that `tspo evaluate` wrote.
 
     Returns:
         `list[Path]`: The files, grouped by process, oldest first.
 
     Raises:
-        `FileNotFoundError`: If there is no log file.
+        `NotADirectoryError`: If it is a file.
+        `FileNotFoundError`: If there is no log file. The message names the folders inside that have some.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"{str(folder)!r} is a file: give its folder, {str(folder.parent)!r}.")
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     for place in (folder / "trajectories", folder):
         if files := _in_order(place.glob("*.jsonl")):
             return files
-    raise FileNotFoundError(
-        f"There are no rollouts in {str(folder)!r}: neither trajectories/*.jsonl nor *.jsonl exists. A `TSPOTrainer` with "
-        "`log_trajectories=True` writes them from its first step on."
+    inside = sorted(
+        {
+            str(_run_of(file))
+            for level in ("*/", "*/*/", "*/*/*/")
+            for file in folder.glob(f"{level}*.jsonl")
+            if _LOG.fullmatch(file.name)
+        }
     )
+    more = f" and {len(inside) - _MOST_NAMED} more" if len(inside) > _MOST_NAMED else ""
+    raise FileNotFoundError(
+        f"There are no rollouts in {str(folder)!r}: neither trajectories/*.jsonl nor *.jsonl exists. "
+        + (
+            f"Give one of the folders inside that have rollouts: {', '.join(map(repr, inside[:_MOST_NAMED]))}{more}."
+            if inside
+            else "A `TSPOTrainer` with `log_trajectories=True` writes them from its first step on, and `tspo evaluate` for "
+            "each data set."
+        )
+    )
+
+
+def _run_of(file: Path) -> Path:
+    return file.parent.parent if file.parent.name == "trajectories" else file.parent
 
 
 def write_settings(folder: str | Path, args: Any) -> None:
@@ -336,20 +359,24 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} cannot be read: it must be a JSON object, found {type(settings).__name__}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{file} cannot be read: {name!r} must be finite, found {value}")
     return settings
 
 
 def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """
     Read rollouts. Lines that are not rollouts are skipped and reported. If the folder was used by several runs, all are
-    read, and the beginning of each later run is reported.
+    read, and the beginning of each later run is reported, unless it begins at the last step of the run before with other
+    questions.
 
     Args:
         path (`str` or `Path`):
             A file that [`append_rollouts`] wrote, the folder `trajectories` of a run, or the folder of the run.
         on_problem (`Callable[[str], None]`, *optional*):
-            Called with a message that has file, line number and reason: for each line that cannot be read, and for the
-            first line of another run. By default, a warning is issued.
+            Called with a message that has file, line number and reason: for each line that cannot be read, for the first
+            line of another run, and where the questions of a step are sampled again. By default, a warning is issued.
 
     Yields:
         `dict`: The records, with a [`Trajectory`] under `"trajectory"`.
@@ -360,6 +387,7 @@ def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None 
     path = Path(path)
     report = on_problem or (lambda message: warnings.warn(message, stacklevel=3))
     last_steps: dict[Path, int] = {}  # by log: a folder has one for each process
+    sampled: dict[Path, set[tuple[Any, ...]]] = {}  # the rollouts of the last step, also by log
     for file_path in find_logs(path) if path.is_dir() else [path]:
         with file_path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -375,8 +403,42 @@ def read_rollouts(path: str | Path, *, on_problem: Callable[[str], None] | None 
                             f"{file_path}, line {number}: another run begins here (step {step} after step "
                             f"{last_steps[log]}). The folder was used twice; all runs are read."
                         )
+                    if step != last_steps.get(log):
+                        sampled[log] = set()
+                    place = (record.get("group"), record.get("rollout"), str(record.get("question")))
+                    if is_sampled_again(sampled[log], place):
+                        report(f"{file_path}, line {number}: {sampled_again(step)} All are read.")
                     last_steps[log] = step
                 yield record
+
+
+def is_sampled_again(sampled: set[tuple[Any, ...]], place: tuple[Any, ...]) -> bool:
+    """
+    Whether a step samples its questions again, as a second run in the same folder does that begins at this step.
+
+    Args:
+        sampled (`set[tuple]`):
+            The places of the step before this one. The place is added; if it was there, the others are removed, so that
+            only the first rollout that is sampled again counts.
+        place (`tuple`):
+            Group, rollout and question.
+
+    Returns:
+        `bool`: Whether the place was in `sampled`.
+    """
+    again = place in sampled
+    if again:
+        sampled.clear()
+    sampled.add(place)
+    return again
+
+
+def sampled_again(step: int) -> str:
+    """The text of a report that a step samples its questions again."""
+    return (
+        f"the questions of step {step} are sampled again here, by another run in the same folder or by another evaluation "
+        "of this step."
+    )
 
 
 def parse_rollout(line: bytes) -> dict[str, Any]:

@@ -154,7 +154,7 @@ const SETTINGS = {
 function drawHead() {
   $("name").querySelector("h1").textContent = index.name;
   const told = Object.entries(SETTINGS).flatMap(([name, say]) => (name in index.settings ? (say(index.settings[name]) ?? []) : []));
-  $("settings").textContent = told.length ? told.join("  ·  ") : "Settings not written down: defaults assumed";
+  $("settings").textContent = told.length ? told.join("  ·  ") : "Settings were not saved: defaults are assumed";
   const names = { train: "Training", eval: "Evaluation" };
   $("modes").replaceChildren(
     ...Object.keys(index.modes).map((mode) => el("button", { "data-mode": mode, onclick: () => toMode(mode), title: "e" }, names[mode] ?? mode)),
