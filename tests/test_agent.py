@@ -56,6 +56,39 @@ def test_a_build_for_an_accelerator_that_is_not_there_uses_the_cpu(policy_dir, r
     assert agent(questions[0]).turns
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "`temperature` must be a number of at least 0, got nan"),
+        ({"temperature": -1}, "`temperature` must be a number of at least 0, got -1"),
+        ({"dtype": "foo"}, "`dtype` must be 'auto' or a floating-point type of PyTorch.*, got 'foo'"),
+        ({"device": "foo"}, "`device`: 'foo' cannot be used here"),
+        ({"device": "cuda:99"}, "`device`: 'cuda:99' cannot be used here"),
+        ({"base_model": "./no"}, "`base_model`: there is no folder './no'"),
+        ({"model": "./no"}, "`model`: there is no folder './no'"),
+        ({"model": "./no", "subfolder": "x"}, "`model`: there is no folder './no'"),
+        ({"model": ""}, "`model` must be a folder or a name on the Hub, got ''"),
+    ],
+)
+def test_bad_arguments_are_named_before_the_model_is_loaded(policy_dir, retriever, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        SearchAgent.from_pretrained(**{"model": policy_dir, "retriever": retriever, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("inf")}, "`temperature` must be a number of at least 0, got inf"),
+        ({"tokenizer": "./no"}, "`tokenizer`: there is no folder './no'"),
+        ({"url": "localhost:8000"}, "`url` must be like 'http://localhost:8000'"),
+    ],
+)
+def test_bad_arguments_of_an_endpoint_are_named(policy_dir, retriever, options, message):
+    given = {"url": "http://localhost:9", "model": "tiny", "tokenizer": policy_dir, "retriever": retriever, **options}
+    with pytest.raises((ValueError, OSError), match=message):
+        SearchAgent.from_endpoint(**given)
+
+
 def test_order_and_results_do_not_depend_on_the_batch_size(policy_dir, retriever, questions):
     sizes = {1: None, 3: None, 32: None}
     for size in sizes:

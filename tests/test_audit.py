@@ -302,7 +302,9 @@ def test_the_demo_needs_no_corpus_or_questions(recipe, monkeypatch, tmp_path):
 
 
 def test_questions_are_drawn_with_a_seed_from_all_sources(recipe, tmp_path):
-    rows = [{"question": f"{name} {i}?", "golden_answers": ["x"], "data_source": name} for name in "ab" for i in range(20)]
+    rows = [
+        {"question": f"{name} {i}?", "golden_answers": ["x"], "data_source": name} for name in "ab" for i in range(20)
+    ]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = {}

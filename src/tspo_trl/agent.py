@@ -14,7 +14,7 @@ from .engines.endpoint import EndpointEngine
 from .engines.sampling import sampling_by
 from .engines.static import TransformersEngine
 from .retrieval.base import Retriever
-from .retrieval.results import check_retriever
+from .retrieval.results import check_retriever, is_number
 from .rollout.limits import SearchLimits
 from .rollout.loop import SearchLoop
 from .rollout.protocol import SearchProtocol
@@ -22,6 +22,9 @@ from .rollout.protocols import make_protocol
 from .rollout.search_config import SEARCH_CONFIG_NAME, SearchConfig
 from .rollout.trajectory import Trajectory
 from .sharing.load import ModelPlace, load_model, load_search_config
+from .support.devices import check_device, check_dtype
+from .support.http import check_url
+from .support.paths import check_model_path, check_place
 
 Prompt = str | list[dict[str, str]]
 
@@ -124,7 +127,8 @@ class SearchAgent:
                 Values of [`SearchConfig`] that override `search_config.json`, for instance `max_searches=2`.
 
         Raises:
-            `ValueError`: If the base model of an adapter cannot be found, or a setting is unknown or wrong.
+            `ValueError`: If the base model of an adapter cannot be found, or a setting, `temperature`, `dtype` or `device`
+                is wrong.
             `OSError`: If the model cannot be found.
         """
         if not isinstance(model, (str, Path)):
@@ -138,6 +142,14 @@ class SearchAgent:
             )
         # The retriever and the settings come first, so that a mistake in them is reported before the model is loaded
         check_retriever(retriever)
+        _check_temperature(temperature)
+        check_dtype(dtype)
+        check_device(device)
+        check_place(base_model, "`base_model`")
+        if subfolder:
+            check_place(model, "`model`")
+        else:
+            check_model_path(model)
         place = ModelPlace(str(model), revision=revision, subfolder=subfolder, token=token)
         config = load_search_config(place, search_settings)
         loaded, processing_class = load_model(
@@ -256,9 +268,13 @@ class SearchAgent:
         Raises:
             [`~tspo_trl.engines.endpoint.EndpointError`]: If the server cannot be reached, does not have the model, or
                 refuses completions.
-            `ValueError`: If the tokenizer has no end-of-sequence token.
+            `OSError`: If the tokenizer cannot be found.
+            `ValueError`: If the tokenizer has no end-of-sequence token, or if `url`, `temperature` or a setting is wrong.
         """
         check_retriever(retriever)
+        _check_temperature(temperature)
+        check_url(url)
+        check_place(tokenizer, "`tokenizer`")
         config, generation_config = SearchConfig(), GenerationConfig()
         if isinstance(tokenizer, str):
             path = cached_file(tokenizer, SEARCH_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
@@ -367,6 +383,12 @@ class SearchAgent:
             for i, trajectory in zip(batch, rolled_out, strict=True):
                 trajectories[i] = trajectory
         return trajectories
+
+
+def _check_temperature(temperature: Any) -> None:
+    """Refuse a temperature that cannot be one, such as NaN."""
+    if not (is_number(temperature) and 0 <= temperature < float("inf")):
+        raise ValueError(f"`temperature` must be a number of at least 0, got {temperature!r}.")
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:

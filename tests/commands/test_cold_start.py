@@ -67,7 +67,7 @@ def test_the_command_makes_a_model(tmp_path, model_dir, capsys, monkeypatch, ada
     assert re.search(r"Loss: \d\.\d+ at step 1, \d\.\d+ at step 2", shown)
     assert "Held-out questions (2, greedy)" in shown
     assert re.search(r"Rollouts that search +│ +\d\.\d+ │ +\d\.\d+ │", shown)
-    assert f"recipes/train.py --model_name_or_path {out} --protocol tags" in shown.replace("\n", "")
+    assert f"tspo train --model_name_or_path {out} --protocol tags" in shown.replace("\n", "")
     config = SearchConfig.load(out)
     assert (config.max_searches, config.num_passages) == (2, 2)
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_dir, out))
@@ -162,6 +162,10 @@ def test_held_out_questions_are_not_demonstrated(tmp_path):
         ),
         ([*DATA, "--model", "runs/nowhere/cold"], "--model_name_or_path: there is no folder 'runs/nowhere/cold'"),
         ([*DATA, "--model", "who/none"], "'who/none' is not a folder here, and was not found on the Hub"),
+        ([*DATA, "--model", "MODEL", "--report_to", "wandbb"], "`report_to` must be 'none', 'all' or some of ["),
+        ([*DATA, "--model", "MODEL", "--use_liger_kernel", "true"], "pip install liger-kernel"),
+        ([*DATA, "--model", "MODEL", "--eval_strategy", "steps"], "`eval_strategy` must be 'no', got 'steps'"),
+        ([*DATA, "--model", "MODEL", "--output_dir", "/proc/x"], "`output_dir`: the folder '/proc/x' cannot be made"),
         ([*DATA, "--model", "demo"], "The demo has a cold start of its own: run `tspo train`"),
         ([*DATA, "--model", "MODEL", "--load_in_4bit", "true"], "an adapter cannot be merged exactly"),
         ([*DATA, "--model", "MODEL", "--check_questions", "-1"], "`check_questions` must not be negative"),

@@ -9,10 +9,12 @@ from importlib import import_module
 
 import httpx2
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from helpers.paths import ROOT
 from tspo_trl.commands.errors import keeping_tracebacks, run_command
 from tspo_trl.commands.main import COMMANDS, main
+from tspo_trl.commands.options import check_model
 from tspo_trl.commands.serve import open_as_asked
 from tspo_trl.commands.serve import parse_arguments as parse_serve_arguments
 
@@ -21,11 +23,11 @@ OPTIONS = {
     "train": [*RETRIEVER, "--retriever_url", "--max_searches", "--output_dir"],
     "cold_start": [*RETRIEVER, "--retriever_url", "--max_searches", "--num_demonstrations", "--output_dir"],
     "evaluate": [*RETRIEVER, "--backend", "--retriever_url", "--max_searches", "--compare", "--output_dir"],
-    "audit": [*RETRIEVER, "--backend", "--retriever_url", "--top_k", "--output_dir"],
-    "serve": [*RETRIEVER, "--backend", "--port"],
+    "audit": [*RETRIEVER, "--backend", "--retriever_url", "--max_passages", "--output_dir"],
+    "serve": [*RETRIEVER, "--backend", "--port", "--index_form", "--num_passages"],
     "inspect": ["--steps", "--terminal"],
     "memory": ["--model", "--strategy", "--gpus"],
-    "wiki18": ["--subset", "--backend", "--form", "--encoder"],
+    "wiki18": ["--subset", "--retriever_backend", "--index_form", "--retriever_encoder", "--num_passages"],
 }
 
 
@@ -89,6 +91,94 @@ def test_the_same_thing_has_the_same_flag(command, dash):
 
 
 @pytest.mark.parametrize(
+    ("command", "arguments", "name", "value"),
+    [
+        ("serve", "--corpus README.md --topk 5 --form exact", "num_passages", 5),
+        ("serve", "--corpus README.md --save_index x --backend dense --encoder e --form small", "index_form", "small"),
+        ("wiki18", "convert --backend bm25 --form exact", "index_form", "exact"),
+        ("wiki18", "convert --backend bm25 --encoder e", "retriever_backend", "bm25"),
+        ("wiki18", "serve --encoder e --topk 5", "retriever_encoder", "e"),
+        ("audit", "--dataset demo --dataset_train_split heldout --top_k 9", "split", "heldout"),
+        ("audit", "--dataset demo --dataset_train_split heldout --top_k 9", "top_k", 9),
+        ("evaluate", "--model m --dataset nq --corpus README.md --dataset-train-split dev", "split", "dev"),
+    ],
+)
+def test_other_spellings_of_an_option_are_read(monkeypatch, command, arguments, name, value):
+    monkeypatch.chdir(ROOT)
+    parse = import_module(f"tspo_trl.commands.{command}").parse_arguments
+    assert getattr(parse(arguments.split()), name) == value
+
+
+def test_training_reads_split_and_topk_from_flags_and_files(tmp_path):
+    parse = import_module("tspo_trl.commands.train").parse_arguments
+    (tmp_path / "run.yaml").write_text("split: dev\ntopk: 5\n")
+    for given in (["--split", "dev", "--topk", "5"], ["--config", str(tmp_path / "run.yaml")]):
+        script, args, _ = parse([*given, "--output_dir", str(tmp_path), "--use_cpu", "true"])
+        assert (script.dataset_train_split, args.num_passages) == ("dev", 5)
+
+
+@pytest.mark.parametrize("command", ["inspect", "memory"])
+def test_unknown_options_are_named_in_one_line(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *(["runs"] if command == "inspect" else []), "--bad", "1"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--bad" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "meant"),
+    [
+        ("evaluate --modle a --dataset_name b", "--modle", "--model"),
+        ("evaluate --model a --max-search=3", "--max-search", None),  # the beginning of a name
+        ("evaluate --model a --max-serches 3", "--max-serches", "--max_searches"),
+        ("audit --datset_name nq", "--datset_name", "--dataset_name"),
+        ("serve --corpsu x", "--corpsu", "--corpus"),
+        ("serve --top-q 3", "--top-q", "--topk"),
+        ("inspect runs --stpes 3", "--stpes", "--steps"),
+        ("wiki18 all --subste=3", "--subste", "--subset"),
+        ("train --modle demo", "--modle", "--model"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(arguments, flag, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    shown = capsys.readouterr().err
+    assert (f"unknown option {flag}. Did you mean {meant}?" in shown) == (meant is not None)
+
+
+def test_a_value_may_begin_with_dashes():
+    parse = import_module("tspo_trl.commands.evaluate").parse_arguments
+    args = parse(["--model", "m", "--dataset_name", "nq", "--prompt_template", "--- answer {question}"])
+    assert args.prompt_template == "--- answer {question}"
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_twice(monkeypatch):
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append(name)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"not found on the Hub .*HF_HUB_OFFLINE is set"):
+        check_model("who/none", "--model")
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    asked.clear()
+    with pytest.raises(ConnectionError, match=r"--model: 'who/none' is neither .* the Hub cannot be reached"):
+        check_model("who/none", "--model")
+    assert asked == ["config.json"]
+
+
+def test_the_help_of_memory_explains_its_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["memory", "--help"])
+    shown = capsys.readouterr().out
+    assert "Number of rollouts for each question. (default: 8)" in " ".join(shown.split())
+    assert "Args:" not in shown
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("audit --dataset_name nowhere.jsonl --retriever_url http://127.0.0.1:9", "there is no file 'nowhere.jsonl'"),
@@ -105,7 +195,18 @@ def test_the_same_thing_has_the_same_flag(command, dash):
         ("serve --corpus nowhere.jsonl", "--corpus: 'nowhere.jsonl' does not exist"),
         ("serve --corpus demo --port 70000", "--port must be from 0 to 65535, got 70000"),
         ("serve --corpus demo --backend lucene", "--corpus demo is for --retriever_backend bm25"),
-        ("serve --corpus demo --topk 0", "--topk must be at least 1, got 0"),
+        ("serve --corpus demo --topk 0", "--num_passages must be at least 1, got 0"),
+        ("serve --corpus demo --index docs", "--index is a saved index, and --corpus demo makes one"),
+        ("serve --corpus README.md --save_index x --index docs", "and --save_index makes one"),
+        ("serve --corpus README.md --index_form small", "--index_form small is for --save_index with"),
+        ("serve --corpus README.md --index_form small --save_index x", "is for --save_index with --retriever_backend"),
+        ("serve --corpus README.md --save_index=", "--save_index must name a folder, got ''"),
+        ("serve --index docs --backend dense --encoder ./no", "--retriever_encoder: there is no folder './no'"),
+        ("serve --corpus demo --port 0 --host nowhere.invalid", "--host must be an address of this machine, got"),
+        ("serve --corpus demo --port 0 --host 192.0.2.1", "--host must be an address of this machine, got '192.0.2.1'"),
+        ("wiki18 all --port 99999", "--port must be from 0 to 65535, got 99999"),
+        ("wiki18 all --encoder ./no", "--retriever_encoder: there is no folder './no'"),
+        ("wiki18 all --folder=", "--folder must name a folder, got ''"),
         ("memory --config nowhere.yaml", "nowhere.yaml"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
     ],

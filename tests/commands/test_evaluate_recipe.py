@@ -73,6 +73,16 @@ def test_models_are_evaluated_compared_and_compared_again(recipe, tmp_path, poli
         recipe.main(["--compare", str(out), str(out / "same")])
 
 
+def test_a_configuration_of_a_data_set_is_chosen(recipe, tmp_path):
+    for name in ("easy", "hard"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        row = {"question": f"{name}?", "golden_answers": ["x"]}
+        (tmp_path / "data" / name / "test.jsonl").write_text(json.dumps(row) + "\n")
+    options = ["--model", "m", "--dataset", f"mine={tmp_path / 'data'}", "--corpus", "x", "--dataset_config", "hard"]
+    datasets, *_ = recipe.load_datasets(recipe.parse_arguments(options))
+    assert datasets["mine"]["question"] == ["hard?"]
+
+
 def test_a_subset_is_drawn_with_a_seed(recipe, tmp_path, policy_dir, files):
     arguments = ["--model", policy_dir, "--dataset", f"few={files['mixed']}", "--max_questions", "10"]
     arguments += ["--corpus", files["corpus"], *SETTINGS, *PROMPT]
@@ -118,7 +128,25 @@ def test_an_endpoint_is_evaluated(recipe, tmp_path, policy_dir, files, capsys):
         ),
         (["--model", "m", "--dataset", "x", "--temperature", "-1"], "--temperature must not be negative"),
         (["--model", "m", "--dataset", "x", "--columns", "a"], "--dataset_columns must be like OURS=THEIRS, got 'a'"),
-        (["--compare", "a", "b", "--model", "m"], "goes without --model"),
+        (["--model", "m", "--dataset", "x", "--temperature", "nan"], "--temperature must not be negative"),
+        (["--model", "m", "--dataset", "x", "--temperature", "inf"], "a finite number, got inf"),
+        (["--model", "m", "--dataset", "x", "--max_searches", "-1"], "--max_searches must be at least 0, got -1"),
+        (["--model", "m", "--dataset", "x", "--max_turn_tokens", "0"], "--max_turn_tokens must be at least 1, got 0"),
+        (
+            ["--model", "m", "--dataset", "x", "--prompt_template", "x"],
+            "--prompt_template must have '{question}' in it",
+        ),
+        (["--model", "", "--dataset", "x"], "--model must name a model, got ''"),
+        (["--model", "m", "x=", "--dataset", "x"], "--model must name a model, got 'x='"),
+        (["--model", "m", "--dataset", ""], "--dataset_name must name a data set, got ''"),
+        (
+            ["--model", "z5/checkpoint-1", "z6/checkpoint-1", "--dataset", "x"],
+            "two models are called 'checkpoint-1': 'z5/checkpoint-1' and 'z6/checkpoint-1'. Rename one: "
+            "NAME=z6/checkpoint-1",
+        ),
+        (["--model", "a=X", "a=Y", "--dataset", "x"], "two models are called 'a': 'X' and 'Y'. Rename one: NAME=Y"),
+        (["--model", "tiny", "tiny", "--dataset", "x"], "two models are called 'tiny'"),
+        (["--compare", "a", "b", "--model", "m"], "cannot be combined with --model"),
     ],
 )
 def test_bad_options_are_named(recipe, arguments, message, capsys):
@@ -134,11 +162,13 @@ def test_bad_options_are_named(recipe, arguments, message, capsys):
         (["--dataset", "nowhere.jsonl", "--corpus", "CORPUS"], "nowhere.jsonl"),
         (["--dataset", "OTHER"], "Nothing to search in: give --corpus, --index or --retriever_url"),
         (["--dataset", "OTHER", "x=OTHER", "y=OTHER", "--corpus", "CORPUS", "CORPUS"], "one for each of the 3, got 2"),
-        (["--dataset", "OTHER", "OTHER", "--corpus", "CORPUS"], "two are called 'other'"),
+        (["--dataset", "OTHER", "OTHER", "--corpus", "CORPUS"], "two data sets are called 'other'"),
         (["--dataset", "nowhere.jsonl", "--retriever_url", "http://127.0.0.1:9"], "there is no file 'nowhere.jsonl'"),
         (["--dataset", "OTHER", "--corpus", "nowhere.jsonl"], "--corpus: 'nowhere.jsonl' does not exist"),
         (["--dataset-name", "OTHER", "--corpus", "CORPUS", "--model", "./no"], "--model: there is no folder './no'"),
         (["--dataset_name", "OTHER", "--corpus", "CORPUS", "--output_dir", "OTHER"], "other.jsonl' is a file"),
+        (["--dataset_name", "OTHER", "--corpus", ""], "--corpus must name a file or folder, got ''"),
+        (["--dataset_name", "OTHER", "--index", ""], "--index must name a file or folder, got ''"),
     ],
 )
 def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, files, arguments, message):
@@ -148,6 +178,39 @@ def test_bad_sources_are_named_before_the_model_is_loaded(recipe, tmp_path, file
     options = ["--model", "nowhere", "--output_dir", str(tmp_path / "out"), *arguments]
     with pytest.raises((ValueError, OSError), match=message):
         recipe.main(options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--dtype", "foo", "--dtype must be 'auto' or a floating-point type of PyTorch.*, got 'foo'"),
+        ("--dtype", "load", "--dtype must be 'auto'"),
+        ("--device", "foo", "--device: 'foo' cannot be used here .*This machine has"),
+        ("--device", "cuda:99", "--device: 'cuda:99' cannot be used here"),
+        ("--base_model", "./no", "--base_model: there is no folder './no'"),
+        ("--retriever_encoder", "./no", "--retriever_encoder: there is no folder './no'"),
+        ("--tokenizer", "./no", "--tokenizer: there is no folder './no'"),
+        ("--tokenizer", "", "--tokenizer must be a folder or a name on the Hub, got ''"),
+        ("--endpoint", "localhost:8000", "--endpoint must be like 'http://localhost:8000', got 'localhost:8000'"),
+        ("--endpoint", "http://127.0.0.1:abc", "--endpoint is not a URL"),
+        ("--endpoint", "", "--endpoint must be like"),
+    ],
+)
+def test_bad_values_are_named_before_data_and_passages_are_opened(
+    recipe, tmp_path, policy_dir, monkeypatch, option, value, message
+):
+    monkeypatch.setattr(recipe, "load_datasets", None)
+    (tmp_path / "data.jsonl").touch()
+    options = ["--model", policy_dir, "--dataset_name", str(tmp_path / "data.jsonl"), "--corpus", str(tmp_path)]
+    with pytest.raises((ValueError, OSError), match=message):
+        recipe.main([*options, option, value, "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_key_that_cannot_be_sent_names_its_variable(recipe, tmp_path, policy_dir, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "clé")
+    options = ["--model", policy_dir, "--dataset_name", "nq", "--corpus", str(tmp_path), "--endpoint", "http://host"]
+    with pytest.raises(ValueError, match="The environment variable OPENAI_API_KEY must be printable ASCII"):
+        recipe.main([*options, "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_question_that_is_too_long_is_named_before_the_first_rollout(recipe, tmp_path, policy_dir, files):

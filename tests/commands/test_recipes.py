@@ -17,6 +17,7 @@ from helpers.servers import Server
 from tspo_trl import read_rollouts
 from tspo_trl.commands.errors import run_command
 from tspo_trl.demo.warmup import LIMITS
+from tspo_trl.questions.hints import in_flags
 from tspo_trl.rollout.limits import SearchLimits
 from tspo_trl.scoring import contains_answer, exact_match, normalize_answer
 
@@ -151,6 +152,25 @@ def test_only_files_that_exist_are_named(recipe, tmp_path, capsys):
     assert re.search(r"Curves: .*Trajectories: ", capsys.readouterr().out, re.DOTALL)
 
 
+def test_errors_name_the_training_set_as_the_command_does(recipe):
+    """For instance a question that is too long, which the trainer finds."""
+    for names, shown in (("a.jsonl", "a.jsonl"), (["a.jsonl", "b c.jsonl"], "a.jsonl 'b c.jsonl'")):
+        flags = recipe.trainer_flags(SimpleNamespace(dataset_name=names))
+        assert in_flags("`train_dataset`, row 5: x", flags) == f"`--dataset_name {shown}`, row 5: x"
+
+
+def test_names_with_markup_are_printed_as_they_are(recipe, tmp_path, capsys):
+    history = [{"eval_br[/x]_reward": 0.5}]
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=history), num_generations_eval=4)
+    folder = tmp_path / ("long" * 30) / "br[/x]"
+    (folder / "trajectories").mkdir(parents=True)
+    recipe.report_run(trainer, history[0], {"br[/x]": [1, 2]}, folder)
+    shown = capsys.readouterr().out
+    assert f"\nModel: {folder}\n" in shown
+    assert f"\nTrajectories: {folder}/trajectories, as a page: tspo inspect '{folder}'\n" in shown
+    assert "br[/x] (2, 4 sampled" in shown
+
+
 def parse(recipe, *arguments):
     from trl import ModelConfig, TrlParser
 
@@ -236,7 +256,7 @@ def test_data_sets_to_train_and_evaluate_on(recipe, tmp_path):
     _, evaluated = recipe.load_datasets(parse(recipe, *options))
     assert {name: len(dataset) for name, dataset in evaluated.items()} == {"mine": 2, "b": 2}
     assert evaluated["mine"]["question"][:] == ["test 0?", "test 1?"]
-    with pytest.raises(ValueError, match="`eval_dataset_name`: two data sets are called 'b'"):
+    with pytest.raises(ValueError, match="`eval_dataset_name`: two data sets have the name 'b'"):
         recipe.load_datasets(parse(recipe, "--dataset_name", a, "--eval_dataset_name", b, b))
 
 
@@ -366,6 +386,17 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
         (["--config", "recipes/configs/qwen2.5_7b_lora.yaml", *DEAD], "pip install 'tspo-trl[vllm]'"),
         (["--load_in_4bit", "true", "--use_peft", "true"], "pip install 'tspo-trl[quantization]'"),
         (["--report_to", "wandb"], "pip install wandb"),
+        (["--report_to", "wandbb"], "`report_to` must be 'none', 'all' or some of ["),
+        (["--use_liger_kernel", "true"], "pip install liger-kernel"),
+        (
+            [*DATA, *DEAD, "--eval_strategy", "steps"],
+            "`eval_strategy` is 'steps', but there is no `eval_dataset` (`--ev",
+        ),
+        (
+            [*DATA, *DEAD, "--dataset_streaming", "true"],
+            "`max_steps` must be at least 1 with a streamed `--dataset_name ",
+        ),
+        ([*DATA, *CORPUS, "--output_dir", "/proc/x"], "`output_dir`: the folder '/proc/x' cannot be made"),
         ([*MODEL, "--dataset_name", "FEW", *DEAD, "--gradient_accumulation_steps", "2"], "Nothing would be trained"),
         (
             [*DATA, "--eval_dataset_name", "FEW", *DEAD, "--num_generations_eval", "3"],
@@ -375,7 +406,7 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
             [*DATA, *CORPUS, "--num_generations", "3"],
             "generation_batch_size (8) must be divisible by num_generations (3)",
         ),
-        (["--folr_alpha", "-1"], "`folr_alpha` must not be negative"),
+        (["--folr_alpha", "-1"], "`folr_alpha` must be at least 0, got -1"),
         (["--stop_on_collapse", "everything"], "`stop_on_collapse` must hold some of"),
         (["--config", "TYPES"], "`max_searches` must be a whole number, got [2]"),
         (["--max_serches", "2"], "unknown option --max_serches. Did you mean --max_searches?"),
@@ -389,8 +420,8 @@ DEAD = ["--retriever_url", "http://127.0.0.1:9"]  # would be asked for two minut
 def test_bad_input_is_named_in_one_line(recipe, tmp_path, capfd, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
     find_spec = recipe.find_spec
-    absent = ("bitsandbytes", "wandb")
-    monkeypatch.setattr(recipe, "find_spec", lambda name: None if name in absent else find_spec(name))
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    monkeypatch.setattr(recipe, "get_available_reporting_integrations", lambda: ["tensorboard"])
     sample = ROOT / "tests" / "data" / "hotpotqa"
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{"id": "1", oops\n')
     (tmp_path / "empty.jsonl").write_text("\n")

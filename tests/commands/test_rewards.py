@@ -42,13 +42,13 @@ def test_every_function_of_the_library_has_a_name():
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        (["exact_match"], None, "'exact_match' is none of ['exact_match_reward', 'f1_reward', 'format_reward']"),
+        (["exact_match"], None, "'exact_match' is neither one of ['exact_match_reward', 'f1_reward', 'format_reward']"),
         ([], None, "must name at least one"),
         (["nowhere.my_reward"], None, "there is no module 'nowhere'"),
         (["nowhere.deeper.my_reward"], None, "there is no module 'nowhere.deeper'"),
         (["rewards_of_mine.long_reward"], None, "'long_reward' does not exist in"),
         (["rewards_of_mine.limit"], None, "'limit' has the type int in"),
-        (["format_reward", "rewards_of_mine.format_reward"], None, "two functions are called 'format_reward'"),
+        (["format_reward", "rewards_of_mine.format_reward"], None, "two functions have the name 'format_reward'"),
         (["format_reward"], [1.0, 0.1], "got [1.0, 0.1] for ['format_reward']"),
         (None, [1.0, 0.1], "got [1.0, 0.1] for the exact match alone, because `reward_funcs` is not given"),
     ],

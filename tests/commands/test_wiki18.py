@@ -123,7 +123,8 @@ def test_a_damaged_file_of_vectors_is_downloaded_again(published, tmp_path):
     assert again.returncode == 0, again.stderr
     assert vectors.read_bytes() == whole
     early = run(published, tmp_path, "serve", "--subset", "20", "--form", "exact")
-    assert "not there yet. Run `tspo wiki18 convert --form exact --subset 20` first." in early.stderr
+    options = f"--folder {tmp_path} --subset 20 --index_form exact --retriever_encoder {published['encoder']}"
+    assert f"not there yet. Run `tspo wiki18 convert {options}` first." in early.stderr
 
 
 def test_without_a_network_the_error_says_what_to_do(published, tmp_path):
@@ -137,7 +138,8 @@ def test_without_a_network_the_error_says_what_to_do(published, tmp_path):
 
 def test_the_index_of_lucene_needs_the_corpus_and_no_vectors(published, tmp_path):
     early = run(published, tmp_path, "convert", "--backend", "bm25")
-    assert "not there yet. Run `tspo wiki18 download --backend bm25` first" in early.stderr
+    expected = f"Run `tspo wiki18 download --folder {tmp_path} --retriever_backend bm25` first"
+    assert f"not there yet. {expected}" in early.stderr
     published["hub"].requested.clear()
     for step in ("download", "convert"):
         done = run(published, tmp_path, step, "--backend", "bm25")
@@ -150,7 +152,8 @@ def test_the_index_of_lucene_needs_the_corpus_and_no_vectors(published, tmp_path
     assert not places.archive.exists()
     served = run(published, tmp_path, "serve", "--backend", "hybrid")
     assert served.returncode == 2
-    assert "dense-small-all: not there yet. Run `tspo wiki18 convert --backend hybrid` first." in served.stderr
+    options = f"--folder {tmp_path} --retriever_backend hybrid --retriever_encoder {published['encoder']}"
+    assert f"dense-small-all: not there yet. Run `tspo wiki18 convert {options}` first." in served.stderr
 
 
 @pytest.mark.parametrize("folder", ["", "bm25", "index/bm25"])
@@ -185,12 +188,21 @@ def test_the_corpus_is_unpacked_whatever_is_compressed(tmp_path, archived):
 def test_steps_out_of_order_and_too_large_subsets(published, tmp_path):
     early = run(published, tmp_path, "convert", "--subset", "30")
     assert early.returncode == 2
-    assert "not there yet. Run `tspo wiki18 download --subset 30` first" in early.stderr
+    assert f"not there yet. Run `tspo wiki18 download --folder {tmp_path} --subset 30` first" in early.stderr
     large = run(published, tmp_path, "download", "--subset", "41")
     assert large.returncode == 2
     assert "--subset: the corpus has only 40 passages, got 41" in large.stderr
     assert not list((tmp_path / "download").iterdir())  # nothing has its final name
     assert "Traceback" not in early.stderr + large.stderr
+
+
+def test_a_missing_extra_is_named_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for module in ("tspo_trl.commands.serve", "tspo_trl.retrieval.server"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'tspo-trl\[server\]'"):
+        wiki18.main(["all", "--folder", str(tmp_path / "wiki")])
+    assert not (tmp_path / "wiki").exists()
 
 
 def test_too_little_room_is_said_before_the_download(published, tmp_path, monkeypatch):
@@ -204,7 +216,7 @@ def test_damaged_downloads_are_removed(tmp_path):
     path = tmp_path / "part_aa"
     path.write_bytes(b"vectors")
     right = "fe3b93e2f4b5f8c0ab3a1ca3bf94d1a8d9e2ac0ee6c4ab1f2c73ac9bf17d9a0c"
-    with pytest.raises(ValueError, match=r"has 7 bytes, expected 8. It is removed: repeat the command"):
+    with pytest.raises(ValueError, match=r"has 7 bytes, expected 8. It was deleted. Run the command again"):
         check_download(path, 8, None)
     assert not path.exists()
     path.write_bytes(b"vectors")

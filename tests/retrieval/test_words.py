@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tspo_trl import BM25Retriever, Passage, open_retriever
+from tspo_trl.retrieval.base import TRIAL_QUERY
 from tspo_trl.retrieval.words import WORDS_VERSION, index_words, split_words
 
 
@@ -83,15 +84,18 @@ def test_a_character_and_a_word_without_its_particle_are_searched(backend, query
     assert best(BM25Retriever(corpus, backend, **language), query) == found
 
 
-def test_an_index_of_another_rule_for_words_is_refused(tmp_path):
+def test_an_index_of_another_rule_for_words_is_reported(tmp_path, caplog):
     BM25Retriever(passages(a="Emma")).save(tmp_path)
+    present = BM25Retriever.load(tmp_path).fingerprint
+    assert "rule for words" not in caplog.text
     about = json.loads((tmp_path / "index.json").read_text())
     assert about["words"] == WORDS_VERSION
     del about["words"]
     (tmp_path / "index.json").write_text(json.dumps(about))
-    message = f"version 2 of the rule for words has made it, this version reads {WORDS_VERSION}. Index the corpus again"
-    with pytest.raises(ValueError, match=message):
-        BM25Retriever.load(tmp_path)
+    old = BM25Retriever.load(tmp_path)
+    assert f"version 2 of the rule for words, the present one is {WORDS_VERSION}. Index the corpus" in caplog.text
+    assert best(old, "Emma") == "a"
+    assert old.fingerprint != present
 
 
 def test_the_language_selects_stop_words_and_stemmer():
@@ -142,6 +146,15 @@ def test_a_single_query_that_finds_nothing_is_not_reported_later(caplog):
     assert "finds no passage" not in caplog.text
     retriever.search(["北京在哪里"] * 8, 1)  # another language
     assert "'北京在哪里' finds no passage: none of its words" in caplog.text
+
+
+def test_a_trial_search_is_not_reported_and_leaves_the_report_to_others(caplog):
+    retriever = BM25Retriever(passages(a="Emma is a novel"))
+    retriever.search([TRIAL_QUERY], 1)
+    retriever.search([TRIAL_QUERY] * 20, 1)
+    assert "finds no passage" not in caplog.text
+    retriever.search(["北京在哪里"], 1)
+    assert "'北京在哪里' finds no passage" in caplog.text
 
 
 def test_passages_without_words_are_reported(caplog):

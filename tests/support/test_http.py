@@ -2,6 +2,7 @@
 
 import json
 import threading
+from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -29,7 +30,7 @@ def environment(monkeypatch):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A server of models, completions and passages, which redirects if `server.target` is set."""
+    """A server of models, completions and passages, which redirects if `server.target` is set, or sends `server.body`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -42,8 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"result": [[{"id": 1, "text": "x"}]], "choices": [choice]})
 
     def reply(self, content):
-        body = b"" if self.server.target else json.dumps(content).encode()
-        self.send_response(307 if self.server.target else 200)
+        self.server.authorizations.append(self.headers["authorization"])
+        body = b"" if self.server.target else self.server.body or json.dumps(content).encode()
+        self.send_response(307 if self.server.target else self.server.status)
         if self.server.target:
             self.send_header("location", self.server.target)
         self.send_header("content-length", str(len(body)))
@@ -57,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.target = True, None
+    server.daemon_threads, server.target, server.status, server.body = True, None, 200, b""
+    server.authorizations = []
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield server
@@ -119,6 +122,85 @@ def test_message_of_a_redirect_names_its_target(client, error, server, tokenizer
         assert "s3cret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:99999", "must have a port from 1 to 65535, got 'http://127.0.0.1:99999'"),
+        ("http://127.0.0.1:abc", r"is not a URL \(Invalid port: 'abc'\), got 'http://127.0.0.1:abc'"),
+        ("http://u:s3cret@127.0.0.1:99999", r"port from 1 to 65535, got 'http://\*\*\*@127.0.0.1:99999'"),
+        ("127.0.0.1:8000", "must be like 'http://localhost:8000', got '127.0.0.1:8000'"),
+        ("http://", "must be like 'http://localhost:8000', got 'http://'"),
+        ("", "must be like 'http://localhost:8000', got ''"),
+    ],
+)
+def test_impossible_addresses_are_refused(client, url, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        client(url, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("client", "error"), [(retrieve, RetrievalError), (complete, EndpointError), (serve_training, ConnectionError)]
+)
+def test_a_password_is_sent_but_not_shown(client, error, server, tokenizer):
+    url = server.url.replace("//", "//user:s3cret@")
+    client(url, tokenizer)
+    assert set(server.authorizations) == {"Basic " + b64encode(b"user:s3cret").decode()}
+    server.status = 401
+    with pytest.raises(error, match=server.url) as raised:
+        client(url, tokenizer)
+    assert "s3cret" not in str(raised.value)
+    assert "HTTP 401" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("client", "error"), [(retrieve, RetrievalError), (complete, EndpointError), (serve_training, ConnectionError)]
+)
+def test_https_to_a_server_without_it_fails_at_once(client, error, server, tokenizer):
+    with pytest.raises(error, match="use http:// instead of https://") as raised:
+        client(server.url.replace("http:", "https:"), tokenizer)
+    assert getattr(raised.value, "permanent", True)
+
+
+@pytest.mark.parametrize(
+    ("client", "error"), [(retrieve, RetrievalError), (complete, EndpointError), (serve_training, ConnectionError)]
+)
+@pytest.mark.parametrize("body", [b"<html>Log in</html>", b'{"error": "Log in"}'])
+def test_message_of_an_unexpected_reply_shows_it(client, error, body, server, tokenizer):
+    server.body = body
+    with pytest.raises(error, match="Log in"):
+        client(server.url, tokenizer)
+
+
+def test_message_of_a_list_of_models_without_names_shows_it(server, tokenizer):
+    server.body = b'{"data": [{"name": "tiny"}]}'
+    with pytest.raises(ConnectionError, match=r"not a list of models \(KeyError\('id'\)\). HTTP 200: .*tiny"):
+        serve_training(server.url, tokenizer)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("certificates", ["/nonexistent", __file__])
+def test_certificates_that_cannot_be_read_name_their_variable(client, certificates, server, tokenizer, environment):
+    environment.setenv("SSL_CERT_FILE", certificates)
+    with pytest.raises(ValueError, match=f"variable SSL_CERT_FILE .*{certificates}"):
+        client(server.url, tokenizer)
+
+
+def test_an_api_key_that_cannot_be_sent_is_refused(server, tokenizer):
+    options = {"stop_strings": [], "eos_token_ids": [0]}
+    for key in ("clé", "key\n", " "):
+        with pytest.raises(ValueError, match="`api_key` must be printable ASCII") as error:
+            EndpointEngine(server.url, "tiny", tokenizer, api_key=key, **options)
+        assert "clé" not in str(error.value)
+    EndpointEngine(server.url, "tiny", tokenizer, api_key="", **options)
+    assert set(server.authorizations) == {None}
+
+
+def test_an_engine_needs_a_request(server, tokenizer):
+    with pytest.raises(ValueError, match="`max_requests` must be at least 1, got 0"):
+        EndpointEngine(server.url, "tiny", tokenizer, stop_strings=[], eos_token_ids=[0], max_requests=0)
+
+
 # Proxies
 
 
@@ -153,6 +235,14 @@ def test_other_kinds_of_proxies_are_explained(variable, environment):
 def test_usual_proxies_are_accepted(value, environment):
     environment.setenv("HTTP_PROXY", value)
     check_proxies("http://example.com")
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_impossible_proxy_is_named(client, tokenizer, environment):
+    environment.setenv("HTTP_PROXY", "http://u:s3cret@127.0.0.1:99999")
+    with pytest.raises(ValueError, match="variable HTTP_PROXY must have a port from 1 to 65535") as error:
+        client("http://10.0.0.5:8000", tokenizer)
+    assert "s3cret" not in str(error.value)
 
 
 # Replies

@@ -36,12 +36,13 @@ from rich.text import Text
 from ..audit import COMMON, REASONS, Audit, Ranks, SampledSearches, compare, find_ranks, summarize, verdict
 from ..chance import POOL_SEARCHES
 from ..questions import BENCHMARKS, load_benchmark, load_questions
-from ..questions.check import check_columns, check_row
+from ..questions.check import check_columns, check_row, read_texts
 from ..questions.hints import hints_in_flags
-from ..questions.values import as_text
+from ..questions.mix import draw
 from ..retrieval import HybridRetriever, Passage, Retriever
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER, open_retriever
 from ..rollout.limits import SearchLimits
+from ..support.files import replace_file, replacing
 from .demo import DEMO, demo_retriever
 from .options import (
     DATA_FLAGS,
@@ -83,9 +84,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--dataset_config", help="configuration of a data set on the Hub")
     add_columns_option(parser)
     add("--split", default="train", help="split of the data set; a local file is 'train' (default: %(default)s)")
-    add("--max_questions", type=int, metavar="N", help="audit the first N questions (default: all)")
+    add("--max_questions", type=int, metavar="N", help="draw N questions (default: all)")
+    add("--seed", type=int, default=0, help="seed of the questions drawn (default: %(default)s)")
+    add("--demo_seed", type=int, default=0, help="seed of the demo's encyclopedia (default: %(default)s)")
     add_retriever_options(parser, compared=True)
-    add("--top_k", type=int, default=20, metavar="N", help="maximum number of passages (default: %(default)s)")
+    add(
+        "--max_passages",
+        "--top_k",
+        dest="top_k",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of passages up to which ranks are counted (default: %(default)s)",
+    )
     add(
         "--num_passages",
         type=int,
@@ -105,7 +116,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     check_at_least_one(parser, args, "max_questions", "max_searches")
     read_columns(parser, args)
     if not 1 <= args.num_passages <= args.top_k:
-        parser.error(f"--num_passages must be from 1 to --top_k ({args.top_k}), got {args.num_passages}")
+        parser.error(f"--num_passages must be from 1 to --max_passages ({args.top_k}), got {args.num_passages}")
     sources = [f"--{name}" for name in RETRIEVER_OPTIONS if getattr(args, name) is not None]
     if args.dataset == DEMO and sources:
         parser.error(f"--dataset_name demo brings its own passages, got {' and '.join(sources)} too")
@@ -114,9 +125,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("retriever_backend", "retriever_url"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
-            parser.error(f"--{name} has a value twice: {' '.join(values)}")
+            parser.error(f"--{name} repeats a value: {' '.join(values)}")
     if args.retriever_url is not None and len(args.retriever_backend) > 1:
-        parser.error("several values of --retriever_backend are for --corpus or --index, a server has its own")
+        parser.error("several values of --retriever_backend need --corpus or --index: a server has its own backend")
     return args
 
 
@@ -127,7 +138,7 @@ def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Pass
     if args.dataset == DEMO:
         from ..demo import make_world
 
-        world = make_world(0)
+        world = make_world(args.demo_seed)
         passages, splits = world.passages, {"train": world.train_questions, "heldout": world.heldout_questions}
         if args.split not in splits:
             raise ValueError(f"--split: the demo has no split {args.split!r}, only {sorted(splits)}.")
@@ -140,7 +151,7 @@ def load_rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Pass
         dataset = load_questions(args.dataset, name=args.dataset_config, split=args.split, columns=args.columns)
     check_columns(dataset, args.dataset)
     if args.max_questions is not None:
-        dataset = dataset.select(range(min(args.max_questions, len(dataset))))
+        dataset = draw(dataset, args.max_questions, args.seed)
     return [read_row(row, f"`{args.dataset}`, row {i}") for i, row in enumerate(dataset)], passages
 
 
@@ -149,11 +160,7 @@ def read_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_row(row, where)
     checked: dict[str, Any] = {"question": row["question"], "golden_answers": list(row["golden_answers"])}
     for column in ("supporting_titles", "supporting_ids"):
-        values = row.get(column)
-        expected = f"{where}: {column!r} must be a list of strings, found {values!r}."
-        if values is not None and not isinstance(values, (list, tuple)):
-            raise ValueError(expected)
-        texts = [as_text(value, expected) for value in values or []]
+        texts = read_texts(row, column, where)
         checked[column] = list(dict.fromkeys(text for text in texts if text.strip()))
     return checked
 
@@ -241,7 +248,11 @@ def report(audit: Audit, audits: Mapping[str, Audit] | None = None) -> None:
             table.add_row(CURVES[name][0], str(curve.questions), *(f"{curve.rates[k - 1]:.3f}" for k in shown))
         console.print(table)
     table = Table(
-        "", "questions", "share", "examples", title="Golds that FOLR cannot use, or that carry little information"
+        "",
+        "questions",
+        "share",
+        "examples",
+        title="Golden answers that cannot earn a turn reward, or that carry little information",
     )
     by_others = f"found by over {COMMON:.0%} of other searches"
     for reason, name in {**REASONS, "chance": by_others}.items():
@@ -290,9 +301,11 @@ def plot(audit: Audit, path: Path, title: str, others: Mapping[str, Audit] | Non
     right.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4)
     right.set_yticks(rows, names, parse_math=False)
     right.invert_yaxis()
-    right.set(title="Golds FOLR cannot use, and constant answers", xlabel="share of questions (%)")
+    right.set(
+        title="Golden answers that cannot earn a turn reward, and constant answers", xlabel="share of questions (%)"
+    )
     right.set_xlim(0, max(5.0, 115 * max(shares)))
-    labels = ("questions with such a gold", "exact match of this answer to all")
+    labels = ("questions with such a golden answer", "exact match of this answer to all")
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncol": 2, "frameon": False, "fontsize": 9}
     right.legend([bars[0], bars[-1]], labels, **place)
     for axis in (left, right):
@@ -300,7 +313,8 @@ def plot(audit: Audit, path: Path, title: str, others: Mapping[str, Audit] | Non
         axis.grid(alpha=0.25, axis="y" if axis is left else "x")
         axis.set_axisbelow(True)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:])
     plt.close(figure)
 
 
@@ -337,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, found in audits.items()
         }
         content["comparison"] = compare(audits)
-    (folder / "audit.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    replace_file(folder / "audit.json", json.dumps(content, indent=2, ensure_ascii=False))
     plot(
         audit,
         folder / "audit.png",

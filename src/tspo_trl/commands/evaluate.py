@@ -31,8 +31,11 @@ from ..evaluation.tables import comparison_table, results_table
 from ..questions import BENCHMARKS, load_benchmark, load_questions
 from ..questions.hints import hints_in_flags
 from ..retrieval import BM25Retriever, CachedRetriever, Retriever, open_retriever
+from ..retrieval.base import TRIAL_QUERY
 from ..rollout.limits import SearchLimits
-from ..support.paths import check_model_path
+from ..support.files import replace_file
+from ..support.http import check_header, check_url, without_password
+from ..support.paths import check_model_path, check_place
 from .options import (
     DATA_FLAGS,
     QUESTION_FILES,
@@ -70,16 +73,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(arguments)
     if args.compare:
         if args.model or args.dataset:
-            parser.error("--compare reads finished evaluations: it goes without --model and --dataset_name")
+            parser.error("--compare reads finished evaluations: it cannot be combined with --model or --dataset_name")
         return args
-    for flag, value in (("--model", args.model), ("--dataset_name", args.dataset)):
+    for flag, value, kind in (("--model", args.model, "model"), ("--dataset_name", args.dataset, "data set")):
         if not value:
             parser.error(f"{flag} is required")
+        if empty := [spec for spec in value if not _named(spec)[1].strip()]:
+            parser.error(f"{flag} must name a {kind}, got {empty[0]!r}")
     check_at_least_one(parser, args, "num_samples", "batch_size", "max_questions", "max_requests")
+    for limit in fields(SearchLimits):
+        value, minimum = getattr(args, limit.name), limit.metadata["minimum"]
+        if value is not None and value < minimum:
+            parser.error(f"--{limit.name} must be at least {minimum}, got {value}")
+    if args.prompt_template not in (None, "default") and "{question}" not in args.prompt_template:
+        parser.error(f"--prompt_template must have '{{question}}' in it, got {args.prompt_template!r}")
     _set_sampling(parser, args)
     read_columns(parser, args)
-    args.model = dict(_named(spec) for spec in args.model)
+    args.model = _name_models(parser, args.model)
     return args
+
+
+def _name_models(parser: ArgumentParser, specs: Sequence[str]) -> dict[str, str]:
+    """The place of each model by its name, which must be unique: it is also the name of the folder of its results."""
+    models: dict[str, str] = {}
+    for name, where in map(_named, specs):
+        if name in models:
+            parser.error(
+                f"--model: two models are called {name!r}: {models[name]!r} and {where!r}. Rename one: NAME={where}"
+            )
+        models[name] = where
+    return models
 
 
 def _add_model_options(group: Any) -> None:
@@ -112,6 +135,7 @@ def _add_question_options(group: Any) -> None:
         metavar="[NAME=]DATASET",
         help=f"one or several data sets, or '{ALL}' for all seven benchmarks",
     )
+    add("--dataset_config", help="configuration of the data sets on the Hub, or a subfolder of folders of files")
     add("--split", help="split of data sets that have several")
     add_columns_option(group)
     add("--max_questions", type=int, metavar="N", help="draw N questions of each data set (default: all)")
@@ -148,8 +172,8 @@ def _set_sampling(parser: ArgumentParser, args: Namespace) -> None:
     """Set temperature and batch size, whose defaults depend on other options, and refuse what cannot be combined."""
     if args.temperature is None:
         args.temperature = 0.0 if args.num_samples == 1 else 1.0
-    if args.temperature < 0:
-        parser.error(f"--temperature must not be negative, got {args.temperature}")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature must not be negative, and a finite number, got {args.temperature}")
     if args.temperature == 0 and args.num_samples > 1:
         parser.error(f"--num_samples {args.num_samples} at --temperature 0 would be the same rollout each time")
     if args.endpoint and args.base_model:
@@ -178,14 +202,14 @@ def load_datasets(args: Namespace) -> tuple[dict[str, Dataset], dict[str, int], 
     for place, spec in enumerate(specs):
         name, where = _named(spec)
         if Path(where).exists() or "/" in where or Path(where).suffix:
-            dataset = load_questions(where, split=args.split, columns=args.columns, **options)
+            dataset = load_questions(where, name=args.dataset_config, split=args.split, columns=args.columns, **options)
         else:
             dataset = load_benchmark(where, **options)
             if BENCHMARKS[where.lower()].note:
                 notes[name] = BENCHMARKS[where.lower()].note
         parts = by_source(name, dataset)
         if taken := [part for part in parts if part in datasets]:
-            raise ValueError(f"--dataset_name: two are called {taken[0]!r}. Name them: NAME={where}.")
+            raise ValueError(f"--dataset_name: two data sets are called {taken[0]!r}. Rename one: NAME={where}.")
         datasets |= parts
         places |= dict.fromkeys(parts, place)
     return datasets, places, notes
@@ -232,7 +256,7 @@ def open_retrievers(args: Namespace, places: dict[str, int]) -> dict[str, Retrie
                 )
             )
             if not isinstance(retriever.retriever, BM25Retriever):
-                retriever.search(["test"], k=1)  # fail now if the server does not answer
+                retriever.retriever.search([TRIAL_QUERY], k=1)  # fail now if the server does not answer
             opened[which] = retriever
     return {name: opened[tuple(given[place].values())] for name, place in places.items()}
 
@@ -259,7 +283,8 @@ def load_agent(args: Namespace, where: str, retriever: Retriever) -> tuple["Sear
             api_key=os.environ.get(API_KEY),
             **settings,
         )
-        return agent, about | {"endpoint": args.endpoint, "tokenizer": args.tokenizer or where}
+        endpoint = without_password(args.endpoint)
+        return agent, about | {"endpoint": endpoint, "tokenizer": args.tokenizer or where}
     agent = SearchAgent.from_pretrained(
         where,
         retriever=retriever,
@@ -341,14 +366,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_inputs(args: Namespace) -> None:
-    """Check the paths of the inputs before anything is loaded, indexed or asked for over a network."""
+    """Check the inputs before anything is loaded, indexed or asked for over a network."""
+    from ..support.devices import check_device, check_dtype
+
     check_output_dir(args.output_dir)
     check_question_files([where for _, where in map(_named, args.dataset)])
     if not (args.corpus or args.index or args.retriever_url):
         raise ValueError("Nothing to search in: give --corpus, --index or --retriever_url.")
     check_input_files(corpus=args.corpus, index=args.index, url=args.retriever_url, backend=args.retriever_backend)
-    for where in () if args.endpoint else args.model.values():
+    check_place(args.retriever_encoder, "--retriever_encoder")
+    check_place(args.tokenizer, "--tokenizer")
+    if args.endpoint is not None:
+        check_url(args.endpoint, "--endpoint")
+        check_header(os.environ.get(API_KEY, ""), f"The environment variable {API_KEY}")
+        return
+    check_dtype(args.dtype, "--dtype")
+    check_device(args.device, "--device")
+    for where in args.model.values():
         check_model_path(where, "--model")
+    check_model_path(args.base_model, "--base_model")
 
 
 def run(args: Namespace) -> None:
@@ -392,10 +428,9 @@ def report(results: dict[str, EvaluationResults], notes: dict[str, str], output_
     for name in list(results)[1:]:
         comparison, text = compare_models(results[base], results[name], (base, name))
         parts.append(f"{name} compared with {base}:\n\n{text}")
-        file = output_dir / f"{base}-{name}.json"
-        file.write_text(json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_file(output_dir / f"{base}-{name}.json", json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
     text = "\n\n".join(parts)
-    (output_dir / "results.md").write_text(text + "\n", encoding="utf-8")
+    replace_file(output_dir / "results.md", text + "\n")
     print(text)
     print(
         f"\nWritten: {output_dir / 'results.md'}, and for each model a folder with results.json, scores and trajectories"

@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,8 +13,8 @@ from ..support.paths import check_model_path, looks_local, suggest_path
 
 BACKENDS = ("bm25", "bm25s", "rank_bm25", "lucene", "dense", "hybrid")
 BACKEND = "retriever of the corpus or index"
-LANGUAGE = "language of BM25's stop words and stemmer, or 'none' (default: english, or that of the index)"
-ENCODER = "embedding model of the backends dense and hybrid (default: that of the index)"
+LANGUAGE = "language of BM25's stop words and stemmer, or 'none'; if not given, english, or that of the index"
+ENCODER = "embedding model of the backends dense and hybrid; if not given, that of the index"
 QUESTION_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 ALIASES = {  # other name of an option -> its name
     "dataset": "dataset_name",
@@ -20,10 +22,13 @@ ALIASES = {  # other name of an option -> its name
     "backend": "retriever_backend",
     "encoder": "retriever_encoder",
     "model": "model_name_or_path",
+    "split": "dataset_train_split",
+    "topk": "num_passages",
+    "form": "index_form",
 }
 RETRIEVER_OPTIONS = {  # name of the option -> its text in `--help`
     "corpus": "JSONL file of passages",
-    "index": "saved index, which must be of the corpus if both are given; with lucene, a path or a prebuilt index",
+    "index": "saved index; if --corpus is given too, it must be the indexed corpus; with lucene, a path or a prebuilt index",
     "retriever_url": "address of a retrieval server, instead of a corpus or an index",
 }
 DATA_FLAGS = {  # argument of `load_questions` -> the flag of a command that names it in its errors
@@ -48,6 +53,26 @@ class Parser(ShortErrors):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         add_spellings(self)
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The options. Names the nearest option to an unknown one, before a missing option is reported."""
+        add_spellings(self)
+        names = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        for argument in sys.argv[1:] if args is None else args:
+            flag = argument.partition("=")[0]
+            if argument == "--":
+                break
+            if not flag.startswith("--") or " " in flag or any(name.startswith(flag[2:]) for name in names):
+                continue  # a value, or the beginning of a name
+            self.error(f"unknown option {flag}{nearest_option(flag[2:], names, '--')}")
+        return super().parse_args(args, namespace)
+
+
+def nearest_option(name: str, names: Iterable[str], prefix: str) -> str:
+    """The question whether another option was meant, if one is similar."""
+    names = [name for name in names if "-" not in name]  # with underscores, as `--help` shows them
+    nearest = get_close_matches(name.replace("-", "_"), names, n=1)
+    return f". Did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -137,7 +162,10 @@ def check_input_files(*, corpus: Any = None, index: Any = None, url: Any = None,
     if url and (corpus or index):
         raise ValueError("Give either --retriever_url, or --corpus and --index, not both.")
     for address in _listed(url):
-        HTTPRetriever(address)  # refuses what is no address; it asks nothing yet
+        HTTPRetriever(address)  # raises an error for an invalid address; sends no request
+    for label, paths in (("--corpus", corpus), ("--index", index)):
+        if "" in _listed(paths):  # `Path("")` is the current folder
+            raise ValueError(f"{label} must name a file or folder, got ''.")
     for path in _listed(corpus):
         if path != "demo" and not Path(path).exists():
             raise FileNotFoundError(f"--corpus: {path!r} does not exist.{suggest_path(path)}")
@@ -156,16 +184,29 @@ def check_question_files(names: Sequence[str], label: str = "--dataset_name") ->
 
 def check_model(model: str, label: str, revision: str | None = None) -> None:
     """Refuse a model that is neither a folder nor on the Hub, before passages are indexed. Only its configuration is loaded."""
-    from transformers.utils import cached_file  # here: `--help` is quick
+    from huggingface_hub import is_offline_mode, try_to_load_from_cache  # here: `--help` is quick
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers.utils import cached_file
 
     check_model_path(model, label)
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    adapter, options = "adapter_config.json", {"revision": revision}
     reason = ""
     try:
-        if any(cached_file(model, name, **options) for name in ("config.json", "adapter_config.json")):
+        if cached_file(model, "config.json", **options):
+            return
+        if cached_file(model, adapter, **options, _raise_exceptions_for_missing_entries=False):
             return
     except OSError as error:
         reason = f" ({str(error).splitlines()[0]})"
+        if isinstance(error.__cause__, LocalEntryNotFoundError):  # not in the cache, and the Hub does not answer
+            if isinstance(try_to_load_from_cache(model, adapter, **options), str):
+                return
+            if not is_offline_mode():
+                raise ConnectionError(
+                    f"{label}: {model!r} is neither a folder here nor in the cache, and the Hub cannot be reached: check "
+                    f"the network.{suggest_path(model)}"
+                ) from error
+            reason = " (the environment variable HF_HUB_OFFLINE is set: only the cache is searched)"
     raise FileNotFoundError(
         f"{label}: {model!r} is not a folder here, and was not found on the Hub{reason}.{suggest_path(model)}"
     )
@@ -189,6 +230,31 @@ def add_output_option(parser: Any, default: str) -> None:
     parser.add_argument(
         "--output_dir", default=default, metavar="OUT", help="folder of the results (default: %(default)s)"
     )
+
+
+def add_server_options(parser: Any) -> None:
+    """Add the options of a server, which [`check_server_options`] checks."""
+    add = parser.add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve; '0.0.0.0' also serves other machines (default: %(default)s)",
+    )
+    add("--port", type=int, default=8000, help="port to serve (default: %(default)s)")
+    add(
+        "--num_passages",
+        type=int,
+        default=3,
+        metavar="N",
+        help="passages per query if a request does not say (default: %(default)s)",
+    )
+
+
+def check_server_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a port or a number of passages that cannot be one."""
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, got {args.port}")
+    check_at_least_one(parser, args, "num_passages")
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

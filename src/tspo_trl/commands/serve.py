@@ -12,6 +12,7 @@ interfaces of Search-R1 and SkyRL (`POST /retrieve`) and of FlashRAG and ReCall 
 `GET /health` answers 200 when the index is loaded. Requires `pip install "tspo-trl[server]"`.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -22,7 +23,15 @@ from pathlib import Path
 
 from ..retrieval import BM25Retriever, Retriever, open_retriever
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER
-from .options import add_retriever_options, check_at_least_one, check_input_files, make_parser
+from ..support.paths import check_place
+from .options import (
+    add_retriever_options,
+    add_server_options,
+    check_at_least_one,
+    check_input_files,
+    check_server_options,
+    make_parser,
+)
 
 try:
     import uvicorn
@@ -52,15 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
         default="exact",
         help="vectors of --save_index: 'exact', or 'small' with one bit per dimension in memory (default: %(default)s)",
     )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve; '0.0.0.0' also serves other machines (default: %(default)s)",
-    )
-    add("--port", type=int, default=8000, help="port to serve (default: %(default)s)")
-    add(
-        "--topk", type=int, default=3, metavar="N", help="passages for requests without a number (default: %(default)s)"
-    )
+    add_server_options(parser)
     add("--demo_seed", type=int, default=0, help="seed of the demo's encyclopedia (default: %(default)s)")
     for limit in fields(ServerLimits):
         text = f"{LIMITS[limit.name]} (default: %(default)s)"
@@ -76,10 +77,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
         parser.error(
             f"--retriever_backend {args.retriever_backend} needs --retriever_encoder, the name of an embedding model"
         )
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port must be from 0 to 65535, got {args.port}")
-    check_at_least_one(parser, args, "topk", *LIMITS)
+    if args.index is not None and (args.corpus == "demo" or args.save_index is not None):
+        option = "--corpus demo" if args.corpus == "demo" else "--save_index"
+        parser.error(f"--index is a saved index, and {option} makes one: give one of them")
+    if args.index_form != "exact" and (args.save_index is None or args.retriever_backend not in ("dense", "hybrid")):
+        parser.error(
+            f"--index_form {args.index_form} is for --save_index with --retriever_backend dense or hybrid: a saved "
+            "--index has the form in which it was saved"
+        )
+    if args.save_index == "":
+        parser.error("--save_index must name a folder, got ''")
+    check_server_options(parser, args)
+    check_at_least_one(parser, args, *LIMITS)
     check_input_files(corpus=args.corpus, index=args.index, backend=args.retriever_backend)
+    check_place(args.retriever_encoder, "--retriever_encoder")
     return args
 
 
@@ -106,7 +117,7 @@ def open_as_asked(arguments: Namespace) -> Retriever:
 
 
 def save_index(arguments: Namespace, folder: Path) -> None:
-    """Index the corpus of the options. An index of vectors that was interrupted goes on."""
+    """Index the corpus of the options. An interrupted index of vectors is resumed."""
     backend, language = arguments.retriever_backend, arguments.retriever_language or "english"
     if backend != "dense":
         target = folder / BM25_FOLDER if backend == "hybrid" else folder
@@ -134,11 +145,27 @@ def address(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address. A port in use is an error now, not after the index is loaded."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise OSError(
+                f"--port: {port} cannot be served on {host} ({error.strerror}). Give another one, or 0 for any free port."
+            ) from error
+        raise OSError(f"--host must be an address of this machine, got {host!r} ({error.strerror}).") from error
+    return listener
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve a retriever until it is stopped."""
     args = parse_arguments(arguments)
     limits = ServerLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)})
-    serve(lambda: open_as_asked(args), host=args.host, port=args.port, topk=args.topk, limits=limits)
+    serve(lambda: open_as_asked(args), host=args.host, port=args.port, topk=args.num_passages, limits=limits)
 
 
 def serve(
@@ -158,8 +185,12 @@ def serve(
             Number of passages for requests that do not give one.
         limits ([`~retrieval.server.ServerLimits`], *optional*):
             Largest request that is answered.
+
+    Raises:
+        `OSError`: If the address cannot be served; the message names the option.
     """
     failures: list[BaseException] = []
+    listener = listen(host, port)
 
     def stop(error: BaseException) -> None:
         failures.append(error)
@@ -173,9 +204,7 @@ def serve(
 
     app = create_app(open_and_report, topk=topk, limits=limits, on_failure=stop)
     # Clients keep their connections while the model generates
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=120)
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()  # a port in use is an error now, not after the index is loaded
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=120))
     # asyncio sets this only on sockets that it opens. Without it, a small reply waits 40 ms for an acknowledgement
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:

@@ -1,18 +1,18 @@
 """Get the Wikipedia dump of 2018 in 21 million passages, with its published indexes, and serve it.
 
     tspo wiki18 all --subset 100000                  # a first try: the first 100,000 passages with their vectors
-    tspo wiki18 all --form small                     # everything: 2 GB of memory, 31 GB of disk beside the downloads
+    tspo wiki18 all --index_form small               # everything: 2 GB of memory, 31 GB of disk beside the downloads
     tspo wiki18 download; tspo wiki18 convert; tspo wiki18 serve   # the same, step by step
 
 The corpus (`PeterJinGo/wiki-18-corpus`), the vectors of `intfloat/e5-base-v2` (`PeterJinGo/wiki-18-e5-index`, 64.5 GB) and the
-Lucene index (`PeterJinGo/wiki-18-bm25-index`) are those of Search-R1. Nothing is encoded again. Every step goes on where it
-was if it is interrupted. The backends are `dense`, `bm25` (Lucene, which needs Java 21; with `--subset`, BM25 in memory) and
-`hybrid`. Train with `--retriever_url http://localhost:8000`.
+Lucene index (`PeterJinGo/wiki-18-bm25-index`) are those of Search-R1. Nothing is encoded again. An interrupted step resumes.
+The backends are `dense`, `bm25` (Lucene, which needs Java 21; with `--subset`, BM25 in memory) and `hybrid`. Train with
+`--retriever_url http://localhost:8000`.
 """
 
 import gzip
 import hashlib
-import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -33,15 +33,17 @@ from tqdm.auto import tqdm
 from ..retrieval import BM25Retriever, HybridRetriever, LuceneRetriever, Retriever, iter_corpus
 from ..retrieval.corpus import PassageFile, decompressed
 from ..retrieval.open import BM25_FOLDER, DENSE_FOLDER
-from ..support.files import replacing
-from .options import check_at_least_one, make_parser
+from ..support.files import replacing, replacing_folder
+from ..support.paths import check_place
+from .options import add_server_options, check_at_least_one, check_server_options, make_parser
 
+FOLDER = "wiki18"
 STEPS = ("download", "convert", "serve", "all")
 ENCODER = "intfloat/e5-base-v2"
 CORPUS_REPO, CORPUS_FILE = "PeterJinGo/wiki-18-corpus", "wiki-18.jsonl.gz"
 VECTORS_REPO, VECTOR_FILES = "PeterJinGo/wiki-18-e5-index", ("part_aa", "part_ab")
 LUCENE_REPO = "PeterJinGo/wiki-18-bm25-index"
-UNPACKED = 3  # the corpus takes less than so many times the room of its archive
+UNPACKED = 3  # upper bound of the unpacked size of the corpus / the size of its archive
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the library that the client of the Hub uses
 
 
@@ -105,23 +107,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("step", choices=STEPS, help="what to do; 'all' does everything that is not done yet")
-    add("--folder", default="wiki18", help="folder of the files (default: %(default)s)")
-    add("--backend", choices=("dense", "bm25", "hybrid"), default="dense", help="retriever (default: %(default)s)")
+    add("--folder", default=FOLDER, help="folder of the files (default: %(default)s)")
+    add(
+        "--retriever_backend",
+        choices=("dense", "bm25", "hybrid"),
+        default="dense",
+        help="retriever (default: %(default)s)",
+    )
     add("--subset", type=int, metavar="N", help="only the first N passages")
     add(
-        "--form",
+        "--index_form",
         choices=("exact", "small"),
         default="small",
         help="'exact' (32 GB, for a GPU) or 'small' (2 GB of memory) for all passages (default: %(default)s)",
     )
-    add("--encoder", default=ENCODER, help="the model of the vectors, or a folder with it (default: %(default)s)")
-    add("--host", default="127.0.0.1", help="address to serve (default: %(default)s)")
-    add("--port", type=int, default=8000, help="port to serve (default: %(default)s)")
     add(
-        "--topk", type=int, default=3, metavar="N", help="passages for requests without a number (default: %(default)s)"
+        "--retriever_encoder",
+        default=ENCODER,
+        metavar="MODEL",
+        help="the model of the vectors, or a folder with it (default: %(default)s)",
     )
+    add_server_options(parser)
     args = parser.parse_args(arguments)
-    check_at_least_one(parser, args, "topk", *(["subset"] if args.subset is not None else []))
+    check_at_least_one(parser, args, "subset")
+    check_server_options(parser, args)
+    if not args.folder:
+        parser.error("--folder must name a folder, got ''")
     return args
 
 
@@ -129,22 +140,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do a step, or all of them."""
     args = parse_arguments(arguments)
     places = Places(Path(args.folder), args.subset)
+    if args.retriever_backend != "bm25":
+        check_place(args.retriever_encoder, "--retriever_encoder")
+    if args.step in ("serve", "all"):  # needs FastAPI, which the other steps do not
+        from .serve import serve
     if args.step in ("download", "all"):
         try:
-            download(places, args.backend)
+            download(places, args.retriever_backend)
         except HTTP_ERROR as error:
             if isinstance(error, OSError):  # an answer of the Hub, which is reported as it is
                 raise
-            raise ConnectionError(f"The Hub cannot be reached ({error}). Repeat the command to go on.") from error
+            raise ConnectionError(f"The Hub cannot be reached ({error}). Run the command again to resume.") from error
     if args.step in ("convert", "all"):
-        _require("download", args, _downloaded(places, args.backend))
-        convert(places, args.backend, args.form, args.encoder)
+        _require("download", args, _downloaded(places, args.retriever_backend))
+        convert(places, args.retriever_backend, args.index_form, args.retriever_encoder)
     if args.step in ("serve", "all"):
-        from .serve import serve  # needs FastAPI, which the other steps do not
-
-        _require("convert", args, _converted(places, args.backend, args.form))
-        opened = partial(open_index, places, args.backend, args.form, args.encoder)
-        serve(opened, host=args.host, port=args.port, topk=args.topk)
+        _require("convert", args, _converted(places, args.retriever_backend, args.index_form))
+        opened = partial(open_index, places, args.retriever_backend, args.index_form, args.retriever_encoder)
+        serve(opened, host=args.host, port=args.port, topk=args.num_passages)
 
 
 def download(places: Places, backend: str) -> None:
@@ -192,8 +205,8 @@ def _download_subset(places: Places, count: int, backend: str) -> None:
 
 def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
     """
-    Write the passages of the published corpus as a JSONL file. Whatever its name says, it is an archive of `tar` in which one
-    file is packed, compressed with gzip. A compressed JSONL file is read too.
+    Write the passages of the published corpus as a JSONL file. Despite its name, it is a gzip-compressed tar archive of one
+    file. A compressed JSONL file is read too.
 
     Args:
         source (`IO[bytes]`):
@@ -222,7 +235,7 @@ def unpack(source: IO[bytes], corpus: Path, count: int | None = None) -> None:
 
 def check_download(path: Path, size: int, sha256: str | None) -> None:
     """
-    Check a downloaded file, and remove it if it is damaged.
+    Check a downloaded file, and delete it if it is damaged.
 
     Args:
         path (`Path`):
@@ -249,7 +262,7 @@ def check_download(path: Path, size: int, sha256: str | None) -> None:
     else:
         found_text = f"has {found} bytes, expected {size}"
     path.unlink()
-    raise ValueError(f"The downloaded file {str(path)!r} {found_text}. It is removed: repeat the command.")
+    raise ValueError(f"The downloaded file {str(path)!r} {found_text}. It was deleted. Run the command again.")
 
 
 def convert(places: Places, backend: str, form: str, encoder: str) -> None:
@@ -261,10 +274,8 @@ def convert(places: Places, backend: str, form: str, encoder: str) -> None:
     if backend != "dense" and places.subset is not None and not (target := places.index(BM25_FOLDER)).exists():
         BM25Retriever.build(places.corpus, target)
     if backend == "bm25" and places.subset is None and not (target := places.index("passages")).exists():
-        unfinished = target.with_name(f"{target.name}.partial")
-        unfinished.mkdir(exist_ok=True)
-        PassageFile.write(unfinished, tqdm(iter_corpus(places.corpus), desc="Passages"))
-        os.rename(unfinished, target)
+        with replacing_folder(target) as unfinished:
+            PassageFile.write(unfinished, tqdm(iter_corpus(places.corpus), desc="Passages"))
 
 
 def open_index(places: Places, backend: str, form: str, encoder: str) -> Retriever:
@@ -305,9 +316,13 @@ def _converted(places: Places, backend: str, form: str) -> list[Path]:
 def _require(step: str, args: Namespace, needed: Sequence[Path]) -> None:
     """Raise an error if a file of an earlier step is missing."""
     if missing := [str(path) for path in needed if not path.exists()]:
-        options = "" if args.backend == "dense" else f" --backend {args.backend}"
-        options += "" if step == "download" or args.form == "small" else f" --form {args.form}"
-        options += "" if args.subset is None else f" --subset {args.subset}"
+        defaults = {"folder": FOLDER, "retriever_backend": "dense", "subset": None}
+        if step == "convert":
+            defaults |= {"index_form": "small", "retriever_encoder": ENCODER}
+        given = {name: getattr(args, name) for name in defaults}
+        options = "".join(
+            f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value != defaults[name]
+        )
         raise FileNotFoundError(f"{', '.join(missing)}: not there yet. Run `tspo wiki18 {step}{options}` first.")
 
 

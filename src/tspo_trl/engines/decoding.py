@@ -134,6 +134,7 @@ class TurnDecoder:
         Raises:
             `RuntimeError`: If the model does not use its cache, or if its logits are not finite.
         """
+        # What the loop passes to the model itself, as views for each step
         self._cache_name = cache_name(model)
         cache: Cache = model_kwargs.pop(self._cache_name)
         mask: torch.Tensor | None = model_kwargs.pop("attention_mask")  # `None` if nothing is padding
@@ -156,6 +157,8 @@ class TurnDecoder:
             steps = torch.arange(1, room + 1, device=device)
             positions = positions[:, -1:] + steps.minimum(torch.tensor(self._budgets, device=device)[:, None])
         self.logprobs = torch.zeros(ids.shape[0], room, device=device)
+
+        # The rows of the batch, and what their layers and processors allow
         written: list[torch.Tensor] = []  # log-probabilities of the steps since rows left the batch
         rows = list(range(len(ids)))  # the rows that are still in the batch
         index = torch.arange(len(ids), device=device)  # the same as a tensor
@@ -164,9 +167,12 @@ class TurnDecoder:
         may_leave = not any(isinstance(processor, BOUND_TO_ROWS) for processor in logits_processor)
 
         for step in range(room):
+            # Choose the next token of each row
             tokens = self._choose(ids[:, : width + step], logits, logits_processor, index, generation_config.do_sample)
             written.append(self._recorder.logprobs(tokens))
             ids[:, width + step] = tokens
+
+            # Note which turns end, and keep the states and the log-probabilities of their rows
             before = self._turns.open
             self._turns.append(dict(zip(rows, tokens.tolist(), strict=True)))
             if has_states and len(self._turns.open) < len(before):
@@ -196,6 +202,7 @@ class TurnDecoder:
             position = None if positions is None else positions[:, step : step + 1]
             logits = self._forward(model, cache, ids[:, :length], seen_mask, position, model_kwargs)
 
+        # Keep the cache of the last rows
         self._store_block(cache, mask, rows, width, list(range(len(rows))))
         if self.logprobs.isnan().any():
             raise RuntimeError(

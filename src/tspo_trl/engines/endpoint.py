@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 from transformers import PreTrainedTokenizerBase
 
-from ..support.http import describe_reply
+from ..support.http import check_header, check_url, describe_reply, lasting_failure
 from .base import Generation
 from .requests import RequestEngine
 
@@ -79,14 +79,15 @@ class EndpointEngine(RequestEngine):
         total_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after the first failure of a turn during which its request may be sent again.
         api_key (`str`, *optional*):
-            API key, sent as a bearer token.
+            API key, sent as a bearer token. An empty one is not sent.
 
     Attributes:
         failures (`dict[int, str]`): Reasons of failed turns in the current session, by the number of their rollout.
 
     Raises:
         [`EndpointError`]: If the server cannot be reached, does not have the model, or refuses completions.
-        `ValueError`: If the URL is not an HTTP URL, or if an environment variable names a proxy that cannot be used.
+        `ValueError`: If the URL is not an HTTP URL, if the API key cannot be sent, if `max_requests` is below 1, or if an
+            environment variable names a proxy that cannot be used.
     """
 
     def __init__(
@@ -104,11 +105,11 @@ class EndpointEngine(RequestEngine):
         total_timeout: float = 120.0,
         api_key: str | None = None,
     ):
+        check_url(url)
         address = url.rstrip("/")
         address = address if address.endswith("/v1") else f"{address}/v1"
-        if httpx2.URL(address).scheme not in ("http", "https"):
-            raise ValueError(f"The URL of an endpoint must be like 'http://localhost:8000', got {url!r}.")
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        check_header(api_key or "", "`api_key`")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         super().__init__(address, max_requests=max_requests, timeout=timeout, headers=headers)
         self.model = model
         self.failures: dict[int, str] = {}
@@ -148,9 +149,10 @@ class EndpointEngine(RequestEngine):
     def _find_model(self) -> None:
         """Check that the server has the model, if it lists its models."""
         try:
-            reply = self._client.get(f"{self.url}/models", timeout=30.0)
+            reply = self._client.get(f"{self._address}/models", timeout=30.0)
         except httpx2.TransportError as error:
-            raise EndpointError(f"The endpoint {self.url} cannot be reached: {error!r}.") from error
+            reason = lasting_failure(error) or f"{error!r}."
+            raise EndpointError(f"The endpoint {self.url} cannot be reached: {reason}") from error
         if reply.status_code in (401, 403):
             raise EndpointError(f"The endpoint {self.url} requires another API key. {describe_reply(reply)}")
         try:

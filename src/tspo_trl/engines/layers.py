@@ -7,7 +7,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-#: Number of unused columns that a layer allocates when it grows, if so many can be needed. A long layer allocates a quarter
+#: Number of unused columns that a layer allocates when it grows, if this many can be needed. A long layer allocates a quarter
 SPARE = 128
 
 
@@ -138,7 +138,7 @@ class WindowLayer(GrowingLayer):
 
 
 def _enlarged(stored: torch.Tensor, start: int, states: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """A buffer with so many rows and columns, in the form of `states`, that begins with the `start` columns stored so far."""
+    """A buffer with this many rows and columns, in the form of `states`, that begins with the `start` columns stored so far."""
     buffer = states.new_empty(rows, states.shape[1], columns, states.shape[3])
     if start:
         buffer[:, :, :start] = stored

@@ -33,7 +33,7 @@ _lock, _users = Lock(), 0
 def masks_by_position() -> Iterator[Masks]:
     """
     Inside this context, sliding windows and chunks of attention count the tokens of a row, without the padding between them.
-    Models call their mask functions as usual. Other threads are not concerned.
+    Models call their mask functions as usual. Other threads are not affected.
     """
     global _users
     with _lock:
@@ -88,7 +88,7 @@ def reach(mask: torch.Tensor) -> list[int]:
             Which of the L columns hold a token, of shape (B, L).
 
     Returns:
-        `list[int]`: For each column, the least number of last tokens of a row that begin in this column or before it.
+        `list[int]`: For each column, the smallest n such that the last n tokens of some row begin at or before this column.
     """
     mask = mask.bool()
     counts = mask.flip(1).cumsum(dim=1).flip(1).where(mask, mask.shape[1] + 1)

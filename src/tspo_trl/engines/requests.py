@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from ..support.http import describe_reply, open_client
+from ..support.http import describe_reply, open_client, without_password
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import Generation
 
@@ -37,7 +37,10 @@ class RequestEngine(ABC):
     _first_delay, _longest_delay = 0.25, 8.0  # seconds between the attempts of a request, see `retry_delay`
 
     def __init__(self, url: str, *, max_requests: int, timeout: float, headers: Mapping[str, str] | None = None):
-        self.url = url
+        if max_requests < 1:
+            raise ValueError(f"`max_requests` must be at least 1, got {max_requests}.")
+        self.url = without_password(url)
+        self._address = url  # with the password, which messages must not show
         self.max_context_length: int | None = None
         self._max_requests = max_requests
         self._timeout = httpx2.Timeout(timeout, connect=10.0)
@@ -98,7 +101,7 @@ class RequestEngine(ABC):
             attempt += 1
             retry_after = 0.0
             try:
-                reply = client.post(f"{self.url}{self._completions_path}", json=body)
+                reply = client.post(f"{self._address}{self._completions_path}", json=body)
                 if reply.status_code == 200:
                     (choice,) = reply.json()["choices"]
                     return self._read_choice(choice)
@@ -109,7 +112,7 @@ class RequestEngine(ABC):
             except httpx2.RequestError as error:
                 failure = repr(error)
             except (ValueError, LookupError, TypeError) as error:
-                failure = f"Its reply is not a completion: {error!r}"
+                failure = f"Its reply is not a completion ({error!r}). {describe_reply(reply)}"
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
             delay = retry_delay(attempt, self._first_delay, self._longest_delay, retry_after)

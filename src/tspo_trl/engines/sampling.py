@@ -1,4 +1,4 @@
-"""Sampling: by a given configuration alone, and the same in every run, also where a device sums in no fixed order."""
+"""Reproducible sampling by a given configuration alone, even on devices that sum in no fixed order."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -72,8 +72,8 @@ def sample(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def deterministic_sums(device: torch.device) -> AbstractContextManager[Any]:
     """
-    A context in which cumulative sums are deterministic, if PyTorch is told to use deterministic algorithms only. It has
-    none for those of floating-point numbers on CUDA, which `top_p` and `typical_p` of `transformers` need.
+    A context in which cumulative sums are deterministic, if PyTorch is told to use deterministic algorithms only. PyTorch
+    has no deterministic cumulative sum of floating-point numbers on CUDA, which `top_p` and `typical_p` of `transformers` need.
 
     Args:
         device (`torch.device`):

@@ -43,8 +43,8 @@ def restore_states(cache: Cache, blocks: Sequence[StateBlock], rows: Sequence[in
 
 def staircase(unread: Sequence[int], width: int) -> list[tuple[int, int]]:
     """
-    Plan passes that read tokens at the end of rows without padding. First the longest rows read what they have more than the
-    others, then the next ones join; the last pass ends with the last token of every row.
+    Plan passes that read tokens at the end of rows without padding. The longest rows first read their surplus over the others,
+    then the next ones join; the last pass ends with the last token of every row.
 
     Args:
         unread (`Sequence[int]`):

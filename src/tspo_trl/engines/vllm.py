@@ -10,7 +10,7 @@ import torch
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from ..support.http import describe_reply
+from ..support.http import check_url, describe_reply, lasting_failure
 from .base import BatchEngine, Engine, Generation
 from .requests import RequestEngine
 
@@ -241,7 +241,7 @@ class VLLMServerEngine(RequestEngine):
 
     Raises:
         `ConnectionError`: If the server does not answer.
-        `ValueError`: If an environment variable names a proxy that cannot be used.
+        `ValueError`: If the URL is not an HTTP URL, or if an environment variable names a proxy that cannot be used.
     """
 
     _completions_path = "/v1/completions"
@@ -250,24 +250,28 @@ class VLLMServerEngine(RequestEngine):
     def __init__(
         self, url: str, sampling: dict[str, Any], wait_for_everyone: Callable[[], None], *, max_requests: int = 256
     ):
+        check_url(
+            url, "The address of the vLLM server (`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`)"
+        )
         super().__init__(url, max_requests=max_requests, timeout=_TURN_SECONDS)
         self._sampling = sampling
         self._wait_for_everyone = wait_for_everyone
         with self._open_client():
-            model = self._find_model()
-        self._model = model["id"]
-        self.max_context_length = model.get("max_model_len")
+            self._model, self.max_context_length = self._find_model()
 
-    def _find_model(self) -> Any:
-        """The entry of the model in the server's list of models."""
-        failure = None
+    def _find_model(self) -> tuple[str, int | None]:
+        """The name and the context length of the model in the server's list of models."""
+        failure: Exception | None = None
         try:
-            reply = self._client.get(f"{self.url}/v1/models", timeout=30.0)
+            reply = self._client.get(f"{self._address}/v1/models", timeout=30.0)
             if reply.status_code == 200:
-                return reply.json()["data"][0]
+                model = reply.json()["data"][0]
+                return model["id"], model.get("max_model_len")
             reason = describe_reply(reply)
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
-            reason, failure = repr(error), error
+        except httpx2.HTTPError as error:
+            reason, failure = lasting_failure(error) or repr(error), error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason, failure = f"its reply is not a list of models ({error!r}). {describe_reply(reply)}", error
         raise ConnectionError(
             f"The vLLM server {self.url} does not answer on this machine: {reason}. Every process asks it directly: set "
             "`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, to an address that all machines reach."

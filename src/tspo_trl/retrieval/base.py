@@ -6,6 +6,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 #: Why a search failed: no answer in time; no connection; an HTTP error; a malformed reply; another reason.
 FailureKind = Literal["timeout", "connection", "status", "reply", "other"]
+TRIAL_QUERY = "test"  # of a search that only finds out whether a retriever works: it is no fault if nothing is found
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 

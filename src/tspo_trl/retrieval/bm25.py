@@ -15,7 +15,7 @@ import numpy as np
 from rank_bm25 import BM25Okapi
 
 from ..support.files import replacing_folder
-from .base import Passage
+from .base import TRIAL_QUERY, Passage
 from .corpus import PassageFile, copy_corpus, corpus_fingerprint, iter_corpus
 from .passages import hold_passages
 from .postings import Postings, best_of, write_postings
@@ -216,10 +216,14 @@ class BM25Retriever:
                 raise ValueError(
                     f"its format is {about['format']!r}, this version reads {_FORMAT}. Index the corpus again"
                 )
-            if (words := about.get("words", 2)) != WORDS_VERSION:
-                raise ValueError(
-                    f"version {words!r} of the rule for words has made it, this version reads {WORDS_VERSION}. Index the "
-                    "corpus again"
+            self._words = about.get("words", 2)
+            if self._words != WORDS_VERSION:  # the words of most languages are the same
+                logger.warning(
+                    "The index in %r was made by version %r of the rule for words, the present one is %r. Index the corpus "
+                    "again if it has Korean, Turkish, or scripts without spaces.",
+                    str(folder),
+                    self._words,
+                    WORDS_VERSION,
                 )
             self.k1, self.b, self.language = about["k1"], about["b"], about["language"]
             self._corpus_fingerprint = about["corpus"]
@@ -245,10 +249,12 @@ class BM25Retriever:
     def _corpus_fingerprint(self) -> str:
         return corpus_fingerprint(self.passages)
 
+    _words = WORDS_VERSION  # an index that is loaded may be of an earlier one
+
     @property
     def fingerprint(self) -> str:
         """A string that changes with the corpus, the backend and its parameters."""
-        words = f"language={self.language} words={WORDS_VERSION}"
+        words = f"language={self.language} words={self._words}"
         return f"bm25 {self.backend} k1={self.k1} b={self.b} {words} {self._corpus_fingerprint}"
 
     def __repr__(self) -> str:
@@ -280,8 +286,10 @@ class BM25Retriever:
             [replace(self.passages[i], score=score) for i, score in zip(ids.tolist(), scores.tolist(), strict=True)]
             for ids, scores in best
         ]
+        if set(queries) <= {TRIAL_QUERY}:
+            return results
         several = not self._searched or len(queries) >= _SEVERAL
-        if queries and several and not self._warned and not any(results):
+        if several and not self._warned and not any(results):
             self._warned = True
             self._warn_of_empty(queries[0])
         self._searched = True
@@ -351,7 +359,14 @@ def _check_folder(folder: str | Path) -> None:
 
 def _write_about(folder: Path, passages: int, corpus: str, options: dict[str, Any]) -> None:
     """Write the description of an index."""
-    about = {"format": _FORMAT, "words": WORDS_VERSION, **options, "passages": passages, "corpus": corpus, "files": _hashes(folder)}
+    about = {
+        "format": _FORMAT,
+        "words": WORDS_VERSION,
+        **options,
+        "passages": passages,
+        "corpus": corpus,
+        "files": _hashes(folder),
+    }
     (folder / "index.json").write_text(json.dumps(about, indent=1))
 
 

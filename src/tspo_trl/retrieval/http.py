@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 
 import httpx2
 
-from ..support.http import check_proxies, describe_reply, open_client
+from ..support.http import (
+    check_header,
+    check_proxies,
+    check_url,
+    describe_reply,
+    lasting_failure,
+    open_client,
+    without_password,
+)
 from ..support.retry import is_temporary, retry_after_seconds, retry_delay
 from .base import FailureKind, Passage, RetrievalError
 from .results import Outcome, all_results, is_integer, is_number, read_arguments, read_results
@@ -32,8 +40,9 @@ class HTTPRetriever:
     A request is sent again after temporary failures: a timeout, a refused or broken connection, an HTTP status 408, 425,
     429 or 5xx, and a reply that is not JSON or has the wrong number of results. Delays between requests double up to 5
     seconds and are drawn at random; the server can ask for longer ones with a `Retry-After` header. When `total_timeout`
-    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error and
-    a reply without passages are permanent failures, which are not repeated. Idle connections are kept for the next call.
+    has passed, or would pass during the next delay, [`RetrievalError`] reports the last failure. Any other HTTP error, a
+    reply without passages, and encryption that the server does not have or is not trusted for are permanent failures, which
+    are not repeated. Idle connections are kept for the next call.
 
     In training, a malformed passage only fails the search that found it. If the server refuses the content of a request
     (400, 413 or 422), or answers it several times with 500 or a wrong reply, its queries are sent in smaller requests. So
@@ -72,16 +81,7 @@ class HTTPRetriever:
         max_connections: int = 8,
         headers: Mapping[str, str] | None = None,
     ):
-        try:
-            parsed = httpx2.URL(url)
-        except (httpx2.InvalidURL, TypeError) as error:
-            raise ValueError(
-                f"`url` is not a URL ({error}), got {url!r}. Expected one like 'http://localhost:8000'."
-            ) from error
-        if parsed.port is not None and not 1 <= parsed.port <= 65535:
-            raise ValueError(f"`url` must have a port from 1 to 65535, got {url!r}.")
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"`url` must be like 'http://localhost:8000', got {url!r}.")
+        parsed = check_url(url)
         for name, value in (("timeout", timeout), ("total_timeout", total_timeout)):
             if not is_number(value) or not value > 0:
                 raise ValueError(f"`{name}` must be more than 0 seconds, got {value!r}.")
@@ -93,10 +93,9 @@ class HTTPRetriever:
         for name, text in (headers or {}).items():
             if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
                 raise ValueError(f"`headers`: the name {name!r} must consist of letters, digits and '-'.")
-            if not isinstance(text, str) or not text.isascii() or not text.isprintable():
-                raise ValueError(f"`headers`: the value of {name!r} must be printable ASCII, without a line feed.")
+            check_header(text, f"`headers`: the value of {name!r}")
         self._address = parsed.copy_with(path="/retrieve") if parsed.path in ("", "/") else parsed
-        self.url = str(self._address.copy_with(username=None, password=None))  # messages must not show the password
+        self.url = without_password(self._address)
         check_proxies(self.url)
         self.timeout = timeout
         self.total_timeout = total_timeout
@@ -201,7 +200,9 @@ class HTTPRetriever:
                 except httpx2.DecodingError as error:
                     failure = _Failure("reply", f"{type(error).__name__}: {error}")
                 except httpx2.RequestError as error:
-                    failure = _Failure("connection", f"{type(error).__name__}: {error}")
+                    lasting = lasting_failure(error)
+                    message = lasting or f"{type(error).__name__}: {error}"
+                    failure = _Failure("connection", message, final=lasting is not None)
                 except _Failure as error:
                     failure = error
             delay = retry_delay(attempt, _FIRST_DELAY, _LONGEST_DELAY, failure.retry_after)
@@ -237,7 +238,7 @@ class HTTPRetriever:
         try:
             reply = response.json()
         except (ValueError, RecursionError) as error:  # for instance a page of a proxy
-            raise _Failure("reply", f"Its reply is not JSON: {error}") from error
+            raise _Failure("reply", f"Its reply is not JSON ({error}). {describe_reply(response)}") from error
         results = reply.get("result") if isinstance(reply, dict) else None
         if not isinstance(results, list):
             message = (

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from .base import RetrievalError
+from .base import TRIAL_QUERY, RetrievalError
 from .bm25 import BM25Retriever
 from .cache import CachedRetriever
 from .http import HTTPRetriever
@@ -11,7 +11,6 @@ from .log import LoggedRetriever
 from .results import Outcome, check_retriever, search_each
 
 logger = logging.getLogger(__name__)
-_QUERY = "test"
 _HTTP_SECONDS = 10.0  # for a server that does not answer yet
 # Mistakes in the code of a retriever, which do not depend on the query
 _MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
@@ -64,5 +63,5 @@ def try_retriever(retriever: Any, k: int) -> None:
 
 def _search(retriever: Any, k: int) -> list[Outcome]:
     if isinstance(retriever, HTTPRetriever) and type(retriever).search is HTTPRetriever.search:
-        return retriever._search_each([_QUERY], k, total_timeout=min(retriever.total_timeout, _HTTP_SECONDS))
-    return search_each(retriever, [_QUERY], k)
+        return retriever._search_each([TRIAL_QUERY], k, total_timeout=min(retriever.total_timeout, _HTTP_SECONDS))
+    return search_each(retriever, [TRIAL_QUERY], k)

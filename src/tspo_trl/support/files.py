@@ -1,9 +1,10 @@
-"""Atomic replacement of files: a killed process never leaves a half-written file."""
+"""Atomic replacement of files and folders: a killed process never leaves a half-written one."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -44,3 +45,27 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """
+    Make a temporary folder beside `folder`, and rename it to `folder` when the block ends. If the block raises an exception,
+    the old folder is unchanged.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder to replace with all its files. It need not exist, nor its parents.
+
+    Yields:
+        `Path`: The temporary folder, empty.
+    """
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / "new"
+        unfinished.mkdir()
+        yield unfinished
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        unfinished.rename(folder)

@@ -1,4 +1,4 @@
-"""Names that are paths, or names on the Hub: a mistyped path is reported before anything is asked for on a network."""
+"""Tells paths from names on the Hub, so that a mistyped path is reported before any request."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +39,30 @@ def suggest_path(name: str) -> str:
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
+def check_place(name: Any, label: str) -> None:
+    """
+    Refuse the path of a folder that is not there. Names on the Hub are not checked.
+
+    Args:
+        name (`str` or `Any`):
+            A folder or a name on the Hub. Other objects are not checked.
+        label (`str`):
+            What it is called in error messages.
+
+    Raises:
+        `FileNotFoundError`: If the path does not exist, or is a file.
+    """
+    if not isinstance(name, str):
+        return
+    if not name.strip():  # `Path("")` is the current folder
+        raise FileNotFoundError(f"{label} must be a folder or a name on the Hub, got {name!r}.")
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"{label} must be a folder or a name on the Hub, but {name!r} is a file.")
+    if not path.exists() and looks_local(name):
+        raise FileNotFoundError(f"{label}: there is no folder {name!r}.{suggest_path(name)}")
+
+
 def check_model_path(model: Any, label: str = "`model`") -> None:
     """
     Refuse the path of a model that is not there, or a folder without a model. Names on the Hub are not checked.
@@ -54,13 +78,9 @@ def check_model_path(model: Any, label: str = "`model`") -> None:
     """
     if not isinstance(model, str):
         return
+    check_place(model, label)
     path = Path(model)
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            inside = sorted(folder.parent.name for folder in path.glob("*/config.json"))
-            hint = f" Its folders {inside[-3:]} have one." if inside else ""
-            raise FileNotFoundError(f"{label}: the folder {model!r} has no model (no config.json).{hint}")
-    elif path.exists():
-        raise FileNotFoundError(f"{label} must be a folder or a name on the Hub, but {model!r} is a file.")
-    elif looks_local(model):
-        raise FileNotFoundError(f"{label}: there is no folder {model!r}.{suggest_path(model)}")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = sorted(folder.parent.name for folder in path.glob("*/config.json"))
+        hint = f" Its folders {inside[-3:]} have one." if inside else ""
+        raise FileNotFoundError(f"{label}: the folder {model!r} has no model (no config.json).{hint}")

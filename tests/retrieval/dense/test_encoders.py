@@ -150,6 +150,12 @@ def test_settings_are_read_from_files_of_sentence_transformers(tmp_path, pooling
     assert find_settings(plain) == EncoderSettings(expected, normalize=False, max_length=256)
 
 
+@pytest.mark.parametrize("path", ["./nonesuch", "/nonesuch/e5-base"])
+def test_a_folder_that_is_not_there_is_named(path):
+    with pytest.raises(FileNotFoundError, match=f"The embedding model: there is no folder '{path}'"):
+        TextEncoder(path)
+
+
 def test_unknown_models_need_a_pooling(tmp_path):
     with pytest.raises(ValueError, match=r"my-model' makes a vector .* Give `pooling` \('mean', 'first' or 'last'\)"):
         find_settings(tmp_path / "my-model")

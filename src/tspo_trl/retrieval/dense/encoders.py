@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...support.devices import default_device
+from ...support.paths import check_place
 from ..base import Passage
 from .settings import EncoderSettings, Pooling, find_settings
 from .static import StaticModel, load_static
@@ -110,6 +111,7 @@ class TextEncoder:
             self.device = model.device if device is None else torch.device(device)
             self.model, self.name = model.to(self.device), model.name_or_path or type(model).__name__  # type: ignore[arg-type]
         else:
+            check_place(model, "The embedding model")
             self.settings = find_settings(model, **settings)
             self.device = default_device() if device is None else torch.device(device)
             dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
