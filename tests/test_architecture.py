@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "rewards": {"scoring", "rollout"},
     "audit": {"credit", "chance", "scoring", "rollout", "retrieval"},
     "sharing": {"_version", "support", "rollout", "retrieval"},
-    "agent": {"engines", "rollout", "retrieval", "sharing"},
+    "agent": {"support", "engines", "rollout", "retrieval", "sharing"},
     "questions": {"scoring", "support"},
     "training": {
         *("_version", "support", "credit", "chance", "scoring", "rewards", "rollout"),
@@ -40,7 +40,7 @@ MAY_IMPORT = {
         *("engines", "retrieval", "questions"),
     },
     "inspect": {"credit", "scoring", "rollout"},
-    "memory": {"support", "engines"},
+    "memory": {"support", "engines", "rollout"},
     "demo": {"engines", "rollout", "retrieval", "scoring"},
     "commands": EVERYTHING - {"commands", "__main__"},
     "__main__": {"commands"},

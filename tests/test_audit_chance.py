@@ -92,11 +92,16 @@ def test_the_verdict_says_what_chance_leaves_of_the_turn_reward():
     assert audit.chance_hits == pytest.approx((0.2, 0.36))
     assert audit.chance_weights == pytest.approx(((1 - 0.2 / 0.5) ** 2, (1 - 0.36 / 0.5) ** 2))
     assert "probability of 20.0%, with 2 searches of 36.0%. TSPO as published (folr_guard='degenerate') pays" in chance
-    assert "with the default folr_guard='chance', a find counts 0.36 in rollouts with one search, and 0.08 with 2 searches" in turn
+    assert (
+        "with the default folr_guard='chance', a find counts 0.36 in rollouts with one search, and 0.08 with 2 searches"
+        in turn
+    )
     assert "as long as 50.0% of the rollouts find an answer" in turn
     assert "probability of 20.0%, more than 20% of the hit rate" in warning
     _, (chance, turn, _) = chance_lines([0.5] * 4, max_searches=1)
-    assert chance.endswith("with a probability of 50.0%. TSPO as published (folr_guard='degenerate') pays such finds like all others.")
+    assert chance.endswith(
+        "with a probability of 50.0%. TSPO as published (folr_guard='degenerate') pays such finds like all others."
+    )
     assert "a find counts 0.00 in rollouts with one search, as long as" in turn
     assert len(chance_lines([0.01] * 4)[1]) == 2  # the default: four searches
     assert "with 4 searches" in chance_lines([0.01] * 4)[1][1]

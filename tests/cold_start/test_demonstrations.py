@@ -198,7 +198,7 @@ def test_a_question_that_cannot_be_written_is_left_out(retriever):
     bad = {"question": "Who </search> wrote Emma?", "golden_answers": ["Jane Austen"], "supporting_titles": []}
     made = make(TAG_PROTOCOLS["bytes"], retriever, [*ROWS, bad])
     assert (made.with_evidence, made.unwritable, len(made.items)) == (3, 1, 2)
-    with pytest.raises(ValueError, match="the protocol would read 1 differently"):
+    with pytest.raises(ValueError, match="the protocol would not parse 1 as written"):
         make(TAG_PROTOCOLS["bytes"], retriever, [bad])
 
 

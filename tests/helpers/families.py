@@ -234,7 +234,7 @@ def table():
         "its response",
         "end tokens",
         "a thought",
-        "thoughts, rendered anew",
+        "thoughts in a re-rendered conversation",
     ]
     rows = [head, ["---"] * len(head), *map(_row, FAMILIES)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

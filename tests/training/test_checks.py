@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -39,6 +40,33 @@ def test_a_run_that_would_train_nothing_is_refused(make_trainer, unloaded, strea
         ValueError, match=f"Nothing would be trained: .* has {count}, but a batch of rollouts needs {needed}"
     ):
         make_trainer(train_dataset=dataset.to_iterable_dataset() if streamed else dataset, **options)
+
+
+def test_a_stream_needs_a_number_of_steps(make_trainer, unloaded):
+    with pytest.raises(ValueError, match="`max_steps` must be at least 1 with a streamed `train_dataset`"):
+        make_trainer(train_dataset=rows(4).to_iterable_dataset(), max_steps=-1)
+
+
+def test_an_evaluation_needs_questions(make_trainer, unloaded):
+    with pytest.raises(ValueError, match="`eval_strategy` is 'epoch', but there is no `eval_dataset`"):
+        make_trainer(eval_strategy="epoch")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_name_of_a_reward_function_is_no_reward_model(make_trainer, unloaded, listed):
+    name = "exact_match_reward"
+    with pytest.raises(TypeError, match=r"Pass the function: `from tspo_trl.rewards import exact_match_reward`"):
+        make_trainer(reward_funcs=[name] if listed else name)
+
+
+def test_a_model_is_named_by_a_path_too(make_trainer, policy_dir):
+    assert make_trainer(model=Path(policy_dir)).model.name_or_path == str(policy_dir)
+
+
+def test_a_kernel_that_is_not_installed_is_named(make_trainer, unloaded, monkeypatch):
+    monkeypatch.setattr("tspo_trl.training.checks.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install liger-kernel"):
+        make_trainer(use_liger_kernel=True)
 
 
 def test_the_smallest_data_set_is_trained(make_trainer):

@@ -1,8 +1,11 @@
 """Options: defaults, checks and the command line."""
 
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from trl import GRPOConfig, TrlParser
 
 from tspo_trl import TSPOConfig
@@ -11,7 +14,7 @@ from tspo_trl.rollout.limits import SearchLimits
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda **options: TSPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+    return lambda **options: TSPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "bf16": False} | options)
 
 
 @pytest.fixture
@@ -120,6 +123,52 @@ BAD = [
     ({"num_generations": 8.0}, "num_generations"),
     ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size"),
     ({"learning_rate": "1e-6"}, "learning_rate"),
+    # a run that would train nothing
+    ({"max_steps": 0}, "max_steps"),
+    ({"max_steps": -2}, "max_steps"),
+    ({"num_train_epochs": 0}, "num_train_epochs"),
+    ({"num_train_epochs": -1, "max_steps": -1}, "num_train_epochs"),
+    ({"num_iterations": 0}, "num_iterations"),
+    # numbers outside a range
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+    ({"per_device_train_batch_size": -4}, "per_device_train_batch_size"),
+    ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+    ({"steps_per_generation": 0}, "steps_per_generation"),
+    ({"num_generations_eval": -2}, "num_generations_eval"),
+    ({"folr_alpha": float("inf")}, "folr_alpha"),
+    ({"success_threshold": float("inf")}, "success_threshold"),
+    ({"success_threshold": float("-inf")}, "success_threshold"),
+    ({"success_threshold": float("nan")}, "success_threshold"),
+    ({"temperature": 0}, "temperature"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"learning_rate": -1.0}, "learning_rate"),
+    ({"learning_rate": float("nan")}, "learning_rate"),
+    ({"top_p": 2}, "top_p"),
+    ({"top_p": 0}, "top_p"),
+    ({"beta": -1}, "beta"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"seed": -1}, "seed"),
+    # options of TRL and transformers
+    ({"epsilon": "x"}, "epsilon"),
+    ({"loss_type": "foo"}, "loss_type"),
+    ({"importance_sampling_level": "foo"}, "importance_sampling_level"),
+    ({"vllm_mode": "foo"}, "vllm_mode"),
+    ({"mask_truncated_completions": "no"}, "mask_truncated_completions"),
+    ({"max_steps": None}, "max_steps"),
+    ({"max_steps": [1]}, "max_steps"),
+    ({"max_steps": 1.5}, "max_steps"),
+    ({"seed": None}, "seed"),
+    ({"output_dir": 3}, "output_dir"),
+    ({"reward_weights": 1.0}, "reward_weights"),
+    ({"reward_weights": ["a"]}, "reward_weights"),
+    ({"model_init_kwargs": "abc"}, "model_init_kwargs"),
+    ({"model_init_kwargs": 3}, "model_init_kwargs"),
+    ({"generation_kwargs": "{bad"}, "generation_kwargs"),
+    ({"lr_scheduler_kwargs": "[1]"}, "lr_scheduler_kwargs"),
+    ({"optim_args": "foo"}, "optim_args"),
+    ({"optim": "foo"}, "optim"),
+    ({"eval_strategy": False}, "eval_strategy"),
 ]
 
 
@@ -153,6 +202,11 @@ def test_the_error_for_a_bad_value_names_the_option(make, options, name):
         {"stop_on_collapse": ["searches", "entropy"]},
         {"folr_alpha": 1, "success_threshold": 1},
         {"log_trajectories_max_gib": None, "retrieval_cache_dir": "cache"},
+        {"max_steps": 5, "num_train_epochs": 0},
+        {"max_grad_norm": float("inf"), "learning_rate": 0},
+        {"resume_from_checkpoint": True, "num_generations_eval": None, "epsilon_high": None},
+        {"generation_kwargs": {"min_p": 0.1}, "model_init_kwargs": {"dtype": torch.float32}},
+        {"retrieval_log": Path("log"), "reward_weights": [1, 0.5], "num_generations": np.int64(4)},
     ],
     ids=str,
 )
@@ -189,11 +243,12 @@ def test_generation_options_that_cannot_apply_are_refused(make, name):
         make(generation_kwargs={"repetition_penalty": 1.1, name: 2})
 
 
-def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["output_dir", "retrieval_cache_dir", "retrieval_log"])
+def test_a_folder_that_is_a_file_is_refused(make, tmp_path, name):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match=r"`output_dir` must be a folder, but '.*file' is a file"):
-            TSPOConfig(output_dir=str(path), use_cpu=True, bf16=False)
+        with pytest.raises(ValueError, match=f"`{name}` must be a folder, but '.*file' is a file"):
+            make(**{name: str(path)})
 
 
 @pytest.mark.parametrize(

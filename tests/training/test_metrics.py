@@ -53,7 +53,7 @@ def test_facts_of_a_rollout():
         "credited": 0,
         "answered": 0,
         "evidence": 0,
-        "later": 2,
+        "after_evidence": 2,
     }
 
 
@@ -72,8 +72,10 @@ def test_facts_about_the_evidence():
     turns = [search("a"), search("b", "empty"), search("c"), Turn(token_ids=[1], action="answer", content="x")]
     trajectory = Trajectory(prompt_ids=[], turns=turns, status="answered")
     facts = rollout_facts(trajectory, 0, None, evidence=2)
-    assert (facts.answered, facts.evidence, facts.later) == (1, 2, 2)
-    assert rollout_facts(trajectory, 2, None).later == rollout_facts(trajectory, None, None).later == 0
+    assert (facts.answered, facts.evidence, facts.after_evidence) == (1, 2, 2)
+    assert (
+        rollout_facts(trajectory, 2, None).after_evidence == rollout_facts(trajectory, None, None).after_evidence == 0
+    )
 
 
 def test_metrics_of_chance():
@@ -118,7 +120,7 @@ ROWS = [
     {"turns": 2, "searches": 1, "answered": 1},
     {"turns": 1, "invalid": 1},
     {"turns": 5, "searches": 3, "failed": 0, "invalid": 1, "truncated": 1},
-    {"turns": 3, "searches": 2, "occurrence": 0, "credited": -1, "evidence": 2, "later": 1, "answered": 1},
+    {"turns": 3, "searches": 2, "occurrence": 0, "credited": -1, "evidence": 2, "after_evidence": 1, "answered": 1},
     {"turns": 2, "searches": 1, "occurrence": 0, "credited": 0, "evidence": 1, "answered": 1},
     {"turns": 2, "searches": 1, "answered": 1},
     {"turns": 2, "searches": 1, "failed": 1},

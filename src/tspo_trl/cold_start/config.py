@@ -1,13 +1,14 @@
 """The configuration of the cold start."""
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from trl import SFTConfig
 
 from ..rollout.limits import SearchLimits, limit_option
 from ..rollout.protocols import ProtocolName
 from ..training.config import fit_to_machine
+from ..training.values import check_values
 
 
 @dataclass
@@ -73,15 +74,10 @@ class ColdStartConfig(SFTConfig):
     save_strategy: str = field(default="no", metadata={"help": "When checkpoints are saved: 'no', 'steps' or 'epoch'."})
 
     def __post_init__(self) -> None:
-        if self.protocol not in get_args(ProtocolName):
-            raise ValueError(f"`protocol` must be one of {list(get_args(ProtocolName))}, got {self.protocol!r}.")
+        check_values(self, {"loss_type": ("nll", "dft")})
         limits = SearchLimits.of(self)
         limits.check_room()
         if limits.max_searches < 1:
             raise ValueError(f"`max_searches` must be at least 1 to demonstrate a search, got {limits.max_searches}.")
-        if not isinstance(self.num_demonstrations, int) or self.num_demonstrations < 1:
-            raise ValueError(f"`num_demonstrations` must be at least 1, got {self.num_demonstrations!r}.")
-        if not 0 <= self.failed_share <= 1:
-            raise ValueError(f"`failed_share` must be between 0 and 1, got {self.failed_share}.")
         fit_to_machine(self)
         super().__post_init__()

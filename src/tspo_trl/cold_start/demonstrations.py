@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..credit import eligible_golds, first_occurrence
-from ..questions.check import check_columns, check_row, is_list_of_strings
+from ..questions.check import check_columns, check_row, read_texts
 from ..retrieval import CachedRetriever, Passage, Retriever
 from ..rollout.limits import SearchLimits
 from ..rollout.loop import check_observation_tokens
@@ -31,7 +31,7 @@ class Demonstration:
         question (`str`):
             The question.
         trajectory ([`Trajectory`]):
-            The prompt, the turns and their observations, as a model's rollout with these turns has them.
+            The prompt, the turns and their observations, exactly as in a model's rollout.
         by_titles (`bool`):
             Whether passages of all supporting titles were found. Otherwise only the golden answer is known to be found.
         num_failed (`int`):
@@ -50,7 +50,7 @@ class Demonstration:
 
     @property
     def labels(self) -> list[int]:
-        """For each token itself if it is learned, else -100: only what the model writes is learned."""
+        """The token id of each learned token, -100 for all others: only what the model writes is learned."""
         trajectory, labels = self.trajectory, [_IGNORED] * len(self.trajectory.prompt_ids)
         for token, turn in zip(trajectory.completion_ids, trajectory.turn_index, strict=True):
             labels.append(token if turn >= self.num_failed else _IGNORED)
@@ -72,8 +72,8 @@ class Demonstrations:
         too_long (`int`):
             Number of questions with evidence that were left out because a demonstration exceeds the limits.
         unwritable (`int`):
-            Number of questions with evidence that were left out because the protocol would read them as something else, for
-            instance a question with markup in it.
+            Number of questions with evidence that were left out because the protocol would not parse their turns as written,
+            for instance a question with markup in it.
     """
 
     items: list[Demonstration] = field(default_factory=list)
@@ -106,7 +106,7 @@ def make_demonstrations(
     - With `supporting_titles`, the demonstration searches for one title after another, as soon as it is named in the question
       or in a passage. If this does not find all of them, and without titles, it searches for the question.
     - The searches are executed, so the passages are those that the model will see. Every turn is read back by the protocol.
-    - There are no thoughts, because nobody has written them. If the chat template opens a thought, it is closed at once.
+    - Demonstrations contain no thoughts, because data sets have none. If the chat template opens a thought, it is closed at once.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -121,7 +121,7 @@ def make_demonstrations(
         limits ([`SearchLimits`], *optional*):
             The limits of the search loop. Defaults to those of a new [`SearchLimits`].
         num_demonstrations (`int`, *optional*, defaults to `256`):
-            Maximum number of demonstrations. No further questions are searched for when there are enough.
+            Maximum number of demonstrations. The search stops when there are enough.
         failed_share (`float`, *optional*, defaults to `0.0`):
             Share of the demonstrations that begin with a search that finds no evidence. Its query is not learned, but the
             better query after it is.
@@ -181,10 +181,7 @@ def _rows(dataset: Dataset | IterableDataset, rng: random.Random) -> Iterator[di
     for index, row in rows:
         where = f"`train_dataset`, row {index}"
         check_row(row, where)
-        titles = row.get("supporting_titles")
-        if titles is not None and not is_list_of_strings(titles):
-            raise ValueError(f"{where}: 'supporting_titles' must be a list of strings, found {titles!r}.")
-        yield row
+        yield {**row, "supporting_titles": read_texts(row, "supporting_titles", where)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +257,7 @@ def _why_none(made: Demonstrations, maker: _Maker, dataset: Dataset | IterableDa
         return (
             f"There are no demonstrations: {made.with_evidence} of {made.questions} questions have evidence, but {made.too_long} "
             "demonstrations of them exceed a limit (`max_query_tokens`, `max_turn_tokens`, `max_completion_length` or "
-            f"`max_length`), and the protocol would read {made.unwritable} differently, for instance because of markup."
+            f"`max_length`), and the protocol would not parse {made.unwritable} as written, for instance because of markup."
         )
     row = next(iter(dataset))
     (passages,) = maker.search([row["question"].strip()])

@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(slots=True)
 class _Chain:
-    """Searches for the evidence of a question, one after another. A query is known from the question or from passages."""
+    """Searches for the evidence of a question, one after another. Each query follows from the question or from passages."""
 
     question: str
     golds: Sequence[str]
@@ -51,7 +51,7 @@ class _Chain:
     passages: list[str] = field(default_factory=list)
 
     def next_query(self) -> str | None:
-        """The next query, `None` if there is nothing left to search for, or no way to know of it."""
+        """The next query, `None` if there is nothing left to search for, or no remaining title has been named."""
         if self.titles:
             text = "\n".join([self.question, *self.passages])
             names = [_name(title) for title in self.titles]

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -99,6 +100,7 @@ class ColdStartTrainer(SFTTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = ColdStartConfig(f"{name.split('/')[-1]}-cold-start")
@@ -188,6 +190,10 @@ def _check_arguments(args: Any, train_dataset: Any) -> None:
         raise TypeError(f"`args` must be a `ColdStartConfig`, got `{type(args).__name__}`.")
     if train_dataset is None:
         raise ValueError("`train_dataset` is required: rows with 'question' and 'golden_answers'.")
+    if args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy` must be 'no', got '{IntervalStrategy(args.eval_strategy).value}': the cold start has no evaluation set."
+        )
     if args.packing:
         raise ValueError("`packing` would let demonstrations be cut, got True. Set `packing=False`.")
 

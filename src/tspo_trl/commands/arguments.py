@@ -1,10 +1,13 @@
 """The arguments for questions and passages that the commands of training share, as a dataclass for TRL's parser."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ScriptArguments
 
 from ..retrieval import BM25Retriever, Retriever, open_retriever
+from ..retrieval.base import TRIAL_QUERY
 from .options import BACKEND, BACKENDS, ENCODER, LANGUAGE, RETRIEVER_OPTIONS, parse_columns
 
 
@@ -66,6 +69,18 @@ class DataArguments(ScriptArguments):
                 raise ValueError(f"`dataset_columns` must be {error}") from error
 
 
+def make_output_dir(path: str | None) -> None:
+    """Make the folder of a run, so that one that cannot be written is reported before anything is loaded."""
+    folder = Path(path or ".")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise type(error)(f"`output_dir`: the folder {path!r} cannot be made: {error.strerror}.") from error
+    if not is_writable:
+        raise PermissionError(f"`output_dir`: the folder {path!r} cannot be written.")
+
+
 def load_retriever(script_args: DataArguments, logged: bool) -> Retriever | None:
     """The retriever; `None` repeats a run from its retrieval log."""
     options = {"corpus": script_args.corpus, "index": script_args.index, "url": script_args.retriever_url}
@@ -77,7 +92,7 @@ def load_retriever(script_args: DataArguments, logged: bool) -> Retriever | None
             encoder=script_args.retriever_encoder,
         )
         if not isinstance(retriever, BM25Retriever):
-            retriever.search(["test"], k=1)  # fail now if the server does not answer, not after the warm start
+            retriever.search([TRIAL_QUERY], k=1)  # fail now if the server does not answer, not after the warm start
         return retriever
     if logged:
         return None

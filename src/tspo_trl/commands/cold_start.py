@@ -17,7 +17,6 @@ it. `tspo cold_start` is the same command on one process.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -42,12 +41,12 @@ from ..retrieval import Retriever
 from ..rollout.protocol import SearchProtocol
 from ..training.progress import show
 from ..training.signals import StopOnSignal
-from .arguments import DataArguments, load_retriever
+from .arguments import DataArguments, load_retriever, make_output_dir
 from .demo import DEMO
 from .errors import keeping_tracebacks
 from .options import DATA_FLAGS, check_input_files, check_model, check_question_files
 from .parser import RecipeParser, split_config
-from .train import use_all_cores
+from .train import check_extras, use_all_cores
 
 Questions: TypeAlias = Dataset | IterableDataset
 
@@ -96,7 +95,7 @@ def parse_arguments(
     return parsed
 
 
-def check_inputs(script_args: ColdStartArguments, model_args: ModelConfig) -> None:
+def check_inputs(script_args: ColdStartArguments, training_args: ColdStartConfig, model_args: ModelConfig) -> None:
     """Check what can be checked before anything is loaded, indexed or asked for over a network."""
     name, model = script_args.dataset_name, model_args.model_name_or_path
     passages = script_args.corpus or script_args.index or script_args.retriever_url
@@ -115,8 +114,7 @@ def check_inputs(script_args: ColdStartArguments, model_args: ModelConfig) -> No
             "`load_in_4bit` and `load_in_8bit` are for the training that follows: an adapter cannot be merged exactly into a "
             "quantised model. Set `use_peft` alone."
         )
-    if model_args.use_peft and find_spec("peft") is None:
-        raise ImportError("`use_peft` needs PEFT: pip install peft")
+    check_extras(training_args, model_args)
     check_input_files(
         corpus=script_args.corpus,
         index=script_args.index,
@@ -126,6 +124,7 @@ def check_inputs(script_args: ColdStartArguments, model_args: ModelConfig) -> No
     check_question_files(names)
     assert model is not None
     check_model(model, "--model_name_or_path", model_args.model_revision)
+    make_output_dir(training_args.output_dir)
 
 
 @hints_in_flags(DATA_FLAGS | {"split": "--dataset_train_split"})
@@ -148,8 +147,9 @@ def load_rows(script_args: ColdStartArguments, seed: int) -> tuple[Questions, li
     return dataset.select(sorted(order[count:])), list(dataset.select(order[:count]))
 
 
-def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
+def find_checkpoint(resume: str | bool | None, output_dir: Path) -> str | None:
     """The checkpoint to resume from: a path, or "true" for the last one of the output folder."""
+    resume = None if resume is None else str(resume)  # a file holds `true`
     if resume is None or resume.lower() == "false":
         return None
     last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
@@ -173,7 +173,7 @@ def report_demonstrations(made: Demonstrations, protocol: SearchProtocol, num_pa
     )
     console.print(
         f"Demonstrations: {len(items)} ({sum(one.by_titles for one in items)} find all supporting titles, {failed} begin with "
-        f"a failed search); left out: {made.too_long} exceed a limit, {made.unwritable} would be read differently"
+        f"a failed search); left out: {made.too_long} exceed a limit, {made.unwritable} would not be parsed as written"
     )
     console.print(f"Tokens: {length:.0f} in a demonstration, {learned:.0f} of them learned")
     console.print("\nAn example (▶ is learned, │ is only read):")
@@ -216,8 +216,8 @@ def report_run(
     console.print(table)
     if after["search"] < 0.5:
         console.print(
-            "The model still does not search for most questions. More `num_demonstrations`, more `num_train_epochs` or a higher "
-            "`learning_rate` teach it more.",
+            "The model still does not search for most questions. Raise `num_demonstrations`, `num_train_epochs` or "
+            "`learning_rate`.",
             style="yellow",
         )
 
@@ -225,7 +225,7 @@ def report_run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make demonstrations, train on them, and print what the model does before and after."""
     script_args, training_args, model_args = parse_arguments(arguments)
-    check_inputs(script_args, model_args)
+    check_inputs(script_args, training_args, model_args)
     use_all_cores()
     resume = find_checkpoint(training_args.resume_from_checkpoint, Path(str(training_args.output_dir)))
     dataset, heldout = load_rows(script_args, training_args.seed)
@@ -273,9 +273,7 @@ def run(trainer: ColdStartTrainer, resume: str | None, heldout: list[dict[str, A
     trainer.save_state()
     if is_main:
         report_run(before, after, len(tried), trainer.state.log_history)
-        print(
-            f"Model: {folder}\nTrain it: recipes/train.py --model_name_or_path {folder} --protocol {args.protocol} ..."
-        )
+        print(f"Model: {folder}\nTrain it: tspo train --model_name_or_path {folder} --protocol {args.protocol} ...")
     trainer.accelerator.end_training()
 
 

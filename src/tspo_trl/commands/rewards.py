@@ -28,7 +28,7 @@ def find_rewards(
         `list[Callable]` or `None`: The functions, `None` without names.
 
     Raises:
-        `ValueError`: If there is no such function, two have the same name, or the weights are not as many.
+        `ValueError`: If there is no such function, two have the same name, or the number of weights differs.
     """
     count = 1 if names is None else len(names)  # `exact_match_reward`, without names
     if weights is not None and len(weights) != count:
@@ -43,7 +43,9 @@ def find_rewards(
     found = [REWARDS[name] if name in REWARDS else _import(name) for name in names]
     titles = [getattr(function, "__name__", "") for function in found]
     if twice := next((title for title in titles if titles.count(title) > 1), None):
-        raise ValueError(f"`reward_funcs`: two functions are called {twice!r}, which names their metrics.")
+        raise ValueError(
+            f"`reward_funcs`: two functions have the name {twice!r}, but metrics are logged under this name. Rename one."
+        )
     return found
 
 
@@ -51,7 +53,7 @@ def _import(path: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ValueError(
-            f"`reward_funcs`: {path!r} is none of {list(REWARDS)}, and no import path such as 'my_module.my_reward'."
+            f"`reward_funcs`: {path!r} is neither one of {list(REWARDS)} nor an import path such as 'my_module.my_reward'."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script does not search the current folder

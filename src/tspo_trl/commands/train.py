@@ -18,6 +18,7 @@ Every option of TSPOConfig is a flag and a key of the YAML files. `tspo train` i
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,24 +30,26 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import set_seed
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..cold_start.config import ColdStartConfig
 from ..demo import make_world
-from ..engines.vllm import check_vllm
 from ..questions import BENCHMARKS, load_benchmark, load_questions, question_splits, source_name
 from ..questions.hints import hints_in_flags
 from ..retrieval import Retriever
 from ..rollout.limits import SearchLimits
 from ..training.checkpoints import last_checkpoint
-from ..training.checks import check_batches
+from ..training.checks import check_batches, check_packages
 from ..training.config import TSPOConfig
 from ..training.curves import plot_curves
 from ..training.progress import show
 from ..training.signals import StopOnSignal
 from ..training.trainer import TSPOTrainer
-from .arguments import DataArguments, load_retriever
+from .arguments import DataArguments, load_retriever, make_output_dir
 from .demo import DEMO, DEMO_CONFIG, demo_datasets, demo_retriever, save_demo_model, save_tiny_model, save_world
 from .errors import keeping_tracebacks
 from .options import check_input_files, check_model, check_question_files
@@ -58,8 +61,6 @@ EvaluatedQuestions: TypeAlias = Questions | dict[str, Questions] | None
 
 #: Options that name questions, model or passages. The demo runs only if none of them is given.
 INPUTS = ("dataset_name", "eval_dataset_name", "model_name_or_path", "corpus", "index", "retriever_url")
-#: Tools of `report_to` whose package has the same name.
-REPORTERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml")
 EVAL_FLAGS = {  # argument of `load_questions` -> the flag that errors name
     "source": "--eval_dataset_name",
     "load_benchmark": "--eval_dataset_name",
@@ -147,7 +148,10 @@ def load_datasets(script_args: SearchArguments) -> tuple[Questions, EvaluatedQue
         for source in script_args.eval_dataset_name:
             title = source_name(source)
             if title in evaluated:
-                raise ValueError(f"`eval_dataset_name`: two data sets are called {title!r}, which names their metrics.")
+                raise ValueError(
+                    f"`eval_dataset_name`: two data sets have the name {title!r}, but metrics are logged under this name. "
+                    "Rename one."
+                )
             if source in BENCHMARKS:
                 evaluated[title] = load_benchmark(source, max_questions=count)
             else:
@@ -206,8 +210,9 @@ def make_demo_model(
     state.wait_for_everyone()
 
 
-def find_checkpoint(resume: str | None, output_dir: Path) -> str | None:
+def find_checkpoint(resume: str | bool | None, output_dir: Path) -> str | None:
     """The checkpoint to resume from: a path, or "true" for the last complete one of the output folder."""
+    resume = None if resume is None else str(resume)  # a file holds `true`
     if resume is None or resume.lower() == "false":
         return None
     path = last_checkpoint(output_dir) if resume.lower() == "true" else resume
@@ -220,7 +225,7 @@ def report(
     before: Mapping[str, float | None], after: Mapping[str, float | None], title: str, prefix: str = "eval"
 ) -> None:
     """Print the held-out results before and after training."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     exact_match = "rewards/exact_match_reward/mean"
@@ -263,8 +268,8 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     }
     if missing := [what for what, value in found.items() if value is None]:
         raise ValueError(
-            f"{' and '.join(missing)} must be given too. Only without questions, model and passages does the demo run; "
-            f"its own are `--dataset_name {DEMO}` and `--model_name_or_path {DEMO}`."
+            f"{' and '.join(missing)} must be given too. The demo runs only if questions, model and passages are all "
+            f"left out. To use its parts: `--dataset_name {DEMO}`, `--model_name_or_path {DEMO}`."
         )
     if model == DEMO and training_args.protocol != "tags":
         raise ValueError(f"`protocol` of the model 'demo' is 'tags', got {training_args.protocol!r}.")
@@ -281,18 +286,18 @@ def check_inputs(script_args: SearchArguments, training_args: TSPOConfig, model_
     check_question_files(script_args.eval_dataset_name or [], "--eval_dataset_name")
     if model is not None and model != DEMO:
         check_model(model, "--model_name_or_path", model_args.model_revision)
+    make_output_dir(training_args.output_dir)
 
 
-def check_extras(training_args: TSPOConfig, model_args: ModelConfig) -> None:
+def check_extras(training_args: TSPOConfig | ColdStartConfig, model_args: ModelConfig) -> None:
     """Check that the packages which the options need are installed."""
-    if training_args.use_vllm:
-        check_vllm()
+    check_packages(training_args)
     if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
         raise ImportError("`load_in_4bit` and `load_in_8bit` need bitsandbytes: pip install 'tspo-trl[quantization]'")
     if model_args.use_peft and find_spec("peft") is None:
         raise ImportError("`use_peft` needs PEFT: pip install peft")
     for name in training_args.report_to if isinstance(training_args.report_to, list) else [training_args.report_to]:
-        if name in REPORTERS and find_spec(name) is None:
+        if name != "none" and name not in get_available_reporting_integrations():
             raise ImportError(f"`report_to: {name}` needs the package {name}: pip install {name}")
 
 
@@ -302,6 +307,12 @@ def use_all_cores() -> None:
     if state.device.type == "cpu" and state.num_processes == 1:
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         torch.set_num_threads(len(cores))
+
+
+def trainer_flags(script_args: SearchArguments) -> dict[str, str]:
+    """The words of the command line for the training set of a [`TSPOTrainer`] in its errors: the flag and the files."""
+    names: Any = script_args.dataset_name
+    return {"train_dataset": shlex.join(["--dataset_name", *([names] if isinstance(names, str) else names)])}
 
 
 def make_trainer(
@@ -340,12 +351,12 @@ def report_run(
             count = "streamed" if isinstance(evaluated, IterableDataset) else len(evaluated)
             samples = trainer.num_generations_eval
             report(before, after, f"{name or 'Held-out questions'} ({count}, {samples} sampled rollouts each)", prefix)
-    console = Console()
-    console.print(f"Model: {output_dir}")
+    print(f"Model: {output_dir}")  # not by `rich`: a path may hold its markup, and is not broken into lines
     if (output_dir / "curves.png").is_file():
-        console.print(f"Curves: {output_dir / 'curves.png'}")
+        print(f"Curves: {output_dir / 'curves.png'}")
     if (output_dir / "trajectories").is_dir():
-        console.print(f"Trajectories: {output_dir / 'trajectories'}, as a page: tspo inspect {output_dir}")
+        page = f"tspo inspect {shlex.quote(str(output_dir))}"
+        print(f"Trajectories: {output_dir / 'trajectories'}, as a page: {page}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,7 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output_dir = Path(training_args.output_dir or ".")
     resume = find_checkpoint(training_args.resume_from_checkpoint, output_dir)
 
-    train_dataset, eval_dataset, retriever = load_data(script_args, training_args, output_dir)
+    with hints_in_flags(trainer_flags(script_args)):
+        train_dataset, eval_dataset, retriever = load_data(script_args, training_args, output_dir)
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "retriever": retriever}
     model: Any = model_args.model_name_or_path
     if model == DEMO:
@@ -366,7 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Evaluate within `train`: DeepSpeed cannot evaluate before it. A resumed run has the result in its history.
     training_args.eval_on_start = eval_dataset is not None and resume is None
     rewards = find_rewards(script_args.reward_funcs, training_args.reward_weights)
-    trainer = make_trainer(model, training_args, model_args, {"reward_funcs": rewards, **data})
+    with hints_in_flags(trainer_flags(script_args)):
+        trainer = make_trainer(model, training_args, model_args, {"reward_funcs": rewards, **data})
 
     with keeping_tracebacks():
         run(trainer, resume, script_args, eval_dataset, output_dir)

@@ -270,7 +270,7 @@ def _find_end(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int]
 def _find_starts(chat: Chat, response_template: Mapping[str, Any], closing: str) -> tuple[str, str]:
     """The beginning of the model's message after a message of the user, and after a response."""
     first = chat.render([USER], start=True).removeprefix(chat.render([USER]))
-    # If the model's message goes on after a response, the template does not begin it again
+    # If the model's message continues after a response, the template does not begin it again
     without = chat.render_call(QUERY, _RESPONSE, start=False)
     text = chat.render_call(QUERY, _RESPONSE)
     following = text.removeprefix(without) if text.startswith(without) else closing
@@ -289,7 +289,7 @@ def _find_thought(response_template: Mapping[str, Any]) -> Thought | None:
 
 
 def _find_call_marks(before: str, after: str, answer: str, name: str) -> tuple[str, ...]:
-    """The markup that a call has and an answer has not; without any, the text of a call before the name of the tool."""
+    """The markup found in calls but not in answers; without any, the text of a call before the name of the tool."""
     marks = dict.fromkeys(mark for mark in _MARKUP.findall(before + after) if mark not in answer)
     if marks:
         return tuple(marks)

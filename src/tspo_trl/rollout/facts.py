@@ -33,7 +33,7 @@ class RolloutFacts(NamedTuple):
             1 if the rollout gave an answer, else 0.
         evidence (`int`):
             Number of searches whose passages contain a golden answer, for the metrics.
-        later (`int`):
+        after_evidence (`int`):
             Number of searches after the turn `occurrence`.
     """
 
@@ -48,7 +48,7 @@ class RolloutFacts(NamedTuple):
     credited: int
     answered: int
     evidence: int
-    later: int
+    after_evidence: int
 
 
 def rollout_facts(
@@ -81,5 +81,7 @@ def rollout_facts(
         credited=-1 if credited is None else credited,
         answered=int(trajectory.status == "answered"),
         evidence=evidence,
-        later=0 if occurrence is None else sum(t.retrieval is not None for t in trajectory.turns[occurrence + 1 :]),
+        after_evidence=0
+        if occurrence is None
+        else sum(t.retrieval is not None for t in trajectory.turns[occurrence + 1 :]),
     )

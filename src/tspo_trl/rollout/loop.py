@@ -59,12 +59,12 @@ class SearchLoop:
     Turns prompts into trajectories. The model writes a turn, the loop executes its search and appends the passages. This
     repeats until the model answers.
 
-    With N = `max_searches`, the first N turns of a trajectory may search; an invalid action counts as one of these turns.
+    With N = `max_searches`, the first N turns of a rollout may search; an invalid action counts as one of these turns.
     The next turn is final: a search in it is not executed. Tokens are appended as they were sampled. They are never decoded
     and encoded again.
 
-    With an engine that generates in rounds, all trajectories advance together: one batched generation, then one batched
-    retrieval. With other engines, a trajectory continues as soon as it has its passages. The retriever then runs in its own
+    With an engine that generates in rounds, all rollouts advance together: one batched generation, then one batched
+    retrieval. With other engines, a rollout continues as soon as it has its passages. The retriever then runs in its own
     thread, in parallel with the engine, and each call takes all waiting queries.
 
     Args:
@@ -106,11 +106,11 @@ class SearchLoop:
 
     def run(self, prompt_ids: Sequence[list[int]]) -> tuple[list[Trajectory], RolloutStats]:
         """
-        Roll out one trajectory for each prompt.
+        Make one rollout for each prompt.
 
         Args:
             prompt_ids (`Sequence[list[int]]`):
-                B prompts of token ids. Repeat a prompt to get several trajectories of it.
+                B prompts of token ids. Repeat a prompt to get several rollouts of it.
 
         Returns:
             `tuple[list[Trajectory], RolloutStats]`: B trajectories in the order of the prompts, and the time and searches
@@ -123,7 +123,7 @@ class SearchLoop:
         items = [
             _OpenRollout(i, Trajectory(prompt_ids=list(ids)), self._limit(ids)) for i, ids in enumerate(prompt_ids)
         ]
-        found: dict[str, list[Passage]] = {}  # passages by query, for all trajectories of this call
+        found: dict[str, list[Passage]] = {}  # passages by query, for all rollouts of this call
         waiting: list[_OpenRollout] = []  # waiting for passages
         search: _Search | None = None
         with self.engine.session(), self._searcher() as call:
@@ -139,7 +139,7 @@ class SearchLoop:
                     self._observe(item, found[item.query])
                     self._submit(item)
                 generating += len(ready)
-                # Start a search for all trajectories that wait
+                # Start a search for all rollouts that wait
                 if waiting and search is None:
                     queries = list(dict.fromkeys(item.query for item in waiting))
                     search = _Search(waiting, queries, call(self._retrieve, queries))
@@ -217,7 +217,7 @@ class SearchLoop:
         return [items[number] for number, _ in written]
 
     def _advance(self, item: _OpenRollout) -> bool:
-        """End the trajectory, append a hint, or return `True` if the loop must execute a search."""
+        """End the rollout, append a hint, or return `True` if the loop must execute a search."""
         trajectory = item.trajectory
         turn = trajectory.turns[-1]
         final = len(trajectory.turns) > self.limits.max_searches

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.base import Passage
 from .encoded_passages import EncodedPassage, escaped_positions, split_budget
+from .limits import SearchLimits
 from .tokens import Normalizer, adds_space, control_tokens, first_tokens
 from .trajectory import Action
 
@@ -87,7 +88,7 @@ class SearchProtocol(ABC):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_searches: int = 4,
+        max_searches: int = SearchLimits.max_searches,
         *,
         opening: str = "",
         closing: str = "",
@@ -220,7 +221,7 @@ class SearchProtocol(ABC):
                 Whether the turn follows the passages of a search. Otherwise it follows the prompt.
 
         Returns:
-            `list[int]`: The T tokens. The action may be read differently if `content` has markup of the protocol.
+            `list[int]`: The T tokens. The action may not be parsed as written if `content` has markup of the protocol.
         """
         raise NotImplementedError(f"`{type(self).__name__}.write` is needed to make demonstrations.")
 

@@ -1,7 +1,6 @@
 """The response template of a chat template, with which a tokenizer parses messages. Only this module of the package needs TRL.
 
-TRL knows its chat templates by their exact text. The templates that it trains with are other texts: they are read like the
-templates that they were made from.
+TRL knows its chat templates by their exact text. Its training versions have other texts and are mapped to their originals.
 """
 
 import copy

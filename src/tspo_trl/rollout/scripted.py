@@ -76,7 +76,7 @@ def follow_scripts(
             The limits of the search loop. Defaults to those of a new [`SearchLimits`].
 
     Returns:
-        `list[Trajectory]`: B trajectories. That of a turn that is read as something else goes on differently.
+        `list[Trajectory]`: B trajectories. If a turn is parsed as another action, its rollout continues differently.
     """
     engine = ScriptedEngine(scripts, eos_token_ids[0])
     loop = SearchLoop(engine, retriever, protocol, eos_token_ids=eos_token_ids, limits=limits)

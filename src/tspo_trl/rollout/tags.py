@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .limits import SearchLimits
 from .protocol import SearchProtocol
 from .tokens import with_plain_tokens
 from .trajectory import Action
@@ -52,7 +53,7 @@ class TagProtocol(SearchProtocol):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_searches: int = 4,
+        max_searches: int = SearchLimits.max_searches,
         *,
         prompt_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,

@@ -43,7 +43,7 @@ def with_plain_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     The added tokens that may mean more than their text: special tokens, tokens that look like markup (`<think>`, `[INST]`),
-    and tokens of the chat template that are no words. Words that were added to the vocabulary are ordinary text.
+    and tokens of the chat template that are not words. Words that were added to the vocabulary are ordinary text.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -73,7 +73,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
             The tokenizer.
 
     Returns:
-        `list[int]`: The tokens, or `None` if they cannot be told from the text.
+        `list[int]`: The tokens, or `None` if they cannot be distinguished from the text.
     """
     whole: list[int] = tokenizer("a")["input_ids"]
     text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .chat_format import Chat, escape, first_query, read_chat_format
+from .limits import SearchLimits
 from .protocol import SearchProtocol
 from .trajectory import Action
 from .written_turns import written_turns
@@ -78,7 +79,7 @@ class ToolCallProtocol(SearchProtocol):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_searches: int = 4,
+        max_searches: int = SearchLimits.max_searches,
         *,
         eos_token_ids: Collection[int] | None = None,
         prompt_template: str | None = None,

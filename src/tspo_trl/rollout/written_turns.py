@@ -26,7 +26,7 @@ def written_turns(
             Whether the message follows a response of the tool. Otherwise it follows the question.
 
     Yields:
-        `str`: The text, in forms of which the first that is read as this action is that of the template.
+        `str`: Candidates for the text. The first that parses as this action is the template's form.
     """
     chat.render_call(QUERY, ANSWER)  # finds out which form of arguments the template takes
     earlier: list[Any] = [USER, chat.call(QUERY), chat.response(ANSWER)] if after_response else [USER]

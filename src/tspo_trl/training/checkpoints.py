@@ -92,7 +92,7 @@ def _number(checkpoint: Path) -> int:
 
 
 def _damage(checkpoint: Path, mark: dict[str, Any]) -> str | None:
-    """A file of a marked checkpoint that is missing or truncated, as it happens when a deletion or a copy is killed."""
+    """A file of a marked checkpoint that is missing or truncated, as happens when a deletion or a copy is killed."""
     for name, size in mark.get("files", {}).items():
         try:
             if (checkpoint / name).stat().st_size < size:
@@ -127,7 +127,7 @@ def _write_mark(checkpoint: Path, options: dict[str, Any]) -> None:
 
 @contextmanager
 def _without_rotation() -> Iterator[None]:
-    """No deletion by transformers, which would delete before the new checkpoint is complete, and in any order."""
+    """Disable deletion by transformers, which would delete before the new checkpoint is complete, and in any order."""
     module = transformers.trainer
     rotate = module.rotate_checkpoints
     module.rotate_checkpoints = lambda *args, **kwargs: None

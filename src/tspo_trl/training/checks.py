@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_liger_kernel_available
 
+from .. import rewards
 from ..engines.vllm import check_vllm
 from ..retrieval.results import check_retriever
 from ..support.paths import check_model_path, suggest_path
@@ -21,7 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_setup(
-    args: Any, retriever: Any, train_dataset: Any, eval_dataset: Any, model: Any, peft_config: Any = None
+    args: Any,
+    retriever: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    model: Any,
+    peft_config: Any = None,
+    reward_funcs: Any = None,
 ) -> None:
     """
     Check all arguments of a [`TSPOTrainer`] that can be checked before its model and its tokenizer are loaded, and log
@@ -40,10 +49,13 @@ def check_setup(
             The model.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Configuration of a new adapter.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            The outcome rewards.
 
     Raises:
         `TypeError`, `ValueError`, `ImportError` or `FileNotFoundError`: As the functions below.
     """
+    check_reward_names(reward_funcs)
     check_arguments(args, retriever, train_dataset, eval_dataset)
     check_model_path(model)
     check_adapter(model, peft_config)
@@ -70,7 +82,7 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
     Raises:
         `TypeError`: If an argument has a wrong type.
         `ValueError`: If an argument is missing, a column is missing, or an option cannot be used.
-        `ImportError`: If `use_vllm=True` and vLLM cannot be used.
+        `ImportError`: If a package that an option needs cannot be used.
     """
     if not isinstance(args, TSPOConfig):
         raise TypeError(f"`args` must be a `TSPOConfig`, got `{type(args).__name__}`.")
@@ -87,8 +99,43 @@ def check_arguments(args: Any, retriever: Any, train_dataset: Any, eval_dataset:
     check = partial(check_dataset, unused_removed=args.remove_unused_columns)
     map_datasets(check, train_dataset, eval_dataset)
     check_best_metric(args.metric_for_best_model, eval_dataset)
-    if args.use_vllm:
+    check_packages(args)
+
+
+def check_packages(args: Any) -> None:
+    """
+    Check that the packages which a configuration needs are installed.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The configuration.
+
+    Raises:
+        `ImportError`: If one is not.
+    """
+    if getattr(args, "use_vllm", False):  # of TSPOConfig only
         check_vllm()
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("`use_liger_kernel=True` needs the package liger-kernel: pip install liger-kernel")
+
+
+def check_reward_names(reward_funcs: Any) -> None:
+    """
+    Refuse the names of the reward functions of this package, which TRL would look for as reward models on the Hub.
+
+    Args:
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            The outcome rewards.
+
+    Raises:
+        `TypeError`: If one of them is such a name.
+    """
+    for name in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(name, str) and callable(getattr(rewards, name, None)):
+            raise TypeError(
+                f"`reward_funcs` must hold functions, or names of reward models, got {name!r}. Pass the function: "
+                f"`from tspo_trl.rewards import {name}`."
+            )
 
 
 def check_adapter(model: Any, peft_config: Any) -> None:
@@ -116,7 +163,8 @@ def check_adapter(model: Any, peft_config: Any) -> None:
 
 def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
     """
-    Check that the training questions fill a batch, and that batches of evaluation hold whole groups.
+    Check that the training questions fill a batch, that the length of the run is known, and that there are questions to
+    evaluate on if they are needed, in batches that hold whole groups.
 
     Args:
         args ([`TSPOConfig`]):
@@ -127,7 +175,7 @@ def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None
             The evaluation sets.
 
     Raises:
-        `ValueError`: If nothing would be trained, or the rollouts of a group would be in several batches.
+        `ValueError`: If one of these does not hold.
     """
     needed = questions_per_batch(args)
     known = isinstance(train_dataset, Dataset)
@@ -144,8 +192,18 @@ def check_batches(args: TSPOConfig, train_dataset: Any, eval_dataset: Any = None
             "`dynamic_sampling` needs a `train_dataset` with a length, from which it draws further questions, got "
             f"`{type(train_dataset).__name__}`. Load it without streaming, or set `dynamic_sampling=False`."
         )
+    if args.max_steps < 1 and not known:
+        raise ValueError(
+            "`max_steps` must be at least 1 with a streamed `train_dataset`, whose length is unknown, got "
+            f"{args.max_steps}."
+        )
     if eval_dataset is not None:
         check_eval_batches(args)
+    elif args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset` (`--eval_dataset_name` "
+            "of the command). Give one, or set `eval_strategy='no'`."
+        )
 
 
 def check_eval_batches(args: TSPOConfig) -> None:

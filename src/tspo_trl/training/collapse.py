@@ -43,7 +43,7 @@ WATCHES = (
         "search/none",
         lambda begin, now: now > max(0.5, begin + 0.3),
         "the model has stopped searching",
-        "Rewards that a rollout without a search can earn teach this: pay turns that find evidence "
+        "Rewards that can be earned without searching cause this. Reward turns that find evidence "
         '(`advantage_level="stage"`, `folr_alpha` > 0), lower `learning_rate`, or set `beta` > 0.',
     ),
     Watch(
@@ -98,8 +98,8 @@ WATCHES = (
         "logps/correct",
         lambda begin, now: now < 2 * begin and now < begin - 0.2,
         "correct rollouts become less likely although they are rewarded",
-        "Negative advantages pull down what correct and wrong rollouts share. Lower `learning_rate`, set `beta` > 0, or use "
-        '`advantage_level="stage"`, which punishes turns and not whole rollouts.',
+        "Negative advantages lower the probability of text that correct and wrong rollouts share. Lower `learning_rate`, set "
+        '`beta` > 0, or use `advantage_level="stage"`, which punishes turns and not whole rollouts.',
     ),
 )
 

@@ -1,11 +1,8 @@
 """The configuration of the trainer."""
 
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import get_args
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -16,34 +13,15 @@ from ..rollout.limits import SearchLimits, limit_option
 from ..rollout.protocols import ProtocolName
 from .collapse import KINDS
 from .progress import ignore_harmless_warnings
+from .values import check_values
 
+#: Values of options that TRL would check only in the first step.
 _CHOICES = {
-    "protocol": ProtocolName,
-    "folr_placement": Placement,
-    "folr_guard": Guard,
-    "advantage_level": Level,
-    "turn_baseline": Baseline,
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_mode": ("server", "colocate"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
-_TYPES: dict[Any, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    list[str]: "a list of strings",
-    NoneType: "None",
-}
-#: Options of TRL that decide the size of a step, with their types.
-_INHERITED: dict[str, Any] = {
-    "num_generations": int,
-    "num_generations_eval": int | None,
-    "per_device_train_batch_size": int,
-    "per_device_eval_batch_size": int,
-    "gradient_accumulation_steps": int,
-    "learning_rate": float,
-    "beta": float,
-    "temperature": float,
-}
-_SMALLEST = {"num_generations": 2, "retrieval_cache_size": 0, "max_sampling_rounds": 1}
 
 
 _TURN_LIMIT = "set `max_turn_tokens`, the limit of a turn, or `max_completion_length`"
@@ -106,9 +84,9 @@ class TSPOConfig(GRPOConfig):
         folr_guard (`str`, *optional*, defaults to `"chance"`):
             Which occurrences of golden answers earn the partial reward, and how much they count. `"none"`: all. `"degenerate"`:
             all but answers that normalise to the empty string, yes, no, noanswer or a single character; otherwise TSPO as
-            published. `"chance"`: the same, and the turn advantages of a group count as much as its finds exceed what chance
-            would find. `"strict"`: as `"degenerate"`, and none of answers that the question contains, or in a turn whose own
-            query names the answer.
+            published. `"chance"`: the same, and the turn advantages of a group are scaled down by the share of its finds that
+            chance explains. `"strict"`: as `"degenerate"`, but also excludes golden answers that the question contains, and
+            occurrences in a turn whose own query contains the answer.
         advantage_level (`str`, *optional*, defaults to `"stage"`):
             `"stage"`: turn advantages in groups without a correct rollout, trajectory advantages in the others.
             `"turn"`: turn advantages always. `"trajectory"`: GRPO.
@@ -219,9 +197,9 @@ class TSPOConfig(GRPOConfig):
         metadata={
             "help": "Which occurrences of golden answers earn the partial reward, and how much they count. 'none': all. "
             "'degenerate': all but answers that normalise to the empty string, yes, no, noanswer or a single character; "
-            "otherwise TSPO as published. 'chance': the same, and the turn advantages of a group count as much as its finds "
-            "exceed what chance would find. 'strict': as 'degenerate', and none of answers that the question contains, or in "
-            "a turn whose own query names the answer.",
+            "otherwise TSPO as published. 'chance': the same, and the turn advantages of a group are scaled down by the share "
+            "of its finds that chance explains. 'strict': as 'degenerate', but also excludes golden answers that the question "
+            "contains, and occurrences in a turn whose own query contains the answer.",
         },
     )
     advantage_level: Level = field(
@@ -298,22 +276,8 @@ class TSPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_types()
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"`{name}` must be at least {smallest}, got {getattr(self, name)}.")
+        check_values(self, _CHOICES, num_generations=int)
         SearchLimits.of(self).check_room()
-        if not self.folr_alpha >= 0:
-            raise ValueError(f"`folr_alpha` must not be negative, got {self.folr_alpha}.")
-        if self.success_threshold != self.success_threshold:
-            raise ValueError("`success_threshold` must be a number, got nan.")
-        if not 0 <= self.max_retrieval_failure_rate <= 1:
-            raise ValueError(
-                f"`max_retrieval_failure_rate` must be between 0 and 1, got {self.max_retrieval_failure_rate}."
-            )
         if unknown := sorted(set(self.stop_on_collapse) - set(KINDS)):
             raise ValueError(f"`stop_on_collapse` must hold some of {list(KINDS)}, got {unknown}.")
         if self.stop_on_collapse and not self.warn_on_collapse:
@@ -350,39 +314,22 @@ class TSPOConfig(GRPOConfig):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
 
-    def _check_types(self) -> None:
-        """Refuse values of a wrong type, which would fail later or be misread: `"0.5"`, or a string for a list."""
-        for name, kind in (TSPOConfig.__annotations__ | _INHERITED).items():
-            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-            value = getattr(self, name)
-            if name not in _CHOICES and not any(_is_a(value, kind) for kind in kinds):
-                expected = " or ".join(_TYPES[kind] for kind in kinds)
-                raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value can be used where a type is expected: a whole number as a `float`, but no boolean as a number."""
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if kind == list[str]:
-        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-    return isinstance(value, (str, PathLike) if kind is str else kind)
-
 
 def fit_to_machine(args: TrainingArguments) -> None:
     """
-    Check the output folder of a configuration, and let a run start where no device supports bfloat16.
+    Check the folders of a configuration, and let a run start where no device supports bfloat16.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             The configuration, before its `__post_init__`. A `bf16` that is not set becomes `False` without such a device.
 
     Raises:
-        `ValueError`: If `output_dir` is a file, or lies in one.
+        `ValueError`: If `output_dir` or the folder of a cache or a log is a file, or lies in one.
     """
-    for part in (folder := Path(args.output_dir or "."), *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise ValueError(f"`output_dir` must be a folder, but {str(part)!r} is a file.")
+    for name in ("output_dir", "retrieval_cache_dir", "retrieval_log"):
+        for part in (folder := Path(getattr(args, name, None) or "."), *folder.parents):
+            if part.exists() and not part.is_dir():
+                raise ValueError(f"`{name}` must be a folder, but {str(part)!r} is a file.")
     if args.bf16 is None and not is_torch_bf16_gpu_available():
         args.bf16 = False
     ignore_harmless_warnings()  # `__post_init__` raises one

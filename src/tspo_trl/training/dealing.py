@@ -1,4 +1,4 @@
-"""Deals the rollouts of a generation batch to micro-batches and processes, so that each has rollouts of like lengths."""
+"""Deals the rollouts of a generation batch to micro-batches and processes, so that each has rollouts of similar lengths."""
 
 from math import gcd
 from typing import Any

@@ -128,23 +128,13 @@ class EvaluationMixin:
         return (count if step == self.state.global_step else 0) + (self._evaluated.count if self._evaluated else 0)
 
     def _count_once(self, *columns: torch.Tensor) -> tuple[int, int]:
-        """
-        Add a batch to the evaluation that runs, if one does. Rows that fill the batch are removed from the table of
-        completions.
-
-        Args:
-            columns (`torch.Tensor`):
-                Values of the B rollouts of all processes, of shape (B, …), see [`evaluation_metrics`].
-
-        Returns:
-            `tuple[int, int]`: Number of rollouts that were evaluated at this step before, and number of rollouts of the
-            batch that count. The others come last. 0 and B outside of an evaluation.
-        """
+        """Add a batch to the running evaluation, if any: how many rollouts were before it, how many of its first ones count."""
         batch = len(columns[0])
         if self._evaluated is None:
             return 0, batch
         before = self._rollouts_before()
         kept = self._evaluated.add(*columns)
+        # The others only fill the batch: they are not shown in the table of completions
         logs = self._logs
         tables = [logs["prompt"], logs["completion"], logs["advantages"], *logs["rewards"].values()]
         drop_last([*tables, *logs["extra"].values()], batch - kept)

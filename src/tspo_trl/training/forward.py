@@ -92,7 +92,7 @@ def scores_of(
     """
     Log-probabilities and entropies of some completion tokens, by a forward of the rows and columns that they need.
 
-    If no token is scored, two tokens of one row go through the model all the same, because other processes wait for this
+    If no token is scored, two tokens of one row still go through the model, because other processes wait for this
     process in the collectives of the forward and the backward.
 
     Args:
@@ -255,7 +255,7 @@ class CompactForwardMixin:
         if self._scored is not None:
             return scores_of(score, model, backbone, input_ids, attention_mask, self._scored, **options)
 
-        # Before the advantages are known: rollouts of like lengths are scored together
+        # Before the advantages are known: rollouts of similar lengths are scored together
         scored = Scored.all_of(attention_mask[:, -logits_to_keep:])
         order = torch.argsort(attention_mask.sum(dim=1), descending=True, stable=True)
         chunks = [

@@ -160,7 +160,7 @@ class SearchRollouts:
         raise RetrievalError(
             f"{failed:.0f} of the {searches:.0f} searches of step {state.global_step + 1} failed, more than "
             f"`max_retrieval_failure_rate` ({args.max_retrieval_failure_rate}) allows. The retriever is "
-            f"{self.search_loop.retriever!r}; its last failure on this rank: {stats.error!r}. "
+            f"{self.search_loop.retriever!r}; its last failure in this process: {stats.error!r}. "
             f"Nothing was trained on these rollouts. {advice}"
         ) from stats.error
 

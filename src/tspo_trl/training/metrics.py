@@ -100,7 +100,7 @@ def rollout_metrics(
         "search/near_miss": near_miss.sum() / rollouts.cpu(),
         "search/first_turn": (column.occurrence + 1)[hit].mean(),
         "search/evidence": column.evidence.sum() / searches,
-        "search/after_evidence": column.later[hit].mean(),
+        "search/after_evidence": column.after_evidence[hit].mean(),
         "answers/none": (column.answered[scorable] == 0).float().mean(),
         "answers/from_memory": (~hit[correct]).float().mean(),
         "answers/unsupported": column.answered[scorable & ~hit].mean(),

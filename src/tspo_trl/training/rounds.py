@@ -84,7 +84,8 @@ def further_questions(
         step (`int`):
             Number of the batch.
         drawn (`int`):
-            Number of questions that earlier rounds of the step have drawn. They are not drawn again until all others are.
+            Number of questions that earlier rounds of the step have drawn. They are not drawn again until all
+            others have been drawn.
 
     Returns:
         `list[int]`: Indices of at least `count` questions.

@@ -152,11 +152,12 @@ class TSPOTrainer(TurnCreditMixin, ExactResumeMixin, EvaluationMixin, SharingMix
         check_keywords(unsupported, signature(TSPOTrainer).parameters)
         if model is None:
             raise ValueError("`model` is required: a name on the Hub, a folder, or a loaded model.")
+        model = str(model) if isinstance(model, Path) else model
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TSPOConfig(f"{model_name.split('/')[-1]}-TSPO")
         # Check the arguments before anything large is loaded
-        check_setup(args, retriever, train_dataset, eval_dataset, model, peft_config)
+        check_setup(args, retriever, train_dataset, eval_dataset, model, peft_config, reward_funcs)
         retrievers = RetrieverStack.build(retriever, args)
         try_retriever(retrievers.retriever, args.num_passages)
         processing_class = check_tokenizer(model, processing_class, args)

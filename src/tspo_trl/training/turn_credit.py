@@ -54,7 +54,7 @@ class TurnCreditMixin:
     _metrics: Any
     _logs: Any
     _compact: bool
-    _count_once: Any  # method of the trainer: add a batch to the evaluation that runs
+    _count_once: Any  # method of the trainer: add a batch to the running evaluation
     _log_rollouts: Any  # method of the trainer: append rollouts to the log
     _further_rollouts = 0  # of all ranks that the step has sampled before this round, with `dynamic_sampling`
     _pool: SearchPool | None = None  # searches of this process, made with the first step
@@ -293,8 +293,8 @@ def check_credit(
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The same.
 
     Raises:
-        `ValueError`: If they are no three tensors of the shapes (N, K), (N, K) and (N,), the last are no booleans, or an advantage
-            is NaN or infinite.
+        `ValueError`: If they are not three tensors of the shapes (N, K), (N, K) and (N,), the last does not hold booleans, or an
+            advantage is NaN or infinite.
     """
     turns = (len(outcomes), int(num_turns.max()))
     expected = {"turn rewards": turns, "turn advantages": turns, "rollouts that use them": turns[:1]}
@@ -316,5 +316,5 @@ def check_credit(
 
 
 def _shape(value: Any) -> Any:
-    """The shape of a tensor, or the type of what is none."""
+    """The shape of a tensor, or the type of any other value."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
